@@ -1,0 +1,102 @@
+"""The specification: every operator in a few lines of plain PyTorch. Start reading here.
+
+First the filter as the paper states it, `torch.fft.fft2 -> mask -> ifft2`; then the two chains of other
+hands that the benchmarks run against; last the same function by Fourier modes, which serves every device
+without a kernel of its own. Correctness, not speed, is the purpose; fp64 through `radial_filter` is the judge.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import modes
+
+
+def squared_frequencies(height: int, width: int, device: torch.device | None = None) -> Tensor:
+    """(H, W) integer squared distance d^2 of every bin of `torch.fft.fft2` from the constant mode."""
+    u = torch.fft.fftfreq(height, 1 / height, device=device).round().long()
+    v = torch.fft.fftfreq(width, 1 / width, device=device).round().long()
+    return u[:, None] ** 2 + v**2
+
+
+def shell_index(height: int, width: int, radius_squared: int, device: torch.device | None = None) -> Tensor:
+    """(H, W) index of each bin's shell; S, one past the last shell, outside the disc."""
+    squared = squared_frequencies(height, width, device)
+    return torch.searchsorted(torch.tensor(modes.shells(radius_squared), device=device), squared)
+
+
+def radial_mask(base: Tensor, gain: Tensor, height: int, width: int, radius_squared: int) -> Tensor:
+    """(C, H, W) mask M over the bins of `torch.fft.fft2`: base_c + gain_{s,c} on shell s, base_c outside the disc."""
+    index = shell_index(height, width, radius_squared, base.device)
+    return base[:, None, None] + torch.cat([gain, gain.new_zeros(1, gain.shape[1])])[index].permute(2, 0, 1)
+
+
+def radial_filter(x: Tensor, base: Tensor, gain: Tensor, radius_squared: int) -> Tensor:
+    """Re ifft2(M o fft2(x)) with the radial mask M of base and gain (arXiv 2308.11568, eqs. 5-18)."""
+    mask = radial_mask(base, gain, x.shape[2], x.shape[3], radius_squared)
+    return torch.fft.ifft2(mask * torch.fft.fft2(x, norm="ortho"), norm="ortho").real.to(x.dtype)
+
+
+def radial_filter_backward(grad: Tensor, x: Tensor, radius_squared: int) -> tuple[Tensor, Tensor]:
+    """Gradients of <grad, radial_filter(x, base, gain)>: to base_c, sum <grad, x>; to gain_{s,c}, the part of it on shell s."""
+    product = (torch.fft.fft2(grad, norm="ortho").conj() * torch.fft.fft2(x, norm="ortho")).real.sum(0)
+    index = shell_index(x.shape[2], x.shape[3], radius_squared, x.device).flatten()
+    shells = product.new_zeros(len(modes.shells(radius_squared)) + 1, x.shape[1])
+    shells.index_add_(0, index, product.flatten(1).T)
+    return product.sum((1, 2)), shells[:-1]
+
+
+def spectral_mask(lam: float, radius: float, boundary: float | None, height: int, width: int) -> Tensor:
+    """(H, W) fp64 mask of the spectral pooling filter over the bins of `torch.fft.fft2`."""
+    squared, limit = squared_frequencies(height, width), modes.squared_radius(radius)
+    mask = torch.full((height, width), 1 - lam, dtype=torch.float64)
+    mask[squared <= limit] = lam
+    if modes.on_circle(radius):
+        mask[squared == limit] = 1 - lam if boundary is None else boundary
+    return mask
+
+
+def spectral_pool(x: Tensor, lam: float, radius: float, boundary: float | None = None) -> Tensor:
+    """The paper literally: fft2, mask, ifft2."""
+    mask = spectral_mask(lam, radius, boundary, x.shape[2], x.shape[3]).to(x)
+    return torch.fft.ifft2(mask * torch.fft.fft2(x, norm="ortho"), norm="ortho").real
+
+
+def published_chain(x: Tensor, centred_mask: Tensor) -> Tensor:
+    """The chain of the published code, with its full complex transform and its shifts over all four axes (a baseline)."""
+    spectrum = torch.fft.fftshift(torch.fft.fft2(x, dim=(2, 3), norm="ortho"))
+    return torch.fft.ifft2(torch.fft.ifftshift(spectrum * centred_mask), dim=(2, 3), norm="ortho").real
+
+
+def rfft2_chain(x: Tensor, half_mask: Tensor) -> Tensor:
+    """The best effort with FFTs, real transforms and half a mask (..., H, W // 2 + 1), in fp32 for 16-bit input."""
+    wide = x.to(modes.profile_dtype(x.dtype))
+    return torch.fft.irfft2(torch.fft.rfft2(wide).mul_(half_mask), s=x.shape[2:]).to(x.dtype)
+
+
+def radial_filter_modes(x: Tensor, base: Tensor, gain: Tensor, radius_squared: int) -> Tensor:
+    """`radial_filter` as a scaled copy plus Fourier modes: base x + Phi_H^T (G o (Phi_H x Phi_W^T)) Phi_W."""
+    height, width = x.shape[2:]
+    phi_h = modes.basis(height, radius_squared, base.dtype, x.device)
+    phi_w = modes.basis(width, radius_squared, base.dtype, x.device)
+    shell = modes.shell_map(height, width, radius_squared, x.device)
+    gains = torch.cat([gain, gain.new_zeros(1, gain.shape[1])])[shell].permute(2, 0, 1)
+    wide = x.to(base.dtype)
+    modes_out = gains * (phi_h @ wide @ phi_w.T)
+    y = base[:, None, None] * wide + phi_h.T @ modes_out @ phi_w
+    return y.to(x.dtype).contiguous(memory_format=torch.channels_last if modes.channels_last(x) else torch.contiguous_format)
+
+
+def radial_filter_modes_backward(grad: Tensor, x: Tensor, radius_squared: int) -> tuple[Tensor, Tensor]:
+    """`radial_filter_backward` by Fourier modes."""
+    height, width = x.shape[2:]
+    dtype = modes.profile_dtype(x.dtype)
+    phi_h = modes.basis(height, radius_squared, dtype, x.device)
+    phi_w = modes.basis(width, radius_squared, dtype, x.device)
+    shell = modes.shell_map(height, width, radius_squared, x.device)
+    grad, x = grad.to(dtype), x.to(dtype)
+    product = ((phi_h @ grad @ phi_w.T) * (phi_h @ x @ phi_w.T)).sum(0)
+    shells = product.new_zeros(len(modes.shells(radius_squared)) + 1, x.shape[1])
+    shells.index_add_(0, shell.flatten(), product.flatten(1).T)
+    return (grad * x).sum((0, 2, 3)), shells[:-1]
