@@ -9,6 +9,7 @@ TORCH_CUDA_ARCH_LIST  GPU architectures, such as "9.0" or "8.0;9.0+PTX"; default
 """
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,11 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
+X86 = platform.machine() in ("x86_64", "AMD64")
+SIMD = {"plain": "-DSIMD_BYTES=16"}  # each is one compilation of the CPU kernels; the best one is chosen when they are loaded
+if X86:
+    SIMD["avx2"] = "-DSIMD_BYTES=32 -mavx2 -mfma -mf16c"
+    SIMD["avx512"] = "-DSIMD_BYTES=64 -mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mprefer-vector-width=512 -Wno-uninitialized -Wno-maybe-uninitialized"
 ARCHITECTURES = "8.0;9.0;10.0;12.0+PTX"  # 8.6 and 8.9 run the code for 8.0
 
 
@@ -37,45 +43,57 @@ def gencode(architectures: str) -> list[str]:
     return flags
 
 
-class Build(build_ext):
-    """Compiles with g++ and nvcc through ninja; nothing is probed but the presence of nvcc."""
+def rule(name: str, compile_command: str) -> str:
+    return f"rule {name}\n  command = {compile_command} -MMD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc\n"
 
-    def ninja(self, name: str, output: Path, rules: str, objects: dict[str, str]) -> None:
+
+def link_rule(command: str) -> str:
+    return f"rule link\n  command = {command} -shared $in -o $out $libraries\n"
+
+
+class Build(build_ext):
+    """Compiles with the C++ compiler and nvcc through ninja; nothing is probed but the presence of nvcc."""
+
+    def ninja(self, name: str, output: Path, rules: list[str], objects: list[tuple[str, str]], libraries: str = "") -> None:
+        """Compile (source, rule) pairs and link them into output."""
         folder = (ROOT / self.build_temp / name).resolve()
         folder.mkdir(parents=True, exist_ok=True)
         output.parent.mkdir(parents=True, exist_ok=True)
-        lines = [rules]
-        outputs = []
-        for source, rule in objects.items():
-            outputs.append(f"{Path(source).stem}.{rule}.o")
-            lines.append(f"build {outputs[-1]}: {rule} {ROOT.resolve() / 'csrc' / source}")
-        lines.append(f"build {output.resolve()}: link {' '.join(outputs)}\n")
+        built = [(f"{Path(source).stem}.{rule}.o", rule, (ROOT / "csrc" / source).resolve()) for source, rule in objects]
+        lines = [*rules, *(f"build {target}: {rule} {source}" for target, rule, source in built)]
+        lines.append(f"build {output.resolve()}: link {' '.join(target for target, _, _ in built)}\n  libraries = {libraries}\n")
         (folder / "build.ninja").write_text("\n".join(lines))
         subprocess.run([sys.executable, "-m", "ninja", "-C", str(folder)], check=True)
+
+    def get_ext_filename(self, fullname: str) -> str:
+        """The operator libraries serve every Python: no version in their names."""
+        return super().get_ext_filename(fullname) if fullname.endswith("_native") else f"{fullname.replace('.', '/')}.so"
 
     def build_extension(self, ext: Extension) -> None:
         import pybind11
         import torch
 
-        output = Path(self.get_ext_fullpath(ext.name))
-        library = output.with_name(f"{ext.name.rpartition('.')[2]}.so")
-        include = Path(torch.__file__).parent / "include"
-        link = f"-L{Path(torch.__file__).parent / 'lib'} -ltorch_cpu"
-        stable = f"-DTORCH_TARGET_VERSION=0x020a000000000000 -DTORCH_STABLE_ONLY -I{include} -I{ROOT.resolve() / 'csrc'}"
+        path = Path(self.get_ext_fullpath(ext.name))
+        name = ext.name.rpartition(".")[2]
+        torch_folder = Path(torch.__file__).parent
+        csrc = f"-I{(ROOT / 'csrc').resolve()}"
+        stable = f"-DTORCH_TARGET_VERSION=0x020a000000000000 -DTORCH_STABLE_ONLY -isystem {torch_folder / 'include'} {csrc}"
+        libraries = f"-L{torch_folder / 'lib'} -ltorch_cpu"
         compiler = os.environ.get("CXX", "g++")
-        flags = "-O3 -std=c++20 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-unused-parameter -Wno-psabi"
-        cxx = f"rule cxx\n  command = {compiler} {flags} -MMD -MF $out.d $flags -c $in -o $out\n  depfile = $out.d\n  deps = gcc\nflags = "
-        if ext.name.endswith("_cpu"):
-            rules = f"{cxx}{stable}\nrule link\n  command = {compiler} -shared $in -o $out {link}\n"
-            self.ninja("cpu", library, rules, {s: "cxx" for s in ext.sources})
-        elif ext.name.endswith("_native"):
-            info = f'-DBUILD_TORCH=\\"{torch.__version__}\\" -I{pybind11.get_include()} -I{sysconfig.get_path("include")}'
-            rules = f"{cxx}{info} -I{ROOT.resolve() / 'csrc'}\nrule link\n  command = {compiler} -shared $in -o $out\n"
-            self.ninja("native", output, rules, {s: "cxx" for s in ext.sources})
+        cxx = f"{compiler} -O3 -std=c++20 -fPIC -fvisibility=hidden -ffp-contract=fast -Wall -Wextra -Wno-psabi"
+        if name == "_cpu":
+            rules = [link_rule(compiler), rule("cxx", f"{cxx} {stable}")]
+            rules += [rule(simd, f"{cxx} {csrc} -DSIMD_NAME={simd} {flags}") for simd, flags in SIMD.items()]
+            objects = [("library.cpp", "cxx"), ("cpu/radial_filter.cpp", "cxx")]
+            objects += [("cpu/radial_filter_kernel.cpp", simd) for simd in SIMD]
+            self.ninja(name, path, rules, objects, libraries)
+        elif name == "_native":
+            build = f'-DBUILD_TORCH=\'"{torch.__version__}"\' -isystem {pybind11.get_include()} -isystem {sysconfig.get_path("include")}'
+            self.ninja(name, path, [link_rule(compiler), rule("cxx", f"{cxx} {build} {csrc}")], [("native.cpp", "cxx")])
         else:
-            self.build_cuda(ext, library, stable, link)
+            self.build_cuda(path, stable, libraries)
 
-    def build_cuda(self, ext: Extension, library: Path, stable: str, link: str) -> None:
+    def build_cuda(self, output: Path, stable: str, libraries: str) -> None:
         wanted, compiler = os.environ.get("SPANET_KERNELS_CUDA", "auto"), nvcc()
         if wanted not in ("auto", "0", "1"):
             raise ValueError(f"SPANET_KERNELS_CUDA must be auto, 0 or 1, got {wanted!r}")
@@ -85,24 +103,18 @@ class Build(build_ext):
         if compiler is None:
             raise RuntimeError("SPANET_KERNELS_CUDA=1 but no nvcc was found: set CUDA_HOME or PATH")
         architectures = " ".join(gencode(os.environ.get("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)))
-        flags = f"-O3 -std=c++20 -Xcompiler -fPIC,-fvisibility=hidden --threads 0 -DUSE_CUDA {architectures} {stable}"
-        rules = (
-            f"rule nvcc\n  command = {compiler} {flags} -MMD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc\n"
-            f"rule link\n  command = {compiler} -shared $in -o $out {link}\n"
-        )
+        flags = f"-O3 -std=c++20 -Xcompiler -fPIC,-fvisibility=hidden --threads 0 -DUSE_CUDA {architectures}"
         try:
-            self.ninja("cuda", library, rules, {s: "nvcc" for s in ext.sources})
+            rules = [link_rule(compiler), rule("nvcc", f"{compiler} {flags} {stable}")]
+            self.ninja("_cuda", output, rules, [("cuda/radial_filter.cu", "nvcc")], libraries)
         except subprocess.CalledProcessError:
             if wanted == "1":
                 raise
             print("spanet_kernels: CUDA kernels left out: nvcc failed, see above; SPANET_KERNELS_CUDA=1 makes this an error")
 
 
-setup(
-    ext_modules=[
-        Extension("spanet_kernels._cpu", ["library.cpp", "cpu/radial_filter.cpp"]),
-        Extension("spanet_kernels._native", ["native.cpp"]),
-        Extension("spanet_kernels._cuda", ["cuda/radial_filter.cu"], optional=True),
-    ],
-    cmdclass={"build_ext": Build},
-)
+def extension(name: str) -> Extension:
+    return Extension(f"spanet_kernels.{name}", [], optional=name == "_cuda")
+
+
+setup(ext_modules=[extension("_cpu"), extension("_native"), extension("_cuda")], cmdclass={"build_ext": Build})

@@ -17,50 +17,60 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
+from collections.abc import Callable
 from fractions import Fraction
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 MAX_RADIUS = 8192
 
+P = ParamSpec("P")
+T = TypeVar("T")
 
-@functools.lru_cache(maxsize=1024)
+
+def constant(function: Callable[P, T]) -> Callable[P, T]:
+    """Cache a function of plain numbers; under torch.compile its result is a constant of the graph."""
+    cached = functools.lru_cache(maxsize=1024)(function)
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        return cached(*args, **kwargs)
+
+    # the mark that torch.compiler.assume_constant_result sets, without its import of the whole compiler
+    call._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return call
+
+
+@constant
 def squared_radius(radius: float) -> int:
-    """Largest squared frequency inside the disc: floor(radius^2), exactly, whatever the rounding of radius.
-
-    Raises TypeError if radius is no real number, ValueError if it is negative, NaN or above MAX_RADIUS.
-    """
-    if isinstance(radius, bool) or not isinstance(radius, (int, float)):
-        raise TypeError(f"radius must be a float, got {type(radius).__name__}")
-    if not 0 <= radius <= MAX_RADIUS:
-        raise ValueError(f"radius must be a number between 0 and {MAX_RADIUS}, got {radius}")
-    return math.floor(Fraction(radius) ** 2)
+    """Largest squared frequency inside the disc: floor(radius^2), exactly, whatever the rounding of radius."""
+    return sys.maxsize if radius == math.inf else math.floor(Fraction(radius) ** 2)
 
 
+@constant
 def on_circle(radius: float) -> bool:
-    """Whether the lattice of integer frequencies can touch the circle d = radius: radius^2 is an integer."""
-    return (Fraction(radius) ** 2).denominator == 1
+    """Whether integer frequencies can lie on the circle d = radius itself: radius^2 is an integer."""
+    return radius != math.inf and (Fraction(radius) ** 2).denominator == 1
 
 
-@functools.lru_cache(maxsize=256)
+@constant
 def shells(radius_squared: int) -> tuple[int, ...]:
     """All squared distances d^2 = f_h^2 + f_w^2 <= radius_squared in ascending order.
 
     They do not depend on H and W, so that one learned profile serves every size; a shell that a small
-    plane does not contain has no modes there.
+    plane does not contain has no modes there. Raises ValueError above MAX_RADIUS.
     """
+    if radius_squared > MAX_RADIUS**2:
+        raise ValueError(f"radius must be at most {MAX_RADIUS}, got {math.sqrt(radius_squared):g}")
     top = math.isqrt(radius_squared)
     squares = torch.arange(top + 1) ** 2
     present = torch.zeros(radius_squared + 1, dtype=torch.bool)
     for square in squares.tolist():
         present[square + squares[: math.isqrt(radius_squared - square) + 1]] = True
     return tuple(present.nonzero().flatten().tolist())
-
-
-def full_squared_radius(height: int, width: int) -> int:
-    """Squared radius of the smallest disc that holds the whole spectrum of an H x W plane."""
-    return (height // 2) ** 2 + (width // 2) ** 2
 
 
 def functions(n: int, radius_squared: int) -> int:
@@ -94,34 +104,34 @@ def shell_map(height: int, width: int, radius_squared: int, device: torch.device
         return found.to(device)
 
 
-def disc(radius: float, boundary: float | None) -> int:
-    """Squared radius up to which the pooling profile differs from its base: the circle counts if it has a value of its own."""
-    squared = squared_radius(radius)
-    return max(squared - 1, 0) if boundary is None and on_circle(radius) else squared
-
-
-def pooling_profile(lam: Tensor, radius: float, boundary: float | None, radius_squared: int) -> tuple[Tensor, Tensor]:
+def pooling_profile(lam: Tensor, radius: float, boundary: float | None, height: int, width: int) -> tuple[Tensor, Tensor, int]:
     """Profile of the spectral pooling filter: lam where d < radius, boundary where d == radius, 1 - lam elsewhere.
 
-    lam: (C,). Returns base (C,) = 1 - lam and gain (S, C) = mask - base for the shells up to radius_squared.
+    lam: (C,). Returns base (C,), gain (S, C) and the squared radius of the disc they cover: the one given, less the circle
+    where it has no value of its own; the constant mode alone, without gain, if the disc given holds the whole spectrum.
     """
+    squared, circle = squared_radius(radius), on_circle(radius)
+    full = (height // 2) ** 2 + (width // 2) ** 2
+    if squared > full or (squared == full and not circle):
+        return lam, torch.zeros_like(lam)[None], 0
     base = 1 - lam
-    exact = Fraction(radius) ** 2
-    inside = sum(squared < exact for squared in shells(radius_squared))
-    on = len(shells(radius_squared)) - inside
-    circle = torch.zeros_like(base) if boundary is None else boundary - base
-    return base, torch.cat([(lam - base).expand(inside, -1), circle.expand(on, -1)])
+    inside = len(shells(squared)) - circle
+    if boundary is not None and circle:
+        return base, torch.cat([(lam - base).expand(inside, -1), (boundary - base)[None]]), squared
+    if inside == 0:
+        return base, torch.zeros_like(lam)[None], 0
+    return base, (lam - base).expand(inside, -1), shells(squared)[inside - 1]
 
 
 @functools.lru_cache(maxsize=256)
 def constant_pooling_profile(
-    lam: float, radius: float, boundary: float | None, radius_squared: int, channels: int, dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor, Tensor]:
+    lam: float, radius: float, boundary: float | None, height: int, width: int, channels: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor, int]:
     """`pooling_profile` of one lam for every channel, computed in fp64, cached as tensors of the given dtype on the device."""
     with torch.inference_mode(False), torch.no_grad():
         lams = torch.full((channels,), lam, dtype=torch.float64)
-        base, gain = pooling_profile(lams, radius, boundary, radius_squared)
-        return base.to(device, dtype), gain.to(device, dtype).contiguous()
+        base, gain, squared = pooling_profile(lams, radius, boundary, height, width)
+        return base.to(device, dtype), gain.to(device, dtype).contiguous(), squared
 
 
 def profile_dtype(dtype: torch.dtype) -> torch.dtype:

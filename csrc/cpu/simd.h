@@ -1,0 +1,162 @@
+// One vector type for every instruction set: SIMD_BYTES wide, spelled in GCC/Clang vector extensions.
+//
+// The file that includes this is compiled once per instruction set, each time with its own SIMD_NAME
+// (a namespace) and SIMD_BYTES (64 with AVX-512, 32 with AVX2, 16 plain: SSE2, NEON or whatever the
+// compiler makes of it). No standard container or algorithm may be used there: a shared inline
+// function compiled for AVX-512 could be the copy that the linker keeps for all.
+//
+// T is the type of accumulators, float or double; IO is the type in memory: T itself, or Bf16 or Half
+// (bit patterns) for float. load and store convert; both round to nearest even and keep NaN.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#include "cpu/half.h"
+
+namespace spanet {
+namespace SIMD_NAME {
+
+template <class T> struct Simd;
+template <> struct Simd<float> {
+  typedef float V __attribute__((vector_size(SIMD_BYTES)));
+  typedef uint32_t U __attribute__((vector_size(SIMD_BYTES)));
+  typedef uint16_t U16 __attribute__((vector_size(SIMD_BYTES / 2)));
+};
+template <> struct Simd<double> {
+  typedef double V __attribute__((vector_size(SIMD_BYTES)));
+};
+template <class T> using Vec = typename Simd<T>::V;
+template <class T> constexpr int64_t lanes_of = SIMD_BYTES / sizeof(T);
+
+#define SIMD_INLINE static inline __attribute__((always_inline))
+
+template <class V> SIMD_INLINE V load_raw(const void* p) {
+  V v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+SIMD_INLINE float widen(float h) { return h; }
+SIMD_INLINE double widen(double h) { return h; }
+SIMD_INLINE float widen(Bf16 h) {
+  const uint32_t bits = uint32_t{h.bits} << 16;
+  float f;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
+SIMD_INLINE float widen(Half h) {
+  // the exponent moves from bias 15 to 127 by one exact product; all ones stays all ones
+  const uint32_t sign = uint32_t(h.bits & 0x8000) << 16, rest = uint32_t(h.bits & 0x7fff) << 13;
+  float magnitude;
+  std::memcpy(&magnitude, &rest, 4);
+  magnitude *= 0x1p112f;
+  uint32_t bits;
+  std::memcpy(&bits, &magnitude, 4);
+  bits |= sign | (rest >= 0x0f800000 ? 0x7f800000 : 0);
+  float f;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
+
+SIMD_INLINE void narrow(float f, float* p) { *p = f; }
+SIMD_INLINE void narrow(double f, double* p) { *p = f; }
+SIMD_INLINE void narrow(float f, Bf16* p) {
+  uint32_t bits;
+  std::memcpy(&bits, &f, 4);
+  p->bits = f != f ? uint16_t(bits >> 16 | 0x40) : uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+SIMD_INLINE void narrow(float f, Half* p) {
+  uint32_t bits;
+  std::memcpy(&bits, &f, 4);
+  const uint32_t sign = bits >> 16 & 0x8000, rest = bits & 0x7fffffff;
+  if (rest >= 0x477ff000) {  // rounds beyond the largest half: Inf, or NaN kept
+    p->bits = uint16_t(sign | (rest > 0x7f800000 ? 0x7e00 : 0x7c00));
+  } else if (rest < 0x38800000) {  // subnormal: adding 1/2 leaves the bits wanted at the bottom of the sum
+    float magnitude;
+    std::memcpy(&magnitude, &rest, 4);
+    magnitude += 0.5f;
+    std::memcpy(&bits, &magnitude, 4);
+    p->bits = uint16_t(sign | (bits - 0x3f000000));
+  } else {
+    p->bits = uint16_t(sign | ((rest - 0x38000000 + 0xfff + (rest >> 13 & 1)) >> 13));
+  }
+}
+
+template <class T, class IO> SIMD_INLINE Vec<T> load(const IO* p) {
+  if constexpr (std::is_same_v<IO, T>) {
+    return load_raw<Vec<T>>(p);
+  } else if constexpr (std::is_same_v<IO, Bf16>) {
+    using S = Simd<float>;
+    const S::U wide = __builtin_convertvector(load_raw<S::U16>(p), S::U) << 16;
+    return (Vec<T>)wide;
+  } else {
+#if SIMD_BYTES == 64
+    return (Vec<T>)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif SIMD_BYTES == 32
+    return (Vec<T>)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#else
+    Vec<T> v;
+    for (int64_t l = 0; l < lanes_of<T>; ++l) v[l] = widen(p[l]);
+    return v;
+#endif
+  }
+}
+
+// The bit pattern of v as IO, ready to be stored.
+template <class IO, class T> SIMD_INLINE auto narrow(Vec<T> v) {
+  if constexpr (std::is_same_v<IO, T>) {
+    return v;
+  } else if constexpr (std::is_same_v<IO, Bf16>) {
+    using S = Simd<float>;
+    const S::U bits = (S::U)v;
+    const S::U rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    const S::U nan = bits >> 16 | 0x40;
+    const S::U is_nan = (S::U)(v != v);
+    return __builtin_convertvector((is_nan & nan) | (~is_nan & rounded), S::U16);
+  } else {
+#if SIMD_BYTES == 64
+    return _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif SIMD_BYTES == 32
+    return _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+    Simd<float>::U16 halves;
+    for (int64_t l = 0; l < lanes_of<T>; ++l) {
+      Half half;
+      narrow(v[l], &half);
+      halves[l] = half.bits;
+    }
+    return halves;
+#endif
+  }
+}
+
+template <class T, class IO> SIMD_INLINE void store(IO* p, Vec<T> v) {
+  const auto bits = narrow<IO, T>(v);
+  std::memcpy(p, &bits, sizeof bits);
+}
+
+// A store past the caches; p must be aligned to its own size.
+template <class T, class IO> SIMD_INLINE void store_streaming(IO* p, Vec<T> v) {
+  const auto bits = narrow<IO, T>(v);
+#if SIMD_BYTES >= 32
+  if constexpr (sizeof bits == 64) _mm512_stream_si512((__m512i*)p, (__m512i)bits);
+  else if constexpr (sizeof bits == 32) _mm256_stream_si256((__m256i*)p, (__m256i)bits);
+  else _mm_stream_si128((__m128i*)p, (__m128i)bits);
+#else
+  std::memcpy(p, &bits, sizeof bits);
+#endif
+}
+
+SIMD_INLINE void fence_streaming() {
+#if SIMD_BYTES >= 32
+  _mm_sfence();
+#endif
+}
+
+}  // namespace SIMD_NAME
+}  // namespace spanet

@@ -1,0 +1,127 @@
+"""Which implementation serves which operator on which device, and why not the others.
+
+Importing this module loads the compiled operators and fills the dispatcher's empty slots, once:
+
+    CPU      _cpu.so
+    CUDA     _cuda.so, else the Triton kernels (NVIDIA without the built library, AMD), else the modes in PyTorch
+    others   the modes in PyTorch
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+import platform
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import reference
+
+OPERATORS = ("radial_filter", "radial_filter_backward")
+_FOLDER = Path(__file__).parent
+_library = torch.library.Library("spanet_kernels", "IMPL")
+
+
+def _load(name: str) -> str | None:
+    """Load a library of compiled operators; returns why it is not there, or None."""
+    path = _FOLDER / f"{name}.so"
+    if not path.exists():
+        return f"{name}.so was not built"
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        return f"{name}.so does not load: {error}"
+    return None
+
+
+def _triton_missing() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    return None
+
+
+def _triton(op: str) -> Callable[..., Any]:
+    def launch(*args: Any) -> Any:
+        from .triton_kernels import radial_filter as kernels  # triton is imported by the first call, not by the package
+
+        return getattr(kernels, op)(*args)
+
+    return launch
+
+
+def _implementations(op: str) -> dict[str, Callable[..., Any]]:
+    by_modes = {"radial_filter": reference.radial_filter_modes, "radial_filter_backward": reference.radial_filter_modes_backward}
+    return {"reference": getattr(reference, op), "modes": by_modes[op], "triton": _triton(op)}
+
+
+_cpu_missing = _load("_cpu")
+if _cpu_missing:
+    raise ImportError(f"spanet_kernels: {_cpu_missing}; install the package with `pip install .`, or run `make build` in a checkout")
+_cuda_missing = _load("_cuda")
+_triton_why_not = _triton_missing()
+
+for _op in OPERATORS:
+    _library.impl(_op, _implementations(_op)["modes"], "CompositeExplicitAutograd")
+    if _cuda_missing and not _triton_why_not:
+        _library.impl(_op, _triton(_op), "CUDA")
+
+
+@contextlib.contextmanager
+def use(implementation: str) -> Iterator[None]:
+    """Force one implementation of every operator, for tests and benchmarks; the whole process is switched, not a thread.
+
+    implementation: "reference" (torch.fft as the paper has it) or "modes" (plain PyTorch), on the CPU and on GPUs, or "triton" (GPUs).
+    Raises ValueError for another name.
+    """
+    if implementation not in ("reference", "modes", "triton"):
+        raise ValueError(f"use: implementation must be 'reference', 'modes' or 'triton', got {implementation!r}")
+    override = torch.library.Library("spanet_kernels", "IMPL")
+    try:
+        for op in OPERATORS:
+            for key in ("CUDA",) if implementation == "triton" else ("CPU", "CUDA"):
+                override.impl(op, _implementations(op)[implementation], key, allow_override=True)
+        yield
+    finally:
+        override._destroy()
+
+
+def backends() -> dict[str, Any]:
+    """Versions, devices, and for every operator and device the implementation in use and the reason for each that is not."""
+    from . import _native
+
+    capability = _native.cpu_capability()
+    cuda = torch.cuda.is_available()
+    no_gpu = None if cuda else "no GPU is visible to torch"
+    in_use = "triton" if _cuda_missing and not _triton_why_not else "modes" if _cuda_missing else "cuda"
+    reasons = {
+        "cuda": _cuda_missing or no_gpu,
+        "triton": _triton_why_not or no_gpu or (None if in_use == "triton" else "the CUDA library is loaded"),
+        "modes": None if in_use == "modes" else f"{in_use} comes first",
+    }
+    return {
+        "versions": {
+            "spanet_kernels": importlib.metadata.version("spanet-kernels"),
+            "torch": torch.__version__,
+            "triton": None if _triton_why_not else importlib.metadata.version("triton"),
+            "python": platform.python_version(),
+            "built with": _native.build_info(),
+        },
+        "devices": {
+            "cpu": {"capability": capability, "threads": torch.get_num_threads(), "forced": os.environ.get("SPANET_KERNELS_CPU")},
+            "cuda": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else [],
+        },
+        "operators": {
+            op: {
+                "cpu": {"in use": f"C++ ({capability})", "not in use": {"modes": "C++ comes first"}},
+                "cuda": {"in use": in_use if cuda else None, "not in use": {k: v for k, v in reasons.items() if v}},
+                "other": {"in use": "modes", "not in use": {}},
+            }
+            for op in OPERATORS
+        },
+    }

@@ -1,0 +1,1 @@
+"""Public operators: one file each, read top to bottom."""

@@ -1,0 +1,267 @@
+"""The radial filter and the spectral pooling filter: public functions, checks, fake kernels, autograd formulas.
+
+The operator is trilinear in (grad, x, profile), so two operators close under every derivative:
+`radial_filter` is its own gradient with respect to x, and `radial_filter_backward` gives the gradients
+of the profile, whose own derivatives are `radial_filter` again.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
+
+from .. import modes
+
+_filter = torch.ops.spanet_kernels.radial_filter.default
+_profile_grad = torch.ops.spanet_kernels.radial_filter_backward.default
+_below_autograd = torch._C._AutoDispatchBelowAutograd  # type: ignore[attr-defined]
+
+
+def radial_filter(x: Tensor, base: Tensor, gain: Tensor, radius: float) -> Tensor:
+    """Scale every spatial frequency of x by a gain that depends on its distance from the constant mode.
+
+    y = Re F^-1(M . F(x)),  M_c(u, v) = base_c + gain_{s,c} where u^2 + v^2 is the s-th of `modes.shells`
+    up to radius^2, and base_c outside the disc. Computed as base x plus a few Fourier modes; no FFT.
+
+    Args:
+        x: (B, C, H, W), float64, float32, float16 or bfloat16, any strides, B and C may be 0.
+        base: (C,), float32 (float64 for a float64 x), on the device of x.
+        gain: (S, C), like base; S = len(modes.shells(modes.squared_radius(radius))): 2 shells at radius 1, 4 at 2, 7 at 3.
+        radius: in cycles per image, at least 0; beyond the spectrum of x, shells without modes are ignored.
+
+    Returns:
+        The filtered x, same shape and dtype, accumulated in float32 (float64 for float64);
+        channels_last if the channels of x are adjacent, else contiguous. Differentiable to any order in x, base and gain.
+
+    Raises:
+        TypeError: an argument is no tensor or has the wrong dtype, or radius is no number.
+        ValueError: a wrong rank, shape or device, an empty plane, a negative or NaN radius.
+
+    Source: arXiv 2308.11568, eqs. 5-18, with a free gain per shell and channel.
+    """
+    _check_input("radial_filter", x)
+    squared = modes.squared_radius(_check_radius("radial_filter", radius))
+    _check_profile(x, base, gain, squared, radius)
+    return _apply(x, base, gain, squared)
+
+
+def spectral_pool(x: Tensor, lam: float | Tensor, radius: float, boundary: float | None = None) -> Tensor:
+    """Spectral pooling filter: weigh the low frequencies of x by lam, the others by 1 - lam.
+
+    y = Re F^-1(M . F(x)),  M(u, v) = lam where d < radius, 1 - lam elsewhere, d = sqrt(u^2 + v^2).
+
+    Args:
+        x: (B, C, H, W), float64, float32, float16 or bfloat16, any strides, B and C may be 0.
+        lam: weight of the low frequencies: a finite number, or a floating-point tensor broadcastable to (C,), learned if it
+            requires a gradient. 0.5 halves x, 1 keeps the low frequencies alone, 0 the high ones.
+        radius: of the low-pass disc, in cycles per image, at least 0; beyond the spectrum of x the result is lam x.
+        boundary: value of M on the circle d == radius; None is the paper's 1 - lam, the published code has 1/3.
+
+    Returns:
+        The filtered x, same shape and dtype; channels_last if the channels of x are adjacent, else contiguous.
+
+    Raises:
+        TypeError: x is no floating-point tensor, lam, radius or boundary no number.
+        ValueError: a wrong rank, shape or device, an empty plane, a lam or boundary that is not finite, a negative or NaN radius.
+
+    Source: arXiv 2308.11568, eqs. 5-18.
+    """
+    _check_input("spectral_pool", x)
+    radius = _check_radius("spectral_pool", radius)
+    if boundary is not None and not (isinstance(boundary, (int, float)) and -math.inf < boundary < math.inf):
+        raise ValueError(f"spectral_pool: boundary must be None or a finite number, got {boundary!r}")
+    channels, height, width = x.shape[1:]
+    dtype = modes.profile_dtype(x.dtype)
+    if isinstance(lam, Tensor):
+        _check_lam(x, lam)
+        lams = lam.to(dtype).expand(channels)
+    elif not isinstance(lam, (int, float)):
+        raise TypeError(f"spectral_pool: lam must be a number or a tensor, got {type(lam).__name__}")
+    elif not -math.inf < lam < math.inf:
+        raise ValueError(f"spectral_pool: lam must be finite, got {lam}")
+    elif torch.compiler.is_compiling():
+        lams = torch.full((channels,), lam, dtype=dtype, device=x.device)
+    else:
+        return _apply(x, *modes.constant_pooling_profile(lam, radius, boundary, height, width, channels, dtype, x.device))
+    return _apply(x, *modes.pooling_profile(lams, radius, boundary, height, width))
+
+
+def _apply(x: Tensor, base: Tensor, gain: Tensor, radius_squared: int) -> Tensor:
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return _filter(x, base, gain, radius_squared)
+    # what the autograd kernel below would do, without its two trips through the dispatcher
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(x, base, gain):
+        return _RadialFilter.apply(x, base, gain, radius_squared)
+    with _below_autograd():
+        return _filter(x, base, gain, radius_squared)
+
+
+class _RadialFilter(torch.autograd.function._SingleLevelFunction):
+    """y = F(x; base, gain): linear in x and in the profile, self-adjoint in x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, base: Tensor, gain: Tensor, radius_squared: int) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.radius_squared = radius_squared
+        profile_learns = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+        ctx.save_for_backward(x if profile_learns else None, base, gain)
+        if forward_ad._current_level >= 0:
+            ctx.save_for_forward(x, base, gain)
+        with _below_autograd():
+            return _filter(x, base, gain, radius_squared)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        if grad is None:
+            return None, None, None, None
+        x, base, gain = ctx.saved_tensors
+        x_grad = _apply(grad, base, gain, ctx.radius_squared) if ctx.needs_input_grad[0] else None
+        if x is None:
+            return x_grad, None, None, None
+        return x_grad, *_profile_grad(grad, x, ctx.radius_squared), None
+
+    @staticmethod
+    def jvp(ctx: Any, x_t: Tensor | None, base_t: Tensor | None, gain_t: Tensor | None, _: None) -> Tensor | None:
+        x, base, gain = ctx.saved_tensors
+        out = None if x_t is None else _filter(x_t, base, gain, ctx.radius_squared)
+        if base_t is None and gain_t is None:
+            return out
+        base_t = torch.zeros_like(base) if base_t is None else base_t
+        gain_t = torch.zeros_like(gain) if gain_t is None else gain_t
+        profile = _filter(x, base_t, gain_t, ctx.radius_squared)
+        return profile if out is None else out + profile
+
+
+class _ProfileGrad(torch.autograd.function._SingleLevelFunction):
+    """(base_grad, gain_grad) = P(grad, x): bilinear and symmetric, the transpose of F in the profile."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, x: Tensor, radius_squared: int) -> tuple[Tensor, Tensor]:
+        ctx.radius_squared = radius_squared
+        ctx.save_for_backward(grad, x)
+        if forward_ad._current_level >= 0:
+            ctx.save_for_forward(grad, x)
+        with _below_autograd():
+            return _profile_grad(grad, x, radius_squared)
+
+    @staticmethod
+    def backward(ctx: Any, base_grad: Tensor, gain_grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        grad, x = ctx.saved_tensors
+        to_grad = _filter(x, base_grad, gain_grad, ctx.radius_squared) if ctx.needs_input_grad[0] else None
+        to_x = _filter(grad, base_grad, gain_grad, ctx.radius_squared) if ctx.needs_input_grad[1] else None
+        return to_grad, to_x, None
+
+    @staticmethod
+    def jvp(ctx: Any, grad_t: Tensor | None, x_t: Tensor | None, _: None) -> tuple[Tensor, Tensor]:
+        grad, x = ctx.saved_tensors
+        grad_t = torch.zeros_like(grad) if grad_t is None else grad_t
+        x_t = torch.zeros_like(x) if x_t is None else x_t
+        left, right = _profile_grad(grad_t, x, ctx.radius_squared), _profile_grad(grad, x_t, ctx.radius_squared)
+        return left[0] + right[0], left[1] + right[1]
+
+
+def _autograd_kernel(operator: Any, function: Any) -> Any:
+    """The kernel of the Autograd keys: record the function where a derivative is wanted, else go below."""
+
+    def kernel(keyset: Any, *args: Any) -> Any:
+        if (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)) or forward_ad._current_level >= 0:
+            with enable_single_level_autograd_function():  # torch.func has peeled its own levels off by now
+                return function.apply(*args)
+        with _below_autograd():
+            return operator.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    return kernel
+
+
+_library = torch.library.Library("spanet_kernels", "IMPL")
+_library.impl("radial_filter", _autograd_kernel(_filter, _RadialFilter), "Autograd", with_keyset=True)
+_library.impl("radial_filter_backward", _autograd_kernel(_profile_grad, _ProfileGrad), "Autograd", with_keyset=True)
+
+
+@torch.library.register_fake("spanet_kernels::radial_filter")
+def _filter_fake(x: Tensor, base: Tensor, gain: Tensor, radius_squared: int) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.channels_last if modes.channels_last(x) else torch.contiguous_format)
+
+
+@torch.library.register_fake("spanet_kernels::radial_filter_backward")
+def _profile_grad_fake(grad: Tensor, x: Tensor, radius_squared: int) -> tuple[Tensor, Tensor]:
+    dtype = modes.profile_dtype(x.dtype)
+    return x.new_empty(x.shape[1], dtype=dtype), x.new_empty(len(modes.shells(radius_squared)), x.shape[1], dtype=dtype)
+
+
+def _into_channels(arg: Tensor, dim: int | None, size: int, channel_dim: int) -> Tensor:
+    """Move a vmapped dimension (absent: repeated) in front of the channels and merge the two."""
+    moved = arg.unsqueeze(channel_dim).expand(*arg.shape[:channel_dim], size, *arg.shape[channel_dim:]) if dim is None else arg.movedim(dim, channel_dim)
+    return moved.flatten(channel_dim, channel_dim + 1)
+
+
+@torch.library.register_vmap("spanet_kernels::radial_filter")
+def _filter_vmap(info: Any, in_dims: Any, x: Tensor, base: Tensor, gain: Tensor, radius_squared: int) -> tuple[Tensor, int]:
+    size = info.batch_size
+    x, base, gain = (_into_channels(arg, dim, size, at) for arg, dim, at in zip((x, base, gain), in_dims, (1, 0, 1), strict=False))
+    return _filter(x, base, gain, radius_squared).unflatten(1, (size, -1)), 1
+
+
+@torch.library.register_vmap("spanet_kernels::radial_filter_backward")
+def _profile_grad_vmap(info: Any, in_dims: Any, grad: Tensor, x: Tensor, radius_squared: int) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+    size = info.batch_size
+    grad, x = (_into_channels(arg, dim, size, 1) for arg, dim in zip((grad, x), in_dims, strict=False))
+    base_grad, gain_grad = _profile_grad(grad, x, radius_squared)
+    return (base_grad.unflatten(0, (size, -1)), gain_grad.unflatten(1, (size, -1))), (0, 1)
+
+
+def _check_radius(op: str, radius: float) -> float:
+    if not isinstance(radius, (int, float)):
+        raise TypeError(f"{op}: radius must be a number, got {type(radius).__name__}")
+    if not radius >= 0:
+        raise ValueError(f"{op}: radius must be at least 0, got {radius}")
+    if torch.compiler.is_compiling():
+        (radius,) = {radius}  # torch.compile takes the members of a set as constants, also where it keeps numbers symbolic
+    return radius
+
+
+def _check_input(op: str, x: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: x must be a tensor, got {type(x).__name__}")
+    if x.dtype not in _DTYPES:
+        raise TypeError(f"{op}: x must be float64, float32, float16 or bfloat16, got {x.dtype}")
+    if x.dim() != 4:
+        raise ValueError(f"{op}: x must have shape (B, C, H, W), got {tuple(x.shape)}")
+    if x.shape[2] == 0 or x.shape[3] == 0:
+        raise ValueError(f"{op}: x must have at least one row and one column, got {tuple(x.shape)}")
+
+
+def _check_profile(x: Tensor, base: Tensor, gain: Tensor, radius_squared: int, radius: float) -> None:
+    channels, dtype = x.shape[1], modes.profile_dtype(x.dtype)
+    try:
+        shells = len(modes.shells(radius_squared))
+    except ValueError as error:
+        raise ValueError(f"radial_filter: {error}") from None
+    for name, tensor, shape in (("base", base, (channels,)), ("gain", gain, (shells, channels))):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"radial_filter: {name} must be a tensor, got {type(tensor).__name__}")
+        if tensor.dtype != dtype:
+            raise TypeError(f"radial_filter: {name} must be {dtype} for an x of {x.dtype}, got {tensor.dtype}")
+        if tensor.shape != shape:
+            raise ValueError(
+                f"radial_filter: {name} must have shape {shape} for radius {radius:g} and {channels} channels, got {tuple(tensor.shape)}"
+            )
+        if tensor.device != x.device:
+            raise ValueError(f"radial_filter: {name} must be on {x.device} like x, got {tensor.device}")
+
+
+def _check_lam(x: Tensor, lam: Tensor) -> None:
+    if not lam.is_floating_point():
+        raise TypeError(f"spectral_pool: lam must be a floating-point tensor, got {lam.dtype}")
+    if lam.dim() > 1 or (lam.dim() == 1 and lam.shape[0] not in (1, x.shape[1])):
+        raise ValueError(f"spectral_pool: lam must broadcast to ({x.shape[1]},), one value per channel, got shape {tuple(lam.shape)}")
+    if lam.device != x.device:
+        raise ValueError(f"spectral_pool: lam must be on {x.device} like x, got {lam.device}")
+
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
