@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <array>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -36,75 +37,88 @@ constexpr int64_t stream_bytes = int64_t{8} << 20;
 constexpr int64_t staged_bytes = int64_t{512} << 10;
 
 template <class T> struct AxisTable {
-  std::vector<T> table, functions, transposed;
+  std::vector<T> table, functions, once, transposed;
   Axis<T> axis;
 
-  AxisTable(int64_t n, int64_t radius_squared) {
-    const int64_t count = axis_functions(n, radius_squared), nc = count / 2 + 1, ns = count - nc, padded = (count + 15) / 16 * 16;
-    functions.resize(count * n);
-    transposed.resize(padded * n);
+  AxisTable(int64_t n, int64_t radius_squared, int64_t lanes) {
+    const int64_t count = axis_functions(n, radius_squared), nc = count / 2 + 1, ns = count - nc, padded = line_up(count);
+    const int64_t vectors = (n + lanes - 1) / lanes, width = vectors * lanes;
+    functions.resize(count * width);
+    once.resize(count * width);
+    transposed.resize(width * padded);
     table.resize((n / 2 + 1) * count);
     for (int64_t k = 0; k < count; ++k) {
       const int64_t f = k < nc ? k : k - nc + 1;
-      for (int64_t i = 0; i < n; ++i) {
+      const auto value = [&](int64_t i) {
         const double angle = 2 * std::numbers::pi / n * (f * i % n);
-        const T value = static_cast<T>(k < nc ? std::cos(angle) : std::sin(angle));
-        functions[k * n + i] = transposed[i * padded + k] = value;
-        if (i <= n / 2) table[i * count + k] = value;
+        return static_cast<T>(k < nc ? std::cos(angle) : std::sin(angle));
+      };
+      for (int64_t i = 0; i <= n / 2; ++i) table[i * count + k] = value(i);
+      for (int64_t slot = 0; slot < width; ++slot) {
+        const bool moved = n >= lanes && slot / lanes == vectors - 1;
+        const int64_t i = moved ? slot - (width - n) : slot;
+        if (i >= n) continue;
+        functions[k * width + slot] = value(i);
+        if (!moved || i >= slot / lanes * lanes) once[k * width + slot] = transposed[slot * padded + k] = value(i);
       }
     }
-    axis = {n, nc, ns, table.data(), functions.data(), transposed.data(), padded};
+    axis = {n, nc, ns, table.data(), functions.data(), once.data(), transposed.data(), width, padded};
   }
 };
 
 template <class T> struct ModeTable {
   AxisTable<T> rows, columns;
-  std::vector<int32_t> shell;
-  std::vector<double> scale;
+  std::vector<Mode> mode;
   Modes<T> modes;
 
-  ModeTable(int64_t h, int64_t w, int64_t radius_squared) : rows(h, radius_squared), columns(w, radius_squared) {
+  ModeTable(int64_t h, int64_t w, int64_t radius_squared, int64_t lanes)
+      : rows(h, radius_squared, lanes), columns(w, radius_squared, lanes) {
     const std::vector<int32_t> shell_of = shell_table(radius_squared);
     const auto frequency = [](const Axis<T>& axis, int64_t k) { return k < axis.nc ? k : k - axis.nc + 1; };
-    for (int64_t a = 0; a < rows.axis.count(); ++a)
-      for (int64_t b = 0; b < columns.axis.count(); ++b) {
+    for (int32_t a = 0; a < rows.axis.count(); ++a)
+      for (int32_t b = 0; b < columns.axis.count(); ++b) {
         const int64_t u = frequency(rows.axis, a), v = frequency(columns.axis, b), squared = u * u + v * v;
-        scale.push_back((u == 0 || 2 * u == h ? 1.0 : 2.0) * (v == 0 || 2 * v == w ? 1.0 : 2.0) / static_cast<double>(h * w));
-        shell.push_back(squared <= radius_squared ? shell_of[squared] : -1);
+        const double weight = (u == 0 || 2 * u == h ? 1.0 : 2.0) * (v == 0 || 2 * v == w ? 1.0 : 2.0);
+        if (squared > radius_squared) continue;
+        const int32_t width = static_cast<int32_t>(columns.axis.width);
+        mode.push_back({a, b, shell_of[squared], a * width, b * width, weight / static_cast<double>(h * w)});
       }
     int64_t shells = 0;
     for (int32_t index : shell_of) shells += index >= 0;
-    modes = {rows.axis, columns.axis, shell.data(), scale.data(), shells};
+    modes = {rows.axis, columns.axis, mode.data(), static_cast<int64_t>(mode.size()), shells};
   }
 };
 
-template <class T> std::shared_ptr<const ModeTable<T>> mode_table(int64_t h, int64_t w, int64_t radius_squared) {
-  using Key = std::tuple<int64_t, int64_t, int64_t>;
+template <class T> std::shared_ptr<const ModeTable<T>> mode_table(int64_t h, int64_t w, int64_t radius_squared, int64_t lanes) {
+  using Key = std::array<int64_t, 4>;
   static std::mutex mutex;
   static std::map<Key, std::shared_ptr<const ModeTable<T>>> tables;
+  const Key key{h, w, radius_squared, lanes};
   const std::lock_guard<std::mutex> lock(mutex);
-  std::shared_ptr<const ModeTable<T>>& table = tables[Key{h, w, radius_squared}];
-  if (!table) {
-    const auto made = std::make_shared<const ModeTable<T>>(h, w, radius_squared);
-    if (tables.size() > 256) tables.clear();
-    return tables[Key{h, w, radius_squared}] = made;
-  }
-  return table;
+  const auto found = tables.find(key);
+  if (found != tables.end()) return found->second;
+  if (tables.size() >= 256) tables.clear();
+  return tables[key] = std::make_shared<const ModeTable<T>>(h, w, radius_squared, lanes);
 }
 
-template <class K> const K& pick(const K& plain, const K& avx2, const K& avx512) {
+// The kernels of the best instruction set; the one with vectors half as long if half a vector holds all lanes.
+template <class K> const K& pick(int64_t lanes, const K& plain, [[maybe_unused]] const K* avx2, [[maybe_unused]] const K* avx512) {
+#if defined(__x86_64__)
   static const Capability capability = cpu_capability();
-  return capability == Capability::avx512 ? avx512 : capability == Capability::avx2 ? avx2 : plain;
+  if (capability == Capability::avx512 && lanes > avx2->lanes) return *avx512;
+  if (capability != Capability::plain) return *avx2;
+#endif
+  return plain;
 }
 
 #if defined(__x86_64__)
-#define SPANET_PICK(KERNEL) pick(plain::KERNEL, avx2::KERNEL, avx512::KERNEL)
+#define SPANET_PICK(KERNEL) pick(lanes, plain::KERNEL, &avx2::KERNEL, &avx512::KERNEL)
 #else
 #define SPANET_PICK(KERNEL) plain::KERNEL
 #endif
 
-// Calls f(kernels) with the kernels for the dtype.
-template <class F> void for_dtype(ScalarType dtype, F f) {
+// Calls f(kernels) with the kernels for the dtype and so many adjacent elements to work on.
+template <class F> void for_dtype(ScalarType dtype, int64_t lanes, F f) {
   if (dtype == ScalarType::Float) f(SPANET_PICK(f32));
   else if (dtype == ScalarType::BFloat16) f(SPANET_PICK(bf16));
   else if (dtype == ScalarType::Half) f(SPANET_PICK(f16));
@@ -139,8 +153,8 @@ Tensor radial_filter(const Tensor& x, const Tensor& base, const Tensor& gain, in
                                   channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
   if (x.numel() == 0) return y;
   const int64_t images = x.size(0), channels = x.size(1), h = x.size(2), w = x.size(3);
-  for_dtype(x.scalar_type(), [&]<class T, class IO>(const Kernels<T, IO>& kernel) {
-    const auto table = mode_table<T>(h, w, radius_squared);
+  for_dtype(x.scalar_type(), channels_last ? channels : w, [&]<class T, class IO>(const Kernels<T, IO>& kernel) {
+    const auto table = mode_table<T>(h, w, radius_squared, kernel.lanes);
     STD_TORCH_CHECK(base.scalar_type() == gain.scalar_type() && base.element_size() == sizeof(T) && base.numel() == channels &&
                         gain.numel() == table->modes.shells * channels,
                     "radial_filter: base must have shape (C,) and gain (S, C), in the dtype of the accumulators");
@@ -148,18 +162,13 @@ Tensor radial_filter(const Tensor& x, const Tensor& base, const Tensor& gain, in
                              gain.stride(1)};
     const int64_t bytes = h * w * static_cast<int64_t>(sizeof(IO)), lanes = kernel.lanes;
     const bool large = y.numel() * static_cast<int64_t>(sizeof(IO)) >= stream_bytes;
-    Cut cut = Cut::packed;
-    int64_t chunk = lanes, units = images * channels, elements = h * w;
-    bool stream = false;
-    if (channels_last && channels >= lanes) {
+    Cut cut = Cut::columns;
+    int64_t chunk = 1, units = images * channels, elements = h * w;
+    bool stream = large && bytes <= staged_bytes;
+    if (channels_last) {
       cut = Cut::lanes;
       chunk = lanes_chunk(lanes, bytes);
       stream = large && channels % lanes == 0 && reinterpret_cast<uintptr_t>(y.data_ptr()) % 64 == 0;
-    } else if (!channels_last && w >= lanes) {
-      cut = Cut::columns;
-      stream = large && bytes <= staged_bytes;
-    }
-    if (cut != Cut::columns) {
       units = images * chunks_of(channels, chunk);
       elements *= chunk;
     }
@@ -185,20 +194,16 @@ std::tuple<Tensor, Tensor> radial_filter_backward(const Tensor& grad, const Tens
   STD_TORCH_CHECK(grad.scalar_type() == x.scalar_type() && grad.size(0) == images && grad.size(1) == channels && grad.size(2) == h &&
                       grad.size(3) == w,
                   "radial_filter_backward: grad must have the shape and dtype of x");
-  for_dtype(x.scalar_type(), [&]<class T, class IO>(const Kernels<T, IO>& kernel) {
-    const auto table = mode_table<T>(h, w, radius_squared);
+  const bool channels_last = grad.stride(1) == 1 && x.stride(1) == 1 && channels > 1;
+  for_dtype(x.scalar_type(), channels_last ? channels : w, [&]<class T, class IO>(const Kernels<T, IO>& kernel) {
+    const auto table = mode_table<T>(h, w, radius_squared, kernel.lanes);
     const Modes<T>& modes = table->modes;
-    const int64_t count = modes.rows.count() * modes.columns.count(), lanes = kernel.lanes;
-    std::vector<double> sums((count + 1) * channels);
-    Cut cut = Cut::packed;
-    int64_t chunk = lanes, units = channels, elements = images * h * w;
-    if (grad.stride(1) == 1 && x.stride(1) == 1 && channels >= lanes) {
+    std::vector<double> sums((modes.inside + 1) * channels);
+    Cut cut = Cut::columns;
+    int64_t chunk = 1, units = channels, elements = images * h * w;
+    if (channels_last) {
       cut = Cut::lanes;
-      chunk = lanes_chunk(lanes, h * w * 2 * static_cast<int64_t>(sizeof(IO)));
-    } else if (w >= lanes) {
-      cut = Cut::columns;
-    }
-    if (cut != Cut::columns) {
+      chunk = lanes_chunk(kernel.lanes, h * w * 2 * static_cast<int64_t>(sizeof(IO)));
       units = chunks_of(channels, chunk);
       elements *= chunk;
     }
@@ -208,12 +213,10 @@ std::tuple<Tensor, Tensor> radial_filter_backward(const Tensor& grad, const Tens
     T* to_base = static_cast<T*>(base_grad.data_ptr());
     T* to_gain = static_cast<T*>(gain_grad.data_ptr());
     std::vector<double> of_shell(shells * channels);
-    for (int64_t k = 0; k < count; ++k)
-      for (int64_t c = 0; c < channels && modes.shell[k] >= 0; ++c) {
-        of_shell[modes.shell[k] * channels + c] += modes.scale[k] * sums[k * channels + c];
-      }
+    for (int64_t k = 0; k < modes.inside; ++k)
+      for (int64_t c = 0; c < channels; ++c) of_shell[modes.mode[k].shell * channels + c] += modes.mode[k].scale * sums[k * channels + c];
     for (int64_t i = 0; i < shells * channels; ++i) to_gain[i] = static_cast<T>(of_shell[i]);
-    for (int64_t c = 0; c < channels; ++c) to_base[c] = static_cast<T>(sums[count * channels + c]);
+    for (int64_t c = 0; c < channels; ++c) to_base[c] = static_cast<T>(sums[modes.inside * channels + c]);
   });
   return {base_grad, gain_grad};
 }

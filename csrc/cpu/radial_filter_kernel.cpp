@@ -8,9 +8,9 @@
 // A cosine is even under i -> n - i and a sine odd, so a pair of rows enters as its sum and its difference:
 // half the multiply-adds, and the additions run on ports of their own.
 //
-// Cuts: columns (NCHW): l is a column, the reduced axis the rows; the small products along columns are a GEMM.
+// Cuts: columns (NCHW): l is a column, the reduced axis the rows; along columns, up to one vector of modes is summed
+//         by dot products, more by a small GEMM. Columns that are not adjacent are first copied, a plane at a time.
 //       lanes (channels_last): l is a channel; reduce along columns, then along rows, expand in reverse.
-//       packed (anything else): a chunk of channels is gathered into lanes first.
 // Every output is owned by one thread and the order of its sum is fixed: bit-equal for any number of threads.
 // Memory: x is read once from memory and once more from the cache, y is written once, past the cache if `stream`.
 
@@ -24,40 +24,56 @@ namespace {
 
 // The loops over a tile must be gone before the compiler decides what lives in registers.
 #define UNROLL _Pragma("GCC unroll 8")
+#define SIMD_MEMBER inline __attribute__((always_inline))
 
 constexpr int max_vectors = SIMD_BYTES == 64 ? 4 : 2;
 
-// Lanes [0, lanes) in steps of up to MOST vectors; the last vector of the last step is moved back so that it ends at lanes.
-// f(integral constant NV, first lane, offset of the last vector).
-template <class T, int MOST, class F> SIMD_INLINE void for_lanes(int64_t lanes, F f) {
+// A step of NV vectors that starts at some lane. In memory its last vector is moved back to end with the lanes: at(v).
+// In scratch laid out in slots every vector has a place of its own, slot(v), so that what is loaded there is what was
+// stored; lanes that two vectors share stand there twice. NV = 0 is a single vector that is not full.
+template <int NV, class T> struct Step {
+  static constexpr int vectors = NV ? NV : 1;
+  int64_t last, last_slot;
+  SIMD_MEMBER int64_t at(int v) const { return NV == 0 ? 0 : v == NV - 1 ? last : v * lanes_of<T>; }
+  SIMD_MEMBER int64_t slot(int v) const { return NV == 0 ? 0 : v == NV - 1 ? last_slot : v * lanes_of<T>; }
+  template <class IO> SIMD_MEMBER Vec<T> read(const IO* p) const {
+    if constexpr (NV == 0) return load_part<T>(p, last);
+    else return load<T>(p);
+  }
+  template <class IO> SIMD_MEMBER void write(IO* p, Vec<T> v) const {
+    if constexpr (NV == 0) store_part<T>(p, v, last);
+    else store<T>(p, v);
+  }
+};
+
+// Lanes [0, lanes) in steps of up to MOST vectors: f(step, first lane).
+template <class T, int MOST, class F> SIMD_INLINE void for_lanes(int64_t lanes, bool slots, F f) {
   constexpr int64_t vl = lanes_of<T>;
-  int64_t l = 0;
-  while (l < lanes) {
+  if (lanes < vl) return f(Step<0, T>{lanes, 0}, 0);
+  for (int64_t l = 0; l < lanes;) {
     const int64_t left = lanes - l, vectors = (left + vl - 1) / vl;
-    if (MOST >= 4 && vectors >= 4) {
-      f(std::integral_constant<int, MOST >= 4 ? 4 : 1>(), l, left >= 4 * vl ? 3 * vl : left - vl);
-      l += 4 * vl;
-    } else if (MOST >= 2 && vectors >= 2) {
-      f(std::integral_constant<int, MOST >= 2 ? 2 : 1>(), l, left >= 2 * vl ? vl : left - vl);
-      l += 2 * vl;
-    } else {
-      f(std::integral_constant<int, 1>(), l + (left < vl ? left - vl : 0), int64_t{0});
-      l += vl;
-    }
+    const auto step = [&](auto nv) {
+      const int64_t full = (nv() - 1) * vl, last = left < nv() * vl ? left - vl : full;
+      f(Step<nv(), T>{last, slots ? full : last}, l);
+      l += nv() * vl;
+    };
+    if (MOST >= 4 && vectors >= 4) step(std::integral_constant<int, MOST >= 4 ? 4 : 1>());
+    else if (MOST >= 2 && vectors >= 2) step(std::integral_constant<int, MOST >= 2 ? 2 : 1>());
+    else step(std::integral_constant<int, 1>());
   }
 }
 
 // One block of NC cosines and NS sines. CONSTANT: the first cosine is the constant 1, whose sum grows with the mean of x;
 // it is added up in blocks of eight pairs, so that its rounding error stays below that of an FFT.
-template <int NC, int NS, bool CONSTANT, int NV, class T, class IO>
-SIMD_INLINE void reduce_tile(const Axis<T>& axis, const T* table, int64_t sine, const IO* x, int64_t stride, int64_t last, T* v_cos, T* v_sin,
+template <int NC, int NS, bool CONSTANT, int NV_, class T, class IO>
+SIMD_INLINE void reduce_tile(const Axis<T>& axis, const T* table, int64_t sine, const IO* x, int64_t stride, Step<NV_, T> step, T* v_cos, T* v_sin,
                              int64_t v_stride) {
-  constexpr int64_t vl = lanes_of<T>;
+  constexpr int NV = Step<NV_, T>::vectors;
   const int64_t count = axis.count(), pairs = axis.pairs();
   Vec<T> even[NC][NV], odd[NS ? NS : 1][NV], total[NV];
   UNROLL
   for (int v = 0; v < NV; ++v) {
-    const Vec<T> row = load<T>(x + (v == NV - 1 ? last : v * vl));
+    const Vec<T> row = step.read(x + step.at(v));
     UNROLL
     for (int k = 0; k < NC; ++k) even[k][v] = row * table[k];
     UNROLL
@@ -72,8 +88,8 @@ SIMD_INLINE void reduce_tile(const Axis<T>& axis, const T* table, int64_t sine, 
       table += count;
       UNROLL
       for (int v = 0; v < NV; ++v) {
-        const int64_t at = v == NV - 1 ? last : v * vl;
-        const Vec<T> a = load<T>(up + at), b = load<T>(down + at);
+        const int64_t at = step.at(v);
+        const Vec<T> a = step.read(up + at), b = step.read(down + at);
         const Vec<T> sum = a + b, difference = a - b;
         if constexpr (CONSTANT) even[0][v] += sum;
         UNROLL
@@ -93,28 +109,29 @@ SIMD_INLINE void reduce_tile(const Axis<T>& axis, const T* table, int64_t sine, 
     table += count;
     UNROLL
     for (int v = 0; v < NV; ++v) {
-      const Vec<T> row = load<T>(up + (v == NV - 1 ? last : v * vl));
+      const Vec<T> row = step.read(up + step.at(v));
       UNROLL
       for (int k = 0; k < NC; ++k) even[k][v] += row * table[k];
     }
   }
   UNROLL
   for (int v = 0; v < NV; ++v) {
-    const int64_t at = v == NV - 1 ? last : v * vl;
     even[0][v] += total[v];
     UNROLL
-    for (int k = 0; k < NC; ++k) store<T>(v_cos + k * v_stride + at, even[k][v]);
+    for (int k = 0; k < NC; ++k) store<T>(v_cos + k * v_stride + step.slot(v), even[k][v]);
     UNROLL
-    for (int k = 0; k < NS; ++k) store<T>(v_sin + k * v_stride + at, odd[k][v]);
+    for (int k = 0; k < NS; ++k) store<T>(v_sin + k * v_stride + step.slot(v), odd[k][v]);
   }
 }
 
 // V[a,l] for all functions a of the axis: first the constant with up to two more frequencies, then three at a time.
-template <class T, class IO> void reduce(const Axis<T>& axis, const IO* x, int64_t stride, int64_t lanes, T* v, int64_t v_stride) {
+// `slots`: v is scratch laid out in slots.
+template <class T, class IO>
+void reduce(const Axis<T>& axis, const IO* x, int64_t stride, int64_t lanes, bool slots, T* v, int64_t v_stride) {
   const auto block = [&](int64_t c, int64_t s, auto nc, auto ns) {
-    for_lanes<T, max_vectors>(lanes, [&](auto nv, int64_t l, int64_t last) {
+    for_lanes<T, max_vectors>(lanes, slots, [&](auto step, int64_t l) {
       const auto tile = [&](auto constant) {
-        reduce_tile<nc(), ns(), constant(), nv()>(axis, axis.table + c, axis.nc + s - c, x + l, stride, last, v + c * v_stride + l,
+        reduce_tile<nc(), ns(), constant()>(axis, axis.table + c, axis.nc + s - c, x + l, stride, step, v + c * v_stride + l,
                                                   v + (axis.nc + s) * v_stride + l, v_stride);
       };
       if (c == 0) tile(std::bool_constant<true>());
@@ -129,10 +146,10 @@ template <class T, class IO> void reduce(const Axis<T>& axis, const IO* x, int64
   if (s == 0) block(0, 0, one, zero);
   else if (s == 1) block(0, 0, two, one);
   else block(0, 0, three, two);
-  for (int64_t step; s < axis.ns; s += step, c += step) {
-    step = axis.ns - s < 3 ? axis.ns - s : 3;
-    if (step == 1) block(c, s, one, one);
-    else if (step == 2) block(c, s, two, two);
+  for (int64_t more; s < axis.ns; s += more, c += more) {
+    more = axis.ns - s < 3 ? axis.ns - s : 3;
+    if (more == 1) block(c, s, one, one);
+    else if (more == 2) block(c, s, two, two);
     else block(c, s, three, three);
   }
   if (c < axis.nc) block(c, s, one, zero);
@@ -149,26 +166,25 @@ template <class T, class IO> struct Rows {
 };
 
 // y[row, at] = base x[row, at] + correction, for one vector.
-template <bool SCALED, bool STREAM, class T, class IO>
-SIMD_INLINE void write_row(const Rows<T, IO>& rows, int64_t row, int64_t at, Vec<T> scale, Vec<T> correction) {
-  if constexpr (SCALED) correction += scale * load<T>(rows.x + row * rows.x_stride + at);
+template <bool SCALED, bool STREAM, int NV, class T, class IO>
+SIMD_INLINE void write_row(const Rows<T, IO>& rows, Step<NV, T> step, int64_t row, int64_t at, Vec<T> scale, Vec<T> correction) {
+  if constexpr (SCALED) correction += scale * step.read(rows.x + row * rows.x_stride + at);
   if constexpr (STREAM) store_streaming<T>(rows.y + row * rows.y_stride + at, correction);
-  else store<T>(rows.y + row * rows.y_stride + at, correction);
+  else step.write(rows.y + row * rows.y_stride + at, correction);
 }
 
 // A constant, NC - 1 more cosines and NS sines: their coefficients stay in registers for all rows.
-template <int NC, int NS, bool SCALED, bool STREAM, int NV, class T, class IO>
-SIMD_INLINE void expand_few(const Axis<T>& axis, const T* t, int64_t t_stride, int64_t last, Rows<T, IO> rows) {
-  constexpr int64_t vl = lanes_of<T>;
+template <int NC, int NS, bool SCALED, bool STREAM, int NV_, class T, class IO>
+SIMD_INLINE void expand_few(const Axis<T>& axis, const T* t, int64_t t_stride, Step<NV_, T> step, Rows<T, IO> rows) {
+  constexpr int NV = Step<NV_, T>::vectors;
   Vec<T> even[NC][NV], odd[NS ? NS : 1][NV], scale[NV];
   UNROLL
   for (int v = 0; v < NV; ++v) {
-    const int64_t at = v == NV - 1 ? last : v * vl;
     UNROLL
-    for (int k = 0; k < NC; ++k) even[k][v] = load_raw<Vec<T>>(t + k * t_stride + at);
+    for (int k = 0; k < NC; ++k) even[k][v] = load_raw<Vec<T>>(t + k * t_stride + step.slot(v));
     UNROLL
-    for (int k = 0; k < NS; ++k) odd[k][v] = load_raw<Vec<T>>(t + (NC + k) * t_stride + at);
-    scale[v] = SCALED ? load_raw<Vec<T>>(rows.base + at) : Vec<T>{};
+    for (int k = 0; k < NS; ++k) odd[k][v] = load_raw<Vec<T>>(t + (NC + k) * t_stride + step.slot(v));
+    scale[v] = SCALED ? load_raw<Vec<T>>(rows.base + step.slot(v)) : Vec<T>{};
   }
   const T* table = axis.table;
   const auto single = [&](int64_t i) {
@@ -177,7 +193,7 @@ SIMD_INLINE void expand_few(const Axis<T>& axis, const T* t, int64_t t_stride, i
       Vec<T> sum = even[0][v];
       UNROLL
       for (int k = 1; k < NC; ++k) sum += even[k][v] * table[k];
-      write_row<SCALED, STREAM, T>(rows, i, v == NV - 1 ? last : v * vl, scale[v], sum);
+      write_row<SCALED, STREAM>(rows, step, i, step.at(v), scale[v], sum);
     }
   };
   single(0);
@@ -186,14 +202,14 @@ SIMD_INLINE void expand_few(const Axis<T>& axis, const T* t, int64_t t_stride, i
     table += NC + NS;
     UNROLL
     for (int v = 0; v < NV; ++v) {
-      const int64_t at = v == NV - 1 ? last : v * vl;
+      const int64_t at = step.at(v);
       Vec<T> sum = even[0][v], difference{};
       UNROLL
       for (int k = 1; k < NC; ++k) sum += even[k][v] * table[k];
       UNROLL
       for (int k = 0; k < NS; ++k) difference += odd[k][v] * table[NC + k];
-      write_row<SCALED, STREAM, T>(rows, i, at, scale[v], sum + difference);
-      write_row<SCALED, STREAM, T>(rows, n - i, at, scale[v], sum - difference);
+      write_row<SCALED, STREAM>(rows, step, i, at, scale[v], sum + difference);
+      write_row<SCALED, STREAM>(rows, step, n - i, at, scale[v], sum - difference);
     }
   }
   if (n % 2 == 0) {
@@ -203,9 +219,9 @@ SIMD_INLINE void expand_few(const Axis<T>& axis, const T* t, int64_t t_stride, i
 }
 
 // Any number of functions: MR pairs of rows (i, n - i) at a time, or with PAIR = false one row that is its own partner.
-template <int MR, bool PAIR, bool SCALED, bool STREAM, int NV, class T, class IO>
-SIMD_INLINE void expand_tile(const Axis<T>& axis, int64_t i, const T* t, int64_t t_stride, int64_t last, const Rows<T, IO>& rows) {
-  constexpr int64_t vl = lanes_of<T>;
+template <int MR, bool PAIR, bool SCALED, bool STREAM, int NV_, class T, class IO>
+SIMD_INLINE void expand_tile(const Axis<T>& axis, int64_t i, const T* t, int64_t t_stride, Step<NV_, T> step, const Rows<T, IO>& rows) {
+  constexpr int NV = Step<NV_, T>::vectors;
   const int64_t count = axis.count();
   const T* table = axis.table + i * count;
   Vec<T> even[MR][NV], odd[MR][NV];
@@ -216,7 +232,7 @@ SIMD_INLINE void expand_tile(const Axis<T>& axis, int64_t i, const T* t, int64_t
   for (int64_t k = 0; k < axis.nc; ++k, t += t_stride)
     UNROLL
     for (int v = 0; v < NV; ++v) {
-      const Vec<T> coefficient = load_raw<Vec<T>>(t + (v == NV - 1 ? last : v * vl));
+      const Vec<T> coefficient = load_raw<Vec<T>>(t + step.slot(v));
       UNROLL
       for (int m = 0; m < MR; ++m) even[m][v] += coefficient * table[m * count + k];
     }
@@ -224,7 +240,7 @@ SIMD_INLINE void expand_tile(const Axis<T>& axis, int64_t i, const T* t, int64_t
     for (int64_t k = axis.nc; k < count; ++k, t += t_stride)
       UNROLL
       for (int v = 0; v < NV; ++v) {
-        const Vec<T> coefficient = load_raw<Vec<T>>(t + (v == NV - 1 ? last : v * vl));
+        const Vec<T> coefficient = load_raw<Vec<T>>(t + step.slot(v));
         UNROLL
         for (int m = 0; m < MR; ++m) odd[m][v] += coefficient * table[m * count + k];
       }
@@ -232,40 +248,41 @@ SIMD_INLINE void expand_tile(const Axis<T>& axis, int64_t i, const T* t, int64_t
   for (int m = 0; m < MR; ++m)
     UNROLL
     for (int v = 0; v < NV; ++v) {
-      const int64_t at = v == NV - 1 ? last : v * vl;
-      const Vec<T> scale = SCALED ? load_raw<Vec<T>>(rows.base + at) : Vec<T>{};
-      write_row<SCALED, STREAM, T>(rows, i + m, at, scale, even[m][v] + odd[m][v]);
-      if constexpr (PAIR) write_row<SCALED, STREAM, T>(rows, axis.n - i - m, at, scale, even[m][v] - odd[m][v]);
+      const int64_t at = step.at(v);
+      const Vec<T> scale = SCALED ? load_raw<Vec<T>>(rows.base + step.slot(v)) : Vec<T>{};
+      write_row<SCALED, STREAM>(rows, step, i + m, at, scale, even[m][v] + odd[m][v]);
+      if constexpr (PAIR) write_row<SCALED, STREAM>(rows, step, axis.n - i - m, at, scale, even[m][v] - odd[m][v]);
     }
 }
 
 // Y[i,l] = base[l] X[i,l] + sum_a phi[a,i] T[a,l] for all i; SCALED = false leaves out the first term.
+// `slots`: t and base are scratch laid out in slots.
 template <bool SCALED, bool STREAM, class T, class IO>
-void expand(const Axis<T>& axis, const T* t, int64_t t_stride, int64_t lanes, const Rows<T, IO>& all) {
+void expand(const Axis<T>& axis, const T* t, int64_t t_stride, int64_t lanes, bool slots, const Rows<T, IO>& all) {
   const bool few = axis.nc == axis.ns + 1 && axis.ns <= 2;
   if (few) {
-    for_lanes<T, max_vectors / 2>(lanes, [&](auto nv, int64_t l, int64_t last) {
-      if (axis.ns == 0) expand_few<1, 0, SCALED, STREAM, nv()>(axis, t + l, t_stride, last, all + l);
-      else if (axis.ns == 1) expand_few<2, 1, SCALED, STREAM, nv()>(axis, t + l, t_stride, last, all + l);
-      else expand_few<3, 2, SCALED, STREAM, nv()>(axis, t + l, t_stride, last, all + l);
+    for_lanes<T, max_vectors / 2>(lanes, slots, [&](auto step, int64_t l) {
+      if (axis.ns == 0) expand_few<1, 0, SCALED, STREAM>(axis, t + l, t_stride, step, all + l);
+      else if (axis.ns == 1) expand_few<2, 1, SCALED, STREAM>(axis, t + l, t_stride, step, all + l);
+      else expand_few<3, 2, SCALED, STREAM>(axis, t + l, t_stride, step, all + l);
     });
     return;
   }
-  for_lanes<T, max_vectors>(lanes, [&](auto nv, int64_t l, int64_t last) {
+  for_lanes<T, max_vectors>(lanes, slots, [&](auto step, int64_t l) {
     constexpr int block = 2;
     const int64_t n = axis.n, pairs = axis.pairs();
     const Rows<T, IO> rows = all + l;
-    expand_tile<1, false, SCALED, STREAM, nv()>(axis, 0, t + l, t_stride, last, rows);
+    expand_tile<1, false, SCALED, STREAM>(axis, 0, t + l, t_stride, step, rows);
     int64_t i = 1;
-    for (; i + block - 1 <= pairs; i += block) expand_tile<block, true, SCALED, STREAM, nv()>(axis, i, t + l, t_stride, last, rows);
-    for (; i <= pairs; ++i) expand_tile<1, true, SCALED, STREAM, nv()>(axis, i, t + l, t_stride, last, rows);
-    if (n % 2 == 0) expand_tile<1, false, SCALED, STREAM, nv()>(axis, n / 2, t + l, t_stride, last, rows);
+    for (; i + block - 1 <= pairs; i += block) expand_tile<block, true, SCALED, STREAM>(axis, i, t + l, t_stride, step, rows);
+    for (; i <= pairs; ++i) expand_tile<1, true, SCALED, STREAM>(axis, i, t + l, t_stride, step, rows);
+    if (n % 2 == 0) expand_tile<1, false, SCALED, STREAM>(axis, n / 2, t + l, t_stride, step, rows);
   });
 }
 
 // Sums run in KU parts: shorter chains of additions, for speed and for accuracy.
 template <int MR, int NV, class T>
-SIMD_INLINE void product_tile(int64_t k, const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc, int64_t last) {
+SIMD_INLINE void product_tile(int64_t k, const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc) {
   constexpr int64_t vl = lanes_of<T>;
   constexpr int KU = NV * 2 <= max_vectors ? max_vectors / NV : 1;
   Vec<T> sum[KU][MR][NV];
@@ -278,7 +295,7 @@ SIMD_INLINE void product_tile(int64_t k, const T* a, int64_t lda, const T* b, in
   const auto step = [&](int part, int64_t i) {
     UNROLL
     for (int v = 0; v < NV; ++v) {
-      const Vec<T> row = load_raw<Vec<T>>(b + i * ldb + (v == NV - 1 ? last : v * vl));
+      const Vec<T> row = load_raw<Vec<T>>(b + i * ldb + v * vl);
       UNROLL
       for (int m = 0; m < MR; ++m) sum[part][m][v] += row * a[m * lda + i];
     }
@@ -299,16 +316,15 @@ SIMD_INLINE void product_tile(int64_t k, const T* a, int64_t lda, const T* b, in
   UNROLL
   for (int m = 0; m < MR; ++m)
     UNROLL
-    for (int v = 0; v < NV; ++v) store<T>(c + m * ldc + (v == NV - 1 ? last : v * vl), sum[0][m][v]);
+    for (int v = 0; v < NV; ++v) store<T>(c + m * ldc + v * vl, sum[0][m][v]);
 }
 
-// C (m x n) = A (m x k) B (k x n), n at least one vector.
+// C (m x n) = A (m x k) B (k x n), n a multiple of the vector.
 template <class T> void product(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc) {
   for (int64_t row = 0; row < m;) {
     const int64_t left = m - row, rows = left > 5 ? (left >= 10 ? 5 : left / 2) : left;
-    for_lanes<T, max_vectors>(n, [&](auto nv, int64_t l, int64_t last) {
-      constexpr int NV = decltype(nv)::value;
-      auto tile = [&](auto mr) { product_tile<decltype(mr)::value, NV>(k, a + row * lda, lda, b + l, ldb, c + row * ldc + l, ldc, last); };
+    for_lanes<T, max_vectors>(n, true, [&](auto step, int64_t l) {
+      const auto tile = [&](auto mr) { product_tile<mr(), decltype(step)::vectors>(k, a + row * lda, lda, b + l, ldb, c + row * ldc + l, ldc); };
       if (rows == 1) tile(std::integral_constant<int, 1>());
       else if (rows == 2) tile(std::integral_constant<int, 2>());
       else if (rows == 3) tile(std::integral_constant<int, 3>());
@@ -319,40 +335,30 @@ template <class T> void product(int64_t m, int64_t n, int64_t k, const T* a, int
   }
 }
 
-constexpr int64_t padded(int64_t elements) { return (elements + 15) / 16 * 16; }
-
-// Parts of the thread's working memory, handed out one after the other.
+// Parts of the thread's working memory, handed out one after the other, each on a cache line of its own.
 template <class T> struct Scratch {
   explicit Scratch(int64_t elements) : next(static_cast<T*>(thread_scratch(elements * sizeof(T)))) {}
   T* take(int64_t elements) {
     T* part = next;
-    next += padded(elements);
+    next += line_up(elements);
+    return part;
+  }
+  T* zeros(int64_t elements) {
+    T* part = take(elements);
+    for (int64_t i = 0; i < line_up(elements); ++i) part[i] = T(0);
     return part;
   }
   T* next;
 };
 
-// Writes n elements past the cache; whole cache lines only, the ends by ordinary stores.
+// Writes n elements past the cache; whole vectors only, the ends by ordinary stores.
 template <class IO> void stream_copy(const IO* from, IO* to, int64_t n) {
-  constexpr int64_t line = SIMD_BYTES / sizeof(IO);
-  using Bits = typename Simd<float>::U;
+  constexpr int64_t vector = SIMD_BYTES / sizeof(IO);
   const int64_t head = (SIMD_BYTES - reinterpret_cast<uintptr_t>(to) % SIMD_BYTES) % SIMD_BYTES / sizeof(IO);
   int64_t i = head < n ? head : n;
   std::memcpy(to, from, i * sizeof(IO));
-  for (; i + line <= n; i += line) store_streaming<float>(reinterpret_cast<float*>(to + i), (Vec<float>)load_raw<Bits>(from + i));
+  for (; i + vector <= n; i += vector) store_streaming<float>(reinterpret_cast<float*>(to + i), load_raw<Vec<float>>(from + i));
   std::memcpy(to + i, from + i, (n - i) * sizeof(IO));
-}
-
-template <class T, class IO> int64_t columns_scratch(const Modes<T>& m, int64_t parts) {
-  const int64_t w = padded(m.columns.n), a = m.rows.count();
-  return parts * padded(a * w) + 2 * padded(a * m.columns.padded) + w + 2 * padded(m.rows.n * m.columns.n) + 64;
-}
-
-// Z (A_H, padded) of one plane whose columns are adjacent.
-template <class T, class IO> void columns_coefficients(const Modes<T>& m, const IO* x, int64_t h_stride, T* v, T* z) {
-  const int64_t w = m.columns.n;
-  reduce(m.rows, x, h_stride, w, v, padded(w));
-  product(m.rows.count(), m.columns.padded, w, v, padded(w), m.columns.transposed, m.columns.padded, z, m.columns.padded);
 }
 
 // A plane as rows of adjacent columns: the plane itself, or a copy in scratch if its columns are apart.
@@ -364,62 +370,107 @@ template <class IO> const IO* adjacent_columns(const IO* x, int64_t& h_stride, i
   return copy;
 }
 
+// What the columns cut works in, for each of a group of planes. v and t are (A_H, width) in slots; z has one number a mode; full and weighed, (A_H, padded), serve the GEMM.
+template <class T, class IO> struct ColumnsScratch {
+  ColumnsScratch(const Modes<T>& m, int64_t planes)
+      : rows(m.rows.count() * m.columns.width), modes(line_up(m.inside + lanes_of<T>)),
+        scratch(planes * (2 * rows + modes) + 2 * m.rows.count() * m.columns.padded + 2 * line_up(m.rows.n * m.columns.n) +
+                3 * m.columns.width) {
+    v = scratch.take(planes * rows);
+    t = scratch.take(planes * rows);
+    z = scratch.take(planes * modes);
+    full = scratch.take(m.rows.count() * m.columns.padded);
+    weighed = scratch.zeros(m.rows.count() * m.columns.padded);
+    base = scratch.take(m.columns.width);
+    dots = reinterpret_cast<double*>(scratch.take(2 * m.columns.width));
+    for (IO*& part : plane) part = reinterpret_cast<IO*>(scratch.take(m.rows.n * m.columns.n));
+  }
+  int64_t rows, modes;
+  Scratch<T> scratch;
+  T *v, *t, *z, *full, *weighed, *base;
+  double* dots;
+  IO* plane[2];
+};
+
+// Up to this many modes are cheaper as dot products along the columns than as a GEMM.
+constexpr int64_t few_modes = 16;
+
+// z[k] = sum_ab v[a, b] over mode k.
+template <class T, class IO> void columns_coefficients(const Modes<T>& m, const T* v, ColumnsScratch<T, IO>& s, T* z) {
+  constexpr int64_t vl = lanes_of<T>;
+  const int64_t width = m.columns.width, padded = m.columns.padded;
+  if (m.inside > few_modes) {
+    product(m.rows.count(), padded, width, v, width, m.columns.transposed, padded, s.full, padded);
+    for (int64_t k = 0; k < m.inside; ++k) z[k] = s.full[m.mode[k].row * padded + m.mode[k].column];
+    return;
+  }
+  for (int64_t first = 0; first < m.inside; first += vl) {
+    Vec<T> sums[vl];  // those of absent modes are summed up too, and not read
+    const int64_t count = m.inside - first < vl ? m.inside - first : vl;
+    for (int64_t k = 0; k < count; ++k) {
+      const T* row = v + m.mode[first + k].row_at;
+      const T* function = m.columns.once + m.mode[first + k].column_at;
+      Vec<T> sum = load_raw<Vec<T>>(row) * load_raw<Vec<T>>(function);
+      for (int64_t j = vl; j < width; j += vl) sum += load_raw<Vec<T>>(row + j) * load_raw<Vec<T>>(function + j);
+      sums[k] = sum;
+    }
+    store<T>(z + first, sum_lanes<T>(sums));
+  }
+}
+
+// t[a, j] = sum_b z[a, b] psi[b, j] with the weighed coefficients.
+template <class T, class IO> void columns_expand(const Modes<T>& m, const T* z, ColumnsScratch<T, IO>& s, T* t) {
+  constexpr int64_t vl = lanes_of<T>;
+  const int64_t width = m.columns.width, padded = m.columns.padded;
+  if (m.inside > few_modes) {
+    for (int64_t k = 0; k < m.inside; ++k) s.weighed[m.mode[k].row * padded + m.mode[k].column] = z[k];
+    product(m.rows.count(), width, m.columns.count(), s.weighed, padded, m.columns.functions, width, t, width);
+    return;
+  }
+  for (int64_t j = 0; j < width; j += vl)
+    for (int64_t k = 0; k < m.inside;) {
+      const int64_t row = m.mode[k].row_at;
+      Vec<T> sum = load_raw<Vec<T>>(m.columns.functions + m.mode[k].column_at + j) * z[k];
+      for (++k; k < m.inside && m.mode[k].row_at == row; ++k) sum += load_raw<Vec<T>>(m.columns.functions + m.mode[k].column_at + j) * z[k];
+      store<T>(t + row + j, sum);
+    }
+}
+
+// Planes go through the steps in groups that stay in the first-level cache: the short steps of one overlap with those of the next.
 template <class T, class IO>
 void filter_columns(const Modes<T>& m, Planes<const IO> x, Planes<IO> y, const Profile<T>& p, int64_t channels, bool stream, int64_t begin,
                     int64_t end) {
-  const int64_t h = m.rows.n, w = m.columns.n, rows = m.rows.count(), columns = m.columns.count(), zs = m.columns.padded;
-  Scratch<T> scratch(columns_scratch<T, IO>(m, 2));
-  T* v = scratch.take(rows * padded(w));
-  T* t = scratch.take(rows * padded(w));
-  T* z = scratch.take(rows * zs);
-  T* base = scratch.take(w);
-  IO* staged = reinterpret_cast<IO*>(scratch.take(h * w));
-  IO* copy = reinterpret_cast<IO*>(scratch.take(h * w));
-  for (int64_t unit = begin; unit < end; ++unit) {
-    const int64_t b = unit / channels, c = unit % channels;
-    int64_t h_stride = x.h;
-    const IO* plane = adjacent_columns(x.data + b * x.b + c * x.c, h_stride, x.w, h, w, copy);
-    IO* out = y.data + b * y.b + c * y.c;
-    columns_coefficients(m, plane, h_stride, v, z);
-    for (int64_t a = 0; a < rows; ++a)
-      for (int64_t k = 0; k < columns; ++k) {
-        const int32_t shell = m.shell[a * columns + k];
-        z[a * zs + k] = shell < 0 ? T(0) : T(z[a * zs + k] * (m.scale[a * columns + k] * p.gain[shell * p.gain_shell + c * p.gain_channel]));
-      }
-    product(rows, w, columns, z, zs, m.columns.functions, w, t, padded(w));
-    for (int64_t j = 0; j < w; ++j) base[j] = p.base[c * p.base_stride];
-    expand<true, false>(m.rows, t, padded(w), w, Rows<T, IO>{base, plane, h_stride, stream ? staged : out, w});
-    if (stream) stream_copy(staged, out, h * w);
+  constexpr int64_t most = 8, cached = 16384;
+  const int64_t h = m.rows.n, w = m.columns.n, width = m.columns.width, bytes = h * w * static_cast<int64_t>(sizeof(IO));
+  const int64_t planes = x.w != 1 || bytes * 2 > cached ? 1 : (cached / bytes < most ? cached / bytes : most);
+  ColumnsScratch<T, IO> s(m, planes);
+  int64_t b = begin / channels, c = begin % channels;
+  for (int64_t first = begin; first < end; first += planes) {
+    const int64_t group = end - first < planes ? end - first : planes;
+    const IO* plane[most];
+    IO* out[most];
+    int64_t h_stride = x.h, channel[most];
+    for (int64_t g = 0; g < group; ++g) {
+      plane[g] = adjacent_columns(x.data + b * x.b + c * x.c, h_stride, x.w, h, w, s.plane[0]);
+      out[g] = y.data + b * y.b + c * y.c;
+      channel[g] = c;
+      if (++c == channels) c = 0, ++b;
+      reduce(m.rows, plane[g], h_stride, w, true, s.v + g * s.rows, width);
+    }
+    for (int64_t g = 0; g < group; ++g) columns_coefficients(m, s.v + g * s.rows, s, s.z + g * s.modes);
+    for (int64_t g = 0; g < group; ++g) {
+      const T* gain = p.gain + channel[g] * p.gain_channel;
+      T* z = s.z + g * s.modes;
+      for (int64_t k = 0; k < m.inside; ++k) z[k] = T(z[k] * (m.mode[k].scale * gain[m.mode[k].shell * p.gain_shell]));
+    }
+    for (int64_t g = 0; g < group; ++g) columns_expand(m, s.z + g * s.modes, s, s.t + g * s.rows);
+    for (int64_t g = 0; g < group; ++g) {
+      for (int64_t j = 0; j < width; ++j) s.base[j] = p.base[channel[g] * p.base_stride];
+      expand<true, false>(m.rows, s.t + g * s.rows, width, w, true, Rows<T, IO>{s.base, plane[g], h_stride, stream ? s.plane[1] : out[g], w});
+      if (stream) stream_copy(s.plane[1], out[g], h * w);
+    }
   }
   if (stream) fence_streaming();
-}
-
-template <class T> int64_t lanes_scratch(const Modes<T>& m, int64_t lanes) {
-  const int64_t rows = m.rows.count(), columns = m.columns.count();
-  return padded(m.rows.n * columns * lanes) + 2 * padded(rows * columns * lanes) + padded(lanes) + 2 * padded(m.rows.n * m.columns.n * lanes) +
-         64;
-}
-
-// Z (A_H, A_W, lanes) of the planes side by side in `lanes` adjacent elements; u is (H, A_W, lanes).
-template <class T, class IO>
-void lanes_coefficients(const Modes<T>& m, const IO* x, int64_t h_stride, int64_t w_stride, int64_t lanes, T* u, T* z) {
-  const int64_t row = m.columns.count() * lanes;
-  for (int64_t i = 0; i < m.rows.n; ++i) reduce(m.columns, x + i * h_stride, w_stride, lanes, u + i * row, lanes);
-  reduce(m.rows, u, row, row, z, row);
-}
-
-template <class T, class IO>
-void filter_lanes_unit(const Modes<T>& m, const IO* x, int64_t xh, int64_t xw, IO* y, int64_t yh, int64_t yw, int64_t lanes, const T* gains,
-                       const T* base, T* u, T* z, bool stream) {
-  const int64_t row = m.columns.count() * lanes, all = m.rows.count() * row;
-  lanes_coefficients(m, x, xh, xw, lanes, u, z);
-  for (int64_t i = 0; i < all; ++i) z[i] *= gains[i];
-  expand<false, false>(m.rows, z, row, row, Rows<T, T>{base, u, 0, u, row});
-  for (int64_t i = 0; i < m.rows.n; ++i) {
-    const Rows<T, IO> rows{base, x + i * xh, xw, y + i * yh, yw};
-    if (stream) expand<true, true>(m.columns, u + i * row, lanes, lanes, rows);
-    else expand<true, false>(m.columns, u + i * row, lanes, lanes, rows);
-  }
 }
 
 struct Chunk {
@@ -432,54 +483,62 @@ inline Chunk chunk_of(int64_t channels, int64_t chunk, int64_t i) {
   return {first, i == count - 1 ? channels - first : chunk};
 }
 
+// What the lanes cut works in, for up to 2 chunks of lanes and at least one vector of them; lanes beyond the chunk's are zeros.
+template <class T> struct LanesScratch {
+  LanesScratch(const Modes<T>& m, int64_t channels, int64_t chunk)
+      : most(channels < 2 * chunk ? (channels < lanes_of<T> ? lanes_of<T> : channels) : 2 * chunk),
+        modes(m.rows.count() * m.columns.count()),
+        scratch((m.rows.n * m.columns.count() + 3 * modes + 8) * line_up(most) + 256) {
+    u = scratch.take(m.rows.n * m.columns.count() * most);
+    gains = scratch.zeros(modes * most);
+    for (T*& part : z) part = scratch.take(modes * most);
+    base = scratch.zeros(most);
+    partial = scratch.take(most);
+    dots = reinterpret_cast<double*>(scratch.take(2 * most));
+  }
+  int64_t most, modes;
+  Scratch<T> scratch;
+  T *u, *gains, *base, *partial, *z[2];
+  double* dots;
+};
+
+// z (A_H, A_W, wide) of the planes side by side in `lanes` adjacent elements.
 template <class T, class IO>
-void gather(Planes<const IO> x, int64_t h, int64_t w, int64_t b, Chunk part, int64_t lanes, T* packed) {
-  for (int64_t l = 0; l < lanes; ++l)
-    for (int64_t i = 0; i < h; ++i) {
-      const IO* row = x.data + b * x.b + (part.first + l) * x.c + i * x.h;
-      if (l < part.lanes)
-        for (int64_t j = 0; j < w; ++j) packed[(i * w + j) * lanes + l] = widen(row[j * x.w]);
-      else
-        for (int64_t j = 0; j < w; ++j) packed[(i * w + j) * lanes + l] = T(0);
-    }
+void lanes_coefficients(const Modes<T>& m, const IO* x, int64_t h_stride, int64_t w_stride, int64_t lanes, int64_t wide, T* u, T* z) {
+  const int64_t row = m.columns.count() * wide;
+  for (int64_t i = 0; i < m.rows.n; ++i) reduce(m.columns, x + i * h_stride, w_stride, lanes, false, u + i * row, wide);
+  reduce(m.rows, u, row, row, false, z, row);
 }
 
 template <class T, class IO>
-void filter_lanes(bool pack, const Modes<T>& m, Planes<const IO> x, Planes<IO> y, const Profile<T>& p, int64_t channels, int64_t chunk,
-                  bool stream, int64_t begin, int64_t end) {
-  const int64_t h = m.rows.n, w = m.columns.n, modes = m.rows.count() * m.columns.count();
-  const int64_t chunks = channels < chunk ? 1 : channels / chunk, most = pack ? chunk * 2 : (channels < 2 * chunk ? channels : 2 * chunk);
-  Scratch<T> scratch(lanes_scratch(m, most));
-  T* u = scratch.take(h * m.columns.count() * most);
-  T* z = scratch.take(modes * most);
-  T* gains = scratch.take(modes * most);
-  T* base = scratch.take(most);
-  T* from = pack ? scratch.take(h * w * most) : nullptr;
-  T* to = pack ? scratch.take(h * w * most) : nullptr;
-  int64_t gains_of = -1;
+void filter_lanes(const Modes<T>& m, Planes<const IO> x, Planes<IO> y, const Profile<T>& p, int64_t channels, int64_t chunk, bool stream,
+                  int64_t begin, int64_t end) {
+  const int64_t columns = m.columns.count(), chunks = channels < chunk ? 1 : channels / chunk;
+  LanesScratch<T> s(m, channels, chunk);
+  int64_t prepared = -1;
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t b = unit / chunks;
     const Chunk part = chunk_of(channels, chunk, unit % chunks);
-    const int64_t lanes = pack && part.lanes < chunk ? chunk : part.lanes;
-    if (gains_of != part.first) {
-      gains_of = part.first;
-      for (int64_t l = 0; l < lanes; ++l) {
-        const int64_t c = l < part.lanes ? part.first + l : part.first;
-        base[l] = p.base[c * p.base_stride];
-        for (int64_t k = 0; k < modes; ++k)
-          gains[k * lanes + l] = m.shell[k] < 0 ? T(0) : T(m.scale[k] * p.gain[m.shell[k] * p.gain_shell + c * p.gain_channel]);
-      }
+    const int64_t wide = part.lanes < lanes_of<T> ? lanes_of<T> : part.lanes, row = columns * wide;
+    if (prepared != part.first) {
+      prepared = part.first;
+      for (int64_t i = 0; i < m.rows.count() * row; ++i) s.gains[i] = T(0);
+      for (int64_t l = 0; l < part.lanes; ++l) s.base[l] = p.base[(part.first + l) * p.base_stride];
+      for (int64_t k = 0; k < m.inside; ++k)
+        for (int64_t l = 0; l < part.lanes; ++l)
+          s.gains[m.mode[k].row * row + m.mode[k].column * wide + l] =
+              T(m.mode[k].scale * p.gain[m.mode[k].shell * p.gain_shell + (part.first + l) * p.gain_channel]);
     }
-    IO* out = y.data + b * y.b + part.first * y.c;
-    if (!pack) {
-      filter_lanes_unit(m, x.data + b * x.b + part.first, x.h, x.w, out, y.h, y.w, lanes, gains, base, u, z, stream);
-      continue;
+    const IO* from = x.data + b * x.b + part.first * x.c;
+    IO* to = y.data + b * y.b + part.first * y.c;
+    lanes_coefficients(m, from, x.h, x.w, part.lanes, wide, s.u, s.z[0]);
+    for (int64_t i = 0; i < m.rows.count() * row; ++i) s.z[0][i] *= s.gains[i];
+    expand<false, false>(m.rows, s.z[0], row, row, false, Rows<T, T>{s.base, s.u, 0, s.u, row});
+    for (int64_t i = 0; i < m.rows.n; ++i) {
+      const Rows<T, IO> rows{s.base, from + i * x.h, x.w, to + i * y.h, y.w};
+      if (stream) expand<true, true>(m.columns, s.u + i * row, wide, part.lanes, false, rows);
+      else expand<true, false>(m.columns, s.u + i * row, wide, part.lanes, false, rows);
     }
-    gather(x, h, w, b, part, lanes, from);
-    filter_lanes_unit<T, T>(m, from, w * lanes, lanes, to, w * lanes, lanes, lanes, gains, base, u, z, false);
-    for (int64_t l = 0; l < part.lanes; ++l)
-      for (int64_t i = 0; i < h; ++i)
-        for (int64_t j = 0; j < w; ++j) narrow(to[(i * w + j) * lanes + l], out + l * y.c + i * y.h + j * y.w);
   }
   if (stream) fence_streaming();
 }
@@ -488,10 +547,10 @@ template <class T, class IO>
 void filter(Cut cut, const Modes<T>& m, Planes<const IO> x, Planes<IO> y, const Profile<T>& p, int64_t channels, int64_t chunk, bool stream,
             int64_t begin, int64_t end) {
   if (cut == Cut::columns) filter_columns(m, x, y, p, channels, stream, begin, end);
-  else filter_lanes(cut == Cut::packed, m, x, y, p, channels, chunk, stream, begin, end);
+  else filter_lanes(m, x, y, p, channels, chunk, stream, begin, end);
 }
 
-// total[l] += sum over the row's w pixels of <grad, x>, lane by lane; partial sums of a row in T, of the plane in fp64.
+// total[l] += sum over w pixels of <grad, x>, lane by lane; partial sums in T, totals in fp64.
 template <class T, class IO>
 void accumulate_dot(const IO* grad, int64_t grad_w, const IO* x, int64_t x_w, int64_t w, int64_t lanes, T* partial, double* total) {
   for (int64_t l = 0; l < lanes; ++l) partial[l] = T(0);
@@ -503,67 +562,49 @@ void accumulate_dot(const IO* grad, int64_t grad_w, const IO* x, int64_t x_w, in
 template <class T, class IO>
 void backward_columns(const Modes<T>& m, Planes<const IO> grad, Planes<const IO> x, double* sums, int64_t images, int64_t channels,
                       int64_t begin, int64_t end) {
-  const int64_t h = m.rows.n, w = m.columns.n, rows = m.rows.count(), columns = m.columns.count(), zs = m.columns.padded;
-  Scratch<T> scratch(columns_scratch<T, IO>(m, 2) + padded(2 * w));
-  T* v = scratch.take(rows * padded(w));
-  T* partial = scratch.take(w);
-  double* dots = reinterpret_cast<double*>(scratch.take(2 * w));
-  T* z[2] = {scratch.take(rows * zs), scratch.take(rows * zs)};
-  IO* copy[2] = {reinterpret_cast<IO*>(scratch.take(h * w)), reinterpret_cast<IO*>(scratch.take(h * w))};
+  const int64_t h = m.rows.n, w = m.columns.n;
+  ColumnsScratch<T, IO> s(m, 2);
   for (int64_t c = begin; c < end; ++c) {
-    for (int64_t j = 0; j < w; ++j) dots[j] = 0;
+    for (int64_t j = 0; j < w; ++j) s.dots[j] = 0;
     for (int64_t b = 0; b < images; ++b) {
       int64_t h_stride[2] = {grad.h, x.h};
-      const IO* plane[2] = {adjacent_columns(grad.data + b * grad.b + c * grad.c, h_stride[0], grad.w, h, w, copy[0]),
-                            adjacent_columns(x.data + b * x.b + c * x.c, h_stride[1], x.w, h, w, copy[1])};
-      for (int side = 0; side < 2; ++side) columns_coefficients(m, plane[side], h_stride[side], v, z[side]);
-      for (int64_t a = 0; a < rows; ++a)
-        for (int64_t k = 0; k < columns; ++k)
-          sums[(a * columns + k) * channels + c] += double(z[0][a * zs + k]) * double(z[1][a * zs + k]);
-      for (int64_t i = 0; i < h; ++i)
-        accumulate_dot(plane[0] + i * h_stride[0], 0, plane[1] + i * h_stride[1], 0, 1, w, partial, dots);
+      const IO* plane[2] = {adjacent_columns(grad.data + b * grad.b + c * grad.c, h_stride[0], grad.w, h, w, s.plane[0]),
+                            adjacent_columns(x.data + b * x.b + c * x.c, h_stride[1], x.w, h, w, s.plane[1])};
+      for (int side = 0; side < 2; ++side) {
+        reduce(m.rows, plane[side], h_stride[side], w, true, s.v, m.columns.width);
+        columns_coefficients(m, s.v, s, s.z + side * s.modes);
+      }
+      for (int64_t k = 0; k < m.inside; ++k) sums[k * channels + c] += double(s.z[k]) * double(s.z[s.modes + k]);
+      // rows in groups of eight: short sums in T
+      for (int64_t i = 0; i < h; i += 8)
+        accumulate_dot(plane[0] + i * h_stride[0], h_stride[0], plane[1] + i * h_stride[1], h_stride[1], h - i < 8 ? h - i : 8, w, s.t,
+                       s.dots);
     }
-    for (int64_t j = 0; j < w; ++j) sums[rows * columns * channels + c] += dots[j];
+    for (int64_t j = 0; j < w; ++j) sums[m.inside * channels + c] += s.dots[j];
   }
 }
 
 template <class T, class IO>
-void backward_lanes(bool pack, const Modes<T>& m, Planes<const IO> grad, Planes<const IO> x, double* sums, int64_t images, int64_t channels,
+void backward_lanes(const Modes<T>& m, Planes<const IO> grad, Planes<const IO> x, double* sums, int64_t images, int64_t channels,
                     int64_t chunk, int64_t begin, int64_t end) {
-  const int64_t h = m.rows.n, w = m.columns.n, modes = m.rows.count() * m.columns.count();
-  const int64_t most = pack ? chunk * 2 : (channels < 2 * chunk ? channels : 2 * chunk);
-  Scratch<T> scratch(lanes_scratch(m, most) + padded(2 * most));
-  T* u = scratch.take(h * m.columns.count() * most);
-  T* z[2] = {scratch.take(modes * most), scratch.take(modes * most)};
-  T* partial = scratch.take(most);
-  double* dots = reinterpret_cast<double*>(scratch.take(2 * most));
-  T* packed[2] = {pack ? scratch.take(h * w * most) : nullptr, pack ? scratch.take(h * w * most) : nullptr};
+  LanesScratch<T> s(m, channels, chunk);
   for (int64_t unit = begin; unit < end; ++unit) {
     const Chunk part = chunk_of(channels, chunk, unit);
-    const int64_t lanes = pack && part.lanes < chunk ? chunk : part.lanes;
-    for (int64_t l = 0; l < lanes; ++l) dots[l] = 0;
+    const int64_t lanes = part.lanes, wide = lanes < lanes_of<T> ? lanes_of<T> : lanes, row = m.columns.count() * wide;
+    for (int64_t l = 0; l < lanes; ++l) s.dots[l] = 0;
     for (int64_t b = 0; b < images; ++b) {
-      const Planes<const IO> source[2] = {grad, x};
-      const IO* plane[2];
-      for (int side = 0; side < 2; ++side) {
-        const Planes<const IO>& s = source[side];
-        plane[side] = s.data + b * s.b + part.first * s.c;
-        if (pack) {
-          gather(s, h, w, b, part, lanes, packed[side]);
-          lanes_coefficients(m, packed[side], w * lanes, lanes, lanes, u, z[side]);
-        } else {
-          lanes_coefficients(m, plane[side], s.h, s.w, lanes, u, z[side]);
-        }
+      const IO* g = grad.data + b * grad.b + part.first * grad.c;
+      const IO* f = x.data + b * x.b + part.first * x.c;
+      lanes_coefficients(m, g, grad.h, grad.w, lanes, wide, s.u, s.z[0]);
+      lanes_coefficients(m, f, x.h, x.w, lanes, wide, s.u, s.z[1]);
+      for (int64_t i = 0; i < m.rows.n; ++i)
+        accumulate_dot(g + i * grad.h, grad.w, f + i * x.h, x.w, m.columns.n, lanes, s.partial, s.dots);
+      for (int64_t k = 0; k < m.inside; ++k) {
+        const int64_t at = m.mode[k].row * row + m.mode[k].column * wide;
+        for (int64_t l = 0; l < lanes; ++l) sums[k * channels + part.first + l] += double(s.z[0][at + l]) * double(s.z[1][at + l]);
       }
-      for (int64_t i = 0; i < h; ++i) {
-        if (pack) accumulate_dot(packed[0] + i * w * lanes, lanes, packed[1] + i * w * lanes, lanes, w, lanes, partial, dots);
-        else accumulate_dot(plane[0] + i * grad.h, grad.w, plane[1] + i * x.h, x.w, w, lanes, partial, dots);
-      }
-      for (int64_t k = 0; k < modes; ++k)
-        for (int64_t l = 0; l < part.lanes; ++l)
-          sums[k * channels + part.first + l] += double(z[0][k * lanes + l]) * double(z[1][k * lanes + l]);
     }
-    for (int64_t l = 0; l < part.lanes; ++l) sums[modes * channels + part.first + l] += dots[l];
+    for (int64_t l = 0; l < lanes; ++l) sums[m.inside * channels + part.first + l] += s.dots[l];
   }
 }
 
@@ -571,7 +612,7 @@ template <class T, class IO>
 void backward(Cut cut, const Modes<T>& m, Planes<const IO> grad, Planes<const IO> x, double* sums, int64_t images, int64_t channels,
               int64_t chunk, int64_t begin, int64_t end) {
   if (cut == Cut::columns) backward_columns(m, grad, x, sums, images, channels, begin, end);
-  else backward_lanes(cut == Cut::packed, m, grad, x, sums, images, channels, chunk, begin, end);
+  else backward_lanes(m, grad, x, sums, images, channels, chunk, begin, end);
 }
 
 template <class T, class IO> constexpr Kernels<T, IO> kernels{filter<T, IO>, backward<T, IO>, lanes_of<T>};

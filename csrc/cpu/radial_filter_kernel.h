@@ -5,24 +5,34 @@
 
 namespace spanet {
 
+// Elements rounded up to whole cache lines, whatever their size.
+inline int64_t line_up(int64_t elements) { return (elements + 15) / 16 * 16; }
+
 // One axis of length n: its nc cosines (f = 0, 1, ...) first, then its ns sines (f = 1, 2, ...).
 // The functions are not normalised, their largest value is 1: the constant is exact and costs no product.
-// table has one row of nc + ns amplitudes for each of i = 0, the pairs (i, n - i) with 0 < i < n/2, and n/2 if n is even.
+// table has one row of nc + ns values for each of i = 0, the pairs (i, n - i) with 0 < i < n/2, and n/2 if n is even.
 template <class T> struct Axis {
   int64_t n, nc, ns;
   const T* table;
-  const T* functions;   // (nc + ns, n)
-  const T* transposed;  // (n, padded), rows of functions^T filled up with zeros
-  int64_t padded;
+  // the functions laid out in slots (radial_filter_kernel.cpp): of lanes that stand there twice, `once` keeps the first
+  const T* functions;   // (nc + ns, width)
+  const T* once;        // (nc + ns, width)
+  const T* transposed;  // once^T, (width, padded), zeros beyond nc + ns
+  int64_t width, padded;
   int64_t count() const { return nc + ns; }
   int64_t pairs() const { return (n - 1) / 2; }
 };
 
+struct Mode {
+  int32_t row, column, shell;
+  int32_t row_at, column_at;  // the same in rows of columns.width elements
+  double scale;  // 1 / squared norm
+};
+
 template <class T> struct Modes {
   Axis<T> rows, columns;
-  const int32_t* shell;  // (A_H, A_W): index of the mode's shell, -1 outside the disc
-  const double* scale;   // (A_H, A_W): 1 / squared norm of the mode
-  int64_t shells;
+  const Mode* mode;  // those inside the disc, by rows
+  int64_t inside, shells;
 };
 
 template <class IO> struct Planes {  // (B, C, H, W) with strides in elements
@@ -36,16 +46,15 @@ template <class T> struct Profile {
   int64_t base_stride, gain_shell, gain_channel;
 };
 
-// How a range of work is cut: by columns, one plane after the other; by lanes, chunks of adjacent channels
-// of one image; packed, chunks of channels that are first gathered side by side.
-enum class Cut { columns, lanes, packed };
+// How the work is cut: by columns, one plane after the other, or by lanes, chunks of adjacent channels of one image.
+enum class Cut { columns, lanes };
 
 template <class T, class IO> struct Kernels {
-  // forward over units [begin, end): planes (columns) or image x chunk (lanes, packed)
+  // forward over units [begin, end): planes (columns) or image x chunk (lanes)
   void (*filter)(Cut, const Modes<T>&, Planes<const IO> x, Planes<IO> y, const Profile<T>&, int64_t channels, int64_t chunk, bool stream,
                  int64_t begin, int64_t end);
-  // gradient of the profile over units [begin, end): channels (columns) or chunks (lanes, packed), each over all images;
-  // sums is (A_H A_W + 1, C): the products of every mode, not normalised, then <grad, x>
+  // gradient of the profile over units [begin, end): channels (columns) or chunks (lanes), each over all images;
+  // sums is (inside + 1, C): the products of every mode, not normalised, then <grad, x>
   void (*backward)(Cut, const Modes<T>&, Planes<const IO> grad, Planes<const IO> x, double* sums, int64_t images, int64_t channels,
                    int64_t chunk, int64_t begin, int64_t end);
   int64_t lanes;

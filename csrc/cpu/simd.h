@@ -107,6 +107,32 @@ template <class T, class IO> SIMD_INLINE Vec<T> load(const IO* p) {
   }
 }
 
+#if SIMD_BYTES == 32
+// All ones in the first n elements of 4 or 8 bytes.
+template <int bytes> SIMD_INLINE __m256i first_elements(int64_t n) {
+  alignas(64) static constexpr int32_t ones[16] = {-1, -1, -1, -1, -1, -1, -1, -1};
+  return _mm256_loadu_si256((const __m256i*)(ones + 8 - n * (bytes / 4)));
+}
+#endif
+
+// The first n lanes from memory, zeros in the others; nothing beyond them is touched.
+template <class T, class IO> SIMD_INLINE Vec<T> load_part(const IO* p, int64_t n) {
+#if SIMD_BYTES == 64
+  if constexpr (sizeof(IO) == 8) return (Vec<T>)_mm512_maskz_loadu_pd(__mmask8((1u << n) - 1), p);
+  else if constexpr (sizeof(IO) == 4) return (Vec<T>)_mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p);
+  const __m256i part = _mm256_maskz_loadu_epi16(__mmask16((1u << n) - 1), p);
+  return load<T>((const IO*)&part);
+#else
+#if SIMD_BYTES == 32
+  if constexpr (sizeof(IO) == 8) return (Vec<T>)_mm256_maskload_pd(p, first_elements<8>(n));
+  else if constexpr (sizeof(IO) == 4) return (Vec<T>)_mm256_maskload_ps(p, first_elements<4>(n));
+#endif
+  IO part[lanes_of<T>] = {};
+  for (int64_t l = 0; l < n; ++l) part[l] = p[l];
+  return load<T>(static_cast<const IO*>(part));
+#endif
+}
+
 // The bit pattern of v as IO, ready to be stored.
 template <class IO, class T> SIMD_INLINE auto narrow(Vec<T> v) {
   if constexpr (std::is_same_v<IO, T>) {
@@ -138,6 +164,41 @@ template <class IO, class T> SIMD_INLINE auto narrow(Vec<T> v) {
 template <class T, class IO> SIMD_INLINE void store(IO* p, Vec<T> v) {
   const auto bits = narrow<IO, T>(v);
   std::memcpy(p, &bits, sizeof bits);
+}
+
+// The first n lanes to memory; nothing beyond them is touched.
+template <class T, class IO> SIMD_INLINE void store_part(IO* p, Vec<T> v, int64_t n) {
+#if SIMD_BYTES == 64
+  if constexpr (sizeof(IO) == 8) _mm512_mask_storeu_pd(p, __mmask8((1u << n) - 1), (__m512d)v);
+  else if constexpr (sizeof(IO) == 4) _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), (__m512)v);
+  else _mm256_mask_storeu_epi16(p, __mmask16((1u << n) - 1), (__m256i)narrow<IO, T>(v));
+#else
+#if SIMD_BYTES == 32
+  if constexpr (sizeof(IO) == 8) return _mm256_maskstore_pd(p, first_elements<8>(n), (__m256d)v);
+  else if constexpr (sizeof(IO) == 4) return _mm256_maskstore_ps(p, first_elements<4>(n), (__m256)v);
+#endif
+  IO part[lanes_of<T>];
+  store<T>(part, v);
+  for (int64_t l = 0; l < n; ++l) p[l] = part[l];
+#endif
+}
+
+// One vector whose lane k is the sum of the lanes of v[k].
+template <class T> SIMD_INLINE Vec<T> sum_lanes(Vec<T>* v) {
+  constexpr int64_t vl = lanes_of<T>;
+  using Index = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+  typedef Index Mask __attribute__((vector_size(SIMD_BYTES)));
+  Mask even, odd;
+  for (int64_t l = 0; l < vl; ++l) {
+    even[l] = Index(2 * l);
+    odd[l] = Index(2 * l + 1);
+  }
+#pragma GCC unroll 4
+  for (int64_t left = vl / 2; left > 0; left /= 2)
+#pragma GCC unroll 8
+    for (int64_t k = 0; k < left; ++k)
+      v[k] = __builtin_shuffle(v[2 * k], v[2 * k + 1], even) + __builtin_shuffle(v[2 * k], v[2 * k + 1], odd);
+  return v[0];
 }
 
 // A store past the caches; p must be aligned to its own size.
