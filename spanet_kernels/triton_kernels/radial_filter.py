@@ -18,7 +18,7 @@ The backward leaves products of coefficients in a scratch (B, modes + 1, C) that
 """
 
 # Kernels have no types of their own, a launch gives them.
-# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
 from __future__ import annotations
 
@@ -85,8 +85,8 @@ def _modes(z, a, k, c, exists, A_W, C):
 
 @triton.jit
 def _plane_kernel(
-    x, y, base, gain, phi_h, phi_w, shell_of, C, H, W, S, x_b, x_c, x_h, x_w, y_b, y_c, y_h, y_w, base_c, gain_s, gain_c,
-    A_H: tl.constexpr, A_W: tl.constexpr, BC: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, BK: tl.constexpr,
+    x, y, base, gain, phi_h, phi_w, shell_of, C, H, W, A_W, S, x_b, x_c, x_h, x_w, y_b, y_c, y_h, y_w, base_c, gain_s, gain_c,
+    A_H: tl.constexpr, BC: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, BK: tl.constexpr,
     UNROLL: tl.constexpr, V: tl.constexpr, CHANNELS_LAST: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     b, c, exists = _group(C, BC, V, CHANNELS_LAST)
@@ -107,8 +107,8 @@ def _plane_kernel(
 
 @triton.jit
 def _plane_backward_kernel(
-    grad, x, z, phi_h, phi_w, C, H, W, g_b, g_c, g_h, g_w, x_b, x_c, x_h, x_w,
-    A_H: tl.constexpr, A_W: tl.constexpr, BC: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, BK: tl.constexpr,
+    grad, x, z, phi_h, phi_w, C, H, W, A_W, g_b, g_c, g_h, g_w, x_b, x_c, x_h, x_w,
+    A_H: tl.constexpr, BC: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, BK: tl.constexpr,
     UNROLL: tl.constexpr, V: tl.constexpr, CHANNELS_LAST: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     b, c, exists = _group(C, BC, V, CHANNELS_LAST)
@@ -133,7 +133,7 @@ def _project(sums, tile, phi_h, a0, h, A_H, H, F: tl.constexpr):
     added = ()
     for i in tl.static_range(F):
         f = tl.load(phi_h + (a0 + i) * H + h, mask=(h < H) & (a0 + i < A_H), other=0)
-        added = added + (sums[i] + tile * f[:, None, None],)  # noqa: RUF005 (no unpacking in Triton)
+        added = added + (sums[i] + tile * f[:, None, None],)  # type: ignore[assignment]  # noqa: RUF005
     return added
 
 
@@ -152,9 +152,9 @@ def _add_coefficients(z, sums, phi_w, a0, w0, w, c, exists, A_H, A_W, C, W, F: t
 
 @triton.jit
 def _stream_kernel(
-    x, y, z, u, base, gain, phi_h, phi_w, shell_of, C, H, W, S,
+    x, y, z, u, base, gain, phi_h, phi_w, shell_of, C, H, W, A_W, S,
     x_b, x_c, x_h, x_w, y_b, y_c, y_h, y_w, u_b, u_c, u_h, u_w, base_c, gain_s, gain_c,
-    A_H: tl.constexpr, A_W: tl.constexpr, BC: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, BK: tl.constexpr,
+    A_H: tl.constexpr, BC: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, BK: tl.constexpr,
     F: tl.constexpr, UNROLL: tl.constexpr, V: tl.constexpr, CHANNELS_LAST: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     b, c, exists = _group(C, BC, V, CHANNELS_LAST)
@@ -205,8 +205,8 @@ def _stream_kernel(
 
 @triton.jit
 def _stream_backward_kernel(
-    grad, x, z, zg, phi_h, phi_w, C, H, W, g_b, g_c, g_h, g_w, x_b, x_c, x_h, x_w,
-    A_H: tl.constexpr, A_W: tl.constexpr, BC: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, BK: tl.constexpr,
+    grad, x, z, zg, phi_h, phi_w, C, H, W, A_W, g_b, g_c, g_h, g_w, x_b, x_c, x_h, x_w,
+    A_H: tl.constexpr, BC: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, BK: tl.constexpr,
     F: tl.constexpr, V: tl.constexpr, CHANNELS_LAST: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     b, c, exists = _group(C, BC, V, CHANNELS_LAST)
@@ -256,6 +256,10 @@ def _shell_kernel(z, base_grad, gain_grad, order, start, B, C, M, S, BB: tl.cons
     tl.store(base_grad + c, total, mask=(c < C) & (s == S))
 
 
+# with 255 registers allowed, ptxas no longer spills a few bytes to fit one more block on a multiprocessor
+_OPTIONS: dict[str, Any] = dict(enable_fp_fusion=True) if torch.version.hip else dict(enable_fp_fusion=True, maxnreg=255)
+
+
 class Plan(NamedTuple):
     """Kernel and launch choice for a shape: whole planes on chip or not, and the compile-time constants."""
 
@@ -269,28 +273,29 @@ def plan(channels: int, height: int, width: int, radius_squared: int, itemsize: 
     """Launch choice from the shape of one image alone, so that no result depends on the batch size."""
     a_h, a_w = modes.functions(height, radius_squared), modes.functions(width, radius_squared)
     bh, bw, bk = (triton.next_power_of_2(n) for n in (height, width, a_w))
-    limit = 8192 if itemsize == 8 else 16384  # elements of a plane tile that 8 warps hold twice in registers
-    plane = max(bh, bk) * bw
+    words = 2 if itemsize == 8 else 1
+    registers = (2 * bh + bk) * bw * words  # of one channel: the plane, the result or the gradient, and Phi_W
     # channels_last wants at least one 32-byte sector per pixel
-    bc = max(32 // itemsize, min(32, limit // 2 // plane)) if channels_last else max(1, 2048 // plane)
+    bc = max(32 // itemsize, min(32, 8192 // words // (bh * bw))) if channels_last else max(1, 2048 // (bh * bw))
     bc = min(bc, triton.next_power_of_2(channels))
+    warps = triton.next_power_of_2(triton.cdiv(bc * registers, 32 * 136))  # 136 of 255 registers per thread: no spills
     unroll = a_h if a_h <= 5 else 1
-    if bc * plane <= limit:
-        tile = bc * bh * bw
-        warps = max(1, tile // (2048 if tile >= 4096 and itemsize < 8 else 1024))
-        return Plan(True, warps, dict(A_H=a_h, A_W=a_w, BC=bc, BH=bh, BW=bw, BK=bk, UNROLL=unroll))
+    if warps <= 8:
+        return Plan(True, warps, dict(A_H=a_h, BC=bc, BH=bh, BW=bw, BK=bk, UNROLL=unroll))
     # eight sums over tiles of 2048 elements, twice eight over 1024 in the backward, are 64 registers per thread
-    tile = 2048 // (2 if backward else 1) // (2 if itemsize == 8 else 1)
+    tile = 2048 // words // (2 if backward else 1)
     bc = min(64 // itemsize if channels_last else 1, triton.next_power_of_2(channels))
-    bh = min(bh, max(1, tile // bc // min(bw, 16 if channels_last else 128)))
+    bh = min(bh, max(1, tile // bc // min(bw, 32 if channels_last else 128)))
     bw = min(bw, tile // bc // bh)
-    return Plan(False, 8, dict(A_H=a_h, A_W=a_w, BC=bc, BH=bh, BW=bw, BK=min(bk, 8), F=min(a_h, 8), UNROLL=unroll))
+    f = triton.cdiv(a_h, triton.cdiv(a_h, 5))
+    constants = dict(A_H=a_h, BC=bc, BH=bh, BW=bw, BK=min(bk, 4), F=f)
+    return Plan(False, 4, constants) if backward else Plan(False, 8, dict(constants, UNROLL=unroll))
 
 
 def access(channels_last: bool, *tensors: Tensor) -> dict[str, Any]:
     """How tiles address the tensors: V neighbours along the fastest axis are one aligned access; INDEX holds any offset inside an image."""
     fast = 1 if channels_last else 3
-    vector = min(4, 16 // tensors[0].element_size())
+    vector = 2 if channels_last else min(4, 16 // tensors[0].element_size())  # wider accesses cost more shuffles than they save
     reach = 0
     for tensor in tensors:
         vector = gcd(vector, tensor.shape[fast], *(stride for axis, stride in enumerate(tensor.stride()) if axis != fast))
@@ -330,8 +335,8 @@ def radial_filter(x: Tensor, base: Tensor, gain: Tensor, radius_squared: int) ->
     kernel = _plane_kernel if choice.on_chip else _stream_kernel
     with torch.cuda.device_of(x):
         kernel[(B * triton.cdiv(C, choice.constants["BC"]),)](
-            x, y, *scratch, *tables, C, H, W, gain.shape[0], *strides, base.stride(0), *gain.stride(),
-            **choice.constants, **access(channels_last, x, y), num_warps=choice.num_warps, enable_fp_fusion=True,
+            x, y, *scratch, *tables, C, H, W, phi_w.shape[0], gain.shape[0], *strides, base.stride(0), *gain.stride(),
+            **choice.constants, **access(channels_last, x, y), num_warps=choice.num_warps, **_OPTIONS,
         )  # fmt: skip
     return y
 
@@ -349,15 +354,14 @@ def radial_filter_backward(grad: Tensor, x: Tensor, radius_squared: int) -> tupl
     phi_h, phi_w = modes.basis(H, radius_squared, dtype, x.device), modes.basis(W, radius_squared, dtype, x.device)
     count = phi_h.shape[0] * phi_w.shape[0]
     z = torch.empty((1 if choice.on_chip else 2, B, count + 1, C), dtype=dtype, device=x.device)
-    constants = {name: value for name, value in choice.constants.items() if choice.on_chip or name != "UNROLL"}
     kernel = _plane_backward_kernel if choice.on_chip else _stream_backward_kernel
     with torch.cuda.device_of(x):
-        kernel[(B * triton.cdiv(C, constants["BC"]),)](
-            grad, x, *z, phi_h, phi_w, C, H, W, *grad.stride(), *x.stride(),
-            **constants, **access(channels_last, grad, x), num_warps=choice.num_warps, enable_fp_fusion=True,
+        kernel[(B * triton.cdiv(C, choice.constants["BC"]),)](
+            grad, x, *z, phi_h, phi_w, C, H, W, phi_w.shape[0], *grad.stride(), *x.stride(),
+            **choice.constants, **access(channels_last, grad, x), num_warps=choice.num_warps, **_OPTIONS,
         )  # fmt: skip
         _shell_kernel[((shells + 1) * triton.cdiv(C, 8),)](
             z, base_grad, gain_grad, *_modes_by_shell(H, W, radius_squared, x.device), B, C, count, shells,
-            BB=128, BC=8, num_warps=4, enable_fp_fusion=True,
+            BB=128, BC=8, num_warps=4, **_OPTIONS,
         )  # fmt: skip
     return base_grad, gain_grad
