@@ -38,7 +38,7 @@ CASES: list[tuple[tuple[int, int, int, int], int, str, str]] = [
     ((2, 3, 25, 42), 9, "expanded", "float32"),
     ((2, 4, 14, 12), 5, "sliced", "float16"),
     ((1, 33, 14, 12), 2, "expanded", "float32"),
-    ((130, 1, 5, 3), 2, "contiguous", "float32"),  # more images than one block of the sum over them
+    ((130, 3, 5, 3), 2, "contiguous", "float32"),  # more images than one block of the sum over them
     ((0, 3, 7, 7), 1, "contiguous", "float32"),
     ((2, 0, 7, 7), 1, "contiguous", "float32"),
     # too large to stay on chip
@@ -51,7 +51,7 @@ CASES: list[tuple[tuple[int, int, int, int], int, str, str]] = [
 ]
 
 # (max, rms) in fp32 rounding units: a mode carries the rounding of its two basis functions, a product of coefficients that of four
-SLACK = {"y": (1, 0.25), "base_grad": (3, 1.5), "gain_grad": (3, 1.5)}
+SLACK = {"y": (1, 0.25), "base_grad": (3, 2), "gain_grad": (3, 2)}
 
 
 def tensor(shape: tuple[int, int, int, int], layout: str, dtype: torch.dtype) -> Tensor:

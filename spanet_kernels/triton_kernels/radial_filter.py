@@ -12,7 +12,7 @@ A program owns BC channels of one image as tiles (BH, BC, BW), padded to powers 
 axis with unit stride first, so one kernel serves NCHW (lanes along w, then c) and channels_last (lanes along c, then w);
 h comes first so that the sums over h and k, axis 0, stay inside a thread where planes are small.
     plane on chip    one read, one write; 2 A_H multiply-adds per padded pixel, any radius: functions a are independent
-    larger planes    the program passes over its planes twice, the second time through L2; FUNCTIONS accumulators per pass
+    larger planes    the program passes over its planes twice, the second time through L2; up to five functions per pass
 Plain multiply-adds, because a matrix product would pad A = 3 or 5 to 16, and fp32 input must not go through TF32.
 The backward leaves products of coefficients in a scratch (B, modes + 1, C) that a second kernel adds up in a fixed order.
 """
@@ -124,7 +124,7 @@ def _plane_backward_kernel(
         zg = tl.sum(tl.sum(slope * f, 0)[None, :, :] * phi, 2)
         place, real = _modes(z, a, k, c, exists, A_W, C)
         tl.store(place, zx * zg, mask=real)
-    tl.store(z + A_H * A_W * C + c, tl.sum(tl.sum(plane * slope, 0), 1), mask=exists)
+    tl.store(z + tl.cast(A_H * A_W, tl.int64) * C + c, tl.sum(tl.sum(plane * slope, 0), 1), mask=exists)
 
 
 @triton.jit
@@ -230,7 +230,7 @@ def _stream_backward_kernel(
             tl.debug_barrier()  # the scratch may change hands between threads
             _add_coefficients(z, x_sums, phi_w, a0, w0, w, c, exists, A_H, A_W, C, W, F, BK)
             _add_coefficients(zg, g_sums, phi_w, a0, w0, w, c, exists, A_H, A_W, C, W, F, BK)
-        tl.store(z + A_H * A_W * C + c, tl.sum(tl.sum(dot, 0), 1), mask=exists)  # the same number in every pass
+        tl.store(z + tl.cast(A_H * A_W, tl.int64) * C + c, tl.sum(tl.sum(dot, 0), 1), mask=exists)  # the same number in every pass
     tl.debug_barrier()
     for a in range(A_H):
         for k0 in range(0, A_W, BK):
@@ -250,7 +250,7 @@ def _shell_kernel(z, base_grad, gain_grad, order, start, B, C, M, S, BB: tl.cons
         row = z + tl.load(order + i) * C
         for b0 in range(0, B, BB):
             b = b0 + tl.arange(0, BB)
-            sums += tl.load(row + b.to(tl.int64)[:, None] * ((M + 1) * C) + c[None, :], mask=(b < B)[:, None] & (c < C)[None, :], other=0)
+            sums += tl.load(row + b.to(tl.int64)[:, None] * (M + 1) * C + c[None, :], mask=(b < B)[:, None] & (c < C)[None, :], other=0)
     total = tl.sum(sums, 0)
     tl.store(gain_grad + s.to(tl.int64) * C + c, total, mask=(c < C) & (s < S))
     tl.store(base_grad + c, total, mask=(c < C) & (s == S))
@@ -282,7 +282,7 @@ def plan(channels: int, height: int, width: int, radius_squared: int, itemsize: 
     unroll = a_h if a_h <= 5 else 1
     if warps <= 8:
         return Plan(True, warps, dict(A_H=a_h, BC=bc, BH=bh, BW=bw, BK=bk, UNROLL=unroll))
-    # eight sums over tiles of 2048 elements, twice eight over 1024 in the backward, are 64 registers per thread
+    # the sums of five functions over a tile, or of five for x and five for grad, are at most 80 registers per thread
     tile = 2048 // words // (2 if backward else 1)
     bc = min(64 // itemsize if channels_last else 1, triton.next_power_of_2(channels))
     bh = min(bh, max(1, tile // bc // min(bw, 32 if channels_last else 128)))
