@@ -1,0 +1,157 @@
+"""Every Triton kernel compiled ahead of time, without a GPU, at the launches that the launchers make: no register spills."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import re
+import subprocess
+from concurrent.futures import ProcessPoolExecutor
+from itertools import product
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+
+class Case(NamedTuple):
+    target: str
+    dtype: str
+    height: int
+    width: int
+    radius_squared: int
+    channels_last: bool
+
+
+class Row(NamedTuple):
+    """Resources of one compiled kernel; spill is in bytes of stack per thread (NVIDIA) or in vector registers (AMD)."""
+
+    case: Case
+    kernel: str
+    registers: int
+    shared: int
+    spill: int
+
+
+SHAPES = ((56, 56), (14, 14), (7, 7), (200, 334))
+DTYPES = ("float32", "bfloat16", "float64", "float16")
+OTHERS = ("sm_80", "sm_86", "sm_89", "sm_100", "sm_120", "gfx90a", "gfx942")
+# sm_90 gets the shapes and layouts at the published radii, every other target a plane on chip and a streamed one at a large radius
+CASES = [
+    Case("sm_90", dtype, *shape, radius_squared, last)
+    for (dtype, radius_squared), shape, last in product((("float32", 1), ("bfloat16", 1), ("bfloat16", 4)), SHAPES, (False, True))
+    if not (last and shape == (200, 334))  # the same launch as 56 x 56
+] + [
+    Case(target, DTYPES[(i + j) % 4], *shape, 64, last)
+    for i, target in enumerate(OTHERS)
+    for j, (shape, last) in enumerate((((14, 14), True) if i % 2 else ((56, 56), False), ((200, 334), i % 4 > 1)))
+]
+
+
+class Recorder:
+    """Stands in for a kernel and keeps the arguments of its launches."""
+
+    def __init__(self, kernel: Any, launches: list[tuple[Any, tuple[Any, ...], dict[str, Any]]]) -> None:
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return lambda *args, **kwargs: self.launches.append((self.kernel, args, kwargs))
+
+
+def compile_case(case: Case) -> list[Row]:
+    """Run both launchers on CPU tensors with recorders for kernels, then compile what they would have launched."""
+    from triton.runtime.jit import JITFunction
+
+    from spanet_kernels import modes
+    from spanet_kernels.triton_kernels import radial_filter as module
+
+    launches: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+    for name, kernel in list(vars(module).items()):
+        if isinstance(kernel, JITFunction) and name.endswith("_kernel"):
+            setattr(module, name, Recorder(kernel, launches))
+        elif isinstance(kernel, Recorder):
+            kernel.launches = launches
+    dtype = getattr(torch, case.dtype)
+    x = torch.empty((2, 64, case.height, case.width), dtype=dtype)
+    if case.channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    profile = torch.ones((len(modes.shells(case.radius_squared)), 64), dtype=modes.profile_dtype(dtype))
+    module.radial_filter(x, profile[0], profile, case.radius_squared)
+    module.radial_filter_backward(x, x, case.radius_squared)
+    return [Row(case, kernel.__name__, *resources(case.target, kernel, args, kwargs)) for kernel, args, kwargs in launches]
+
+
+def resources(target: str, kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int, int]:
+    """Registers, shared memory and spills of a launch."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    options = {name: value for name, value in kwargs.items() if name not in kernel.arg_names}
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+    values = dict(zip(kernel.arg_names, args, strict=False)) | {name: kwargs[name] for name in kwargs if name in kernel.arg_names}
+    for i, (name, value) in enumerate(values.items()):
+        if isinstance(value, torch.Tensor):
+            signature[name] = (
+                "*"
+                + {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "fp64", "int64": "i64"}[
+                    str(value.dtype).removeprefix("torch.")
+                ]
+            )
+        elif i >= len(args) or value == 1:
+            signature[name], constants[name] = "constexpr", value
+        else:
+            signature[name] = "i32"
+        if signature[name].startswith("*") or (signature[name] == "i32" and value % 16 == 0):
+            attributes[i,] = [["tt.divisibility", 16]]
+    where = GPUTarget("cuda", int(target[3:]), 32) if target.startswith("sm") else GPUTarget("hip", target, 64)
+    compiled = triton.compile(ASTSource(kernel, signature, constants, attributes), target=where, options=options)
+    if target.startswith("sm"):
+        tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
+        path = os.path.join(os.environ["TRITON_CACHE_DIR"], f"{os.getpid()}.cubin")
+        with open(path, "wb") as file:
+            file.write(compiled.asm["cubin"])
+        usage = subprocess.run([tool, "--dump-resource-usage", path], check=True, capture_output=True, text=True).stdout
+        registers, stack = re.search(r"REG:(\d+)", usage), re.search(r"STACK:(\d+)", usage)
+    else:
+        usage = compiled.asm["amdgcn"]
+        registers, stack = re.search(r"\.vgpr_count:\s+(\d+)", usage), re.search(r"\.vgpr_spill_count:\s+(\d+)", usage)
+    if registers is None or stack is None:
+        raise AssertionError(usage)
+    return int(registers[1]), compiled.metadata.shared, int(stack[1])
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        patch.delenv("TRITON_INTERPRET", raising=False)
+        # fresh processes: Triton reads its environment when it is imported
+        with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
+            return [row for rows in pool.map(compile_case, CASES) for row in rows]
+
+
+def table(rows: list[Row]) -> str:
+    lines = [f"{'target':8}{'dtype':10}{'plane':>9} {'r^2':>4} {'layout':14}{'kernel':26}{'registers':>9} {'shared':>7} {'spill':>6}"]
+    for case, kernel, registers, shared, spill in rows:
+        layout = "channels_last" if case.channels_last else "contiguous"
+        plane = f"{case.height}x{case.width}"
+        lines.append(
+            f"{case.target:8}{case.dtype:10}{plane:>9} {case.radius_squared:4} {layout:14}{kernel:26}{registers:9} {shared:7} {spill:6}"
+        )
+    return "\n".join(lines)
+
+
+def test_no_kernel_spills(rows: list[Row]) -> None:
+    print(table(rows))
+    spilling = [row for row in rows if row.spill]
+    assert not spilling, "\n" + table(spilling)
+
+
+def test_every_kernel_met_every_target(rows: list[Row]) -> None:
+    assert {(row.case.target, row.kernel) for row in rows} == set(product(("sm_90", *OTHERS), {row.kernel for row in rows}))
+    assert len({row.kernel for row in rows}) == 5
