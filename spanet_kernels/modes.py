@@ -93,6 +93,15 @@ def basis(n: int, radius_squared: int, dtype: torch.dtype, device: torch.device)
         return rows.to(device=device, dtype=dtype)
 
 
+@functools.lru_cache(maxsize=64)
+def half_spectrum_shells(height: int, width: int, radius_squared: int, device: torch.device) -> Tensor:
+    """(H, W // 2 + 1) index of the shell of each bin of `torch.fft.rfft2`; S, one past the last shell, outside the disc."""
+    with torch.inference_mode(False), torch.no_grad():
+        rows = torch.arange(height)
+        squared = torch.minimum(rows, height - rows)[:, None] ** 2 + torch.arange(width // 2 + 1) ** 2
+        return torch.searchsorted(torch.tensor(shells(radius_squared)), squared).to(device)
+
+
 @functools.lru_cache(maxsize=256)
 def shell_map(height: int, width: int, radius_squared: int, device: torch.device) -> Tensor:
     """(A_H, A_W) index of each mode's shell; S, one past the last shell, where the mode lies outside the disc."""
@@ -129,9 +138,8 @@ def constant_pooling_profile(
 ) -> tuple[Tensor, Tensor, int]:
     """`pooling_profile` of one lam for every channel, computed in fp64, cached as tensors of the given dtype on the device."""
     with torch.inference_mode(False), torch.no_grad():
-        lams = torch.full((channels,), lam, dtype=torch.float64)
-        base, gain, squared = pooling_profile(lams, radius, boundary, height, width)
-        return base.to(device, dtype), gain.to(device, dtype).contiguous(), squared
+        base, gain, squared = pooling_profile(torch.tensor([lam], dtype=torch.float64), radius, boundary, height, width)
+        return base.to(device, dtype).expand(channels), gain.to(device, dtype).expand(-1, channels), squared
 
 
 def profile_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -63,14 +63,16 @@ template <class T, int MOST, class F> SIMD_INLINE void for_lanes(int64_t lanes, 
   }
 }
 
-// One block of NC cosines and NS sines. CONSTANT: the first cosine is the constant 1, whose sum grows with the mean of x;
-// it is added up in blocks of eight pairs, so that its rounding error stays below that of an FFT.
+// One block of NC cosines and NS sines. CONSTANT: the first cosine is the constant 1, whose sum grows with the mean of x.
+// That sum, and all of them where there are many functions, are added up in blocks of eight pairs, so that the rounding
+// error stays below that of an FFT.
 template <int NC, int NS, bool CONSTANT, int NV_, class T, class IO>
 SIMD_INLINE void reduce_tile(const Axis<T>& axis, const T* table, int64_t sine, const IO* x, int64_t stride, Step<NV_, T> step, T* v_cos, T* v_sin,
                              int64_t v_stride) {
   constexpr int NV = Step<NV_, T>::vectors;
   const int64_t count = axis.count(), pairs = axis.pairs();
-  Vec<T> even[NC][NV], odd[NS ? NS : 1][NV], total[NV];
+  constexpr int BLOCKED = CONSTANT ? 1 : NC, BLOCKED_ODD = CONSTANT ? 0 : NS;
+  Vec<T> even[NC][NV], odd[NS ? NS : 1][NV], total[BLOCKED][NV], total_odd[BLOCKED_ODD ? BLOCKED_ODD : 1][NV];
   UNROLL
   for (int v = 0; v < NV; ++v) {
     const Vec<T> row = step.read(x + step.at(v));
@@ -78,7 +80,10 @@ SIMD_INLINE void reduce_tile(const Axis<T>& axis, const T* table, int64_t sine, 
     for (int k = 0; k < NC; ++k) even[k][v] = row * table[k];
     UNROLL
     for (int k = 0; k < NS; ++k) odd[k][v] = Vec<T>{};
-    total[v] = Vec<T>{};
+    UNROLL
+    for (int k = 0; k < BLOCKED; ++k) total[k][v] = Vec<T>{};
+    UNROLL
+    for (int k = 0; k < BLOCKED_ODD; ++k) total_odd[k][v] = Vec<T>{};
   }
   const IO* up = x + stride;
   const IO* down = x + (axis.n - 1) * stride;
@@ -98,12 +103,19 @@ SIMD_INLINE void reduce_tile(const Axis<T>& axis, const T* table, int64_t sine, 
         for (int k = 0; k < NS; ++k) odd[k][v] += difference * table[sine + k];
       }
     }
-    if constexpr (CONSTANT)
+    UNROLL
+    for (int v = 0; v < NV; ++v) {
       UNROLL
-      for (int v = 0; v < NV; ++v) {
-        total[v] += even[0][v];
-        even[0][v] = Vec<T>{};
+      for (int k = 0; k < BLOCKED; ++k) {
+        total[k][v] += even[k][v];
+        even[k][v] = Vec<T>{};
       }
+      UNROLL
+      for (int k = 0; k < BLOCKED_ODD; ++k) {
+        total_odd[k][v] += odd[k][v];
+        odd[k][v] = Vec<T>{};
+      }
+    }
   }
   if (axis.n % 2 == 0) {
     table += count;
@@ -116,7 +128,10 @@ SIMD_INLINE void reduce_tile(const Axis<T>& axis, const T* table, int64_t sine, 
   }
   UNROLL
   for (int v = 0; v < NV; ++v) {
-    even[0][v] += total[v];
+    UNROLL
+    for (int k = 0; k < BLOCKED; ++k) even[k][v] += total[k][v];
+    UNROLL
+    for (int k = 0; k < BLOCKED_ODD; ++k) odd[k][v] += total_odd[k][v];
     UNROLL
     for (int k = 0; k < NC; ++k) store<T>(v_cos + k * v_stride + step.slot(v), even[k][v]);
     UNROLL
@@ -128,31 +143,29 @@ SIMD_INLINE void reduce_tile(const Axis<T>& axis, const T* table, int64_t sine, 
 // `slots`: v is scratch laid out in slots.
 template <class T, class IO>
 void reduce(const Axis<T>& axis, const IO* x, int64_t stride, int64_t lanes, bool slots, T* v, int64_t v_stride) {
-  const auto block = [&](int64_t c, int64_t s, auto nc, auto ns) {
-    for_lanes<T, max_vectors>(lanes, slots, [&](auto step, int64_t l) {
-      const auto tile = [&](auto constant) {
-        reduce_tile<nc(), ns(), constant()>(axis, axis.table + c, axis.nc + s - c, x + l, stride, step, v + c * v_stride + l,
-                                                  v + (axis.nc + s) * v_stride + l, v_stride);
-      };
-      if (c == 0) tile(std::bool_constant<true>());
-      else if constexpr (nc() == ns() || ns() == 0) tile(std::bool_constant<false>());
-    });
-  };
   constexpr std::integral_constant<int, 0> zero;
   constexpr std::integral_constant<int, 1> one;
   constexpr std::integral_constant<int, 2> two;
   constexpr std::integral_constant<int, 3> three;
   int64_t s = axis.ns < 2 ? axis.ns : 2, c = s + 1;
-  if (s == 0) block(0, 0, one, zero);
-  else if (s == 1) block(0, 0, two, one);
-  else block(0, 0, three, two);
+  const auto block = [&](int64_t first, auto constant, auto nc, auto ns) {
+    for_lanes<T, constant() ? max_vectors : max_vectors / 2>(lanes, slots, [&](auto step, int64_t l) {
+      reduce_tile<nc(), ns(), constant()>(axis, axis.table + first, axis.nc + (constant() ? 0 : s) - first, x + l, stride, step,
+                                          v + first * v_stride + l, v + (axis.nc + (constant() ? 0 : s)) * v_stride + l, v_stride);
+    });
+  };
+  constexpr std::true_type with_constant;
+  constexpr std::false_type without;
+  if (s == 0) block(0, with_constant, one, zero);
+  else if (s == 1) block(0, with_constant, two, one);
+  else block(0, with_constant, three, two);
   for (int64_t more; s < axis.ns; s += more, c += more) {
     more = axis.ns - s < 3 ? axis.ns - s : 3;
-    if (more == 1) block(c, s, one, one);
-    else if (more == 2) block(c, s, two, two);
-    else block(c, s, three, three);
+    if (more == 1) block(c, without, one, one);
+    else if (more == 2) block(c, without, two, two);
+    else block(c, without, three, three);
   }
-  if (c < axis.nc) block(c, s, one, zero);
+  if (c < axis.nc) block(c, without, one, zero);
 }
 
 // Where expand reads x, if there is one, and writes y: rows of lanes, `stride` elements apart.
@@ -219,31 +232,40 @@ SIMD_INLINE void expand_few(const Axis<T>& axis, const T* t, int64_t t_stride, S
 }
 
 // Any number of functions: MR pairs of rows (i, n - i) at a time, or with PAIR = false one row that is its own partner.
+// Functions are added up in blocks of eight, for accuracy.
 template <int MR, bool PAIR, bool SCALED, bool STREAM, int NV_, class T, class IO>
 SIMD_INLINE void expand_tile(const Axis<T>& axis, int64_t i, const T* t, int64_t t_stride, Step<NV_, T> step, const Rows<T, IO>& rows) {
   constexpr int NV = Step<NV_, T>::vectors;
   const int64_t count = axis.count();
   const T* table = axis.table + i * count;
-  Vec<T> even[MR][NV], odd[MR][NV];
-  UNROLL
-  for (int m = 0; m < MR; ++m)
+  const auto sum = [&](int64_t first, int64_t end, Vec<T>(&total)[MR][NV]) {
     UNROLL
-    for (int v = 0; v < NV; ++v) even[m][v] = odd[m][v] = Vec<T>{};
-  for (int64_t k = 0; k < axis.nc; ++k, t += t_stride)
-    UNROLL
-    for (int v = 0; v < NV; ++v) {
-      const Vec<T> coefficient = load_raw<Vec<T>>(t + step.slot(v));
+    for (int m = 0; m < MR; ++m)
       UNROLL
-      for (int m = 0; m < MR; ++m) even[m][v] += coefficient * table[m * count + k];
-    }
-  if constexpr (PAIR)
-    for (int64_t k = axis.nc; k < count; ++k, t += t_stride)
+      for (int v = 0; v < NV; ++v) total[m][v] = Vec<T>{};
+    for (int64_t block = first; block < end; block += 8) {
+      Vec<T> part[MR][NV];
       UNROLL
-      for (int v = 0; v < NV; ++v) {
-        const Vec<T> coefficient = load_raw<Vec<T>>(t + step.slot(v));
+      for (int m = 0; m < MR; ++m)
         UNROLL
-        for (int m = 0; m < MR; ++m) odd[m][v] += coefficient * table[m * count + k];
-      }
+        for (int v = 0; v < NV; ++v) part[m][v] = Vec<T>{};
+      const int64_t block_end = block + 8 < end ? block + 8 : end;
+      for (int64_t k = block; k < block_end; ++k)
+        UNROLL
+        for (int v = 0; v < NV; ++v) {
+          const Vec<T> coefficient = load_raw<Vec<T>>(t + k * t_stride + step.slot(v));
+          UNROLL
+          for (int m = 0; m < MR; ++m) part[m][v] += coefficient * table[m * count + k];
+        }
+      UNROLL
+      for (int m = 0; m < MR; ++m)
+        UNROLL
+        for (int v = 0; v < NV; ++v) total[m][v] += part[m][v];
+    }
+  };
+  Vec<T> even[MR][NV], odd[MR][NV];
+  sum(0, axis.nc, even);
+  sum(axis.nc, PAIR ? count : axis.nc, odd);
   UNROLL
   for (int m = 0; m < MR; ++m)
     UNROLL
@@ -268,7 +290,7 @@ void expand(const Axis<T>& axis, const T* t, int64_t t_stride, int64_t lanes, bo
     });
     return;
   }
-  for_lanes<T, max_vectors>(lanes, slots, [&](auto step, int64_t l) {
+  for_lanes<T, max_vectors / 2>(lanes, slots, [&](auto step, int64_t l) {
     constexpr int block = 2;
     const int64_t n = axis.n, pairs = axis.pairs();
     const Rows<T, IO> rows = all + l;
@@ -280,50 +302,45 @@ void expand(const Axis<T>& axis, const T* t, int64_t t_stride, int64_t lanes, bo
   });
 }
 
-// Sums run in KU parts: shorter chains of additions, for speed and for accuracy.
+// Products are added up in blocks of eight, for accuracy.
 template <int MR, int NV, class T>
 SIMD_INLINE void product_tile(int64_t k, const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc) {
   constexpr int64_t vl = lanes_of<T>;
-  constexpr int KU = NV * 2 <= max_vectors ? max_vectors / NV : 1;
-  Vec<T> sum[KU][MR][NV];
-  UNROLL
-  for (int part = 0; part < KU; ++part)
-    UNROLL
-    for (int m = 0; m < MR; ++m)
-      UNROLL
-      for (int v = 0; v < NV; ++v) sum[part][m][v] = Vec<T>{};
-  const auto step = [&](int part, int64_t i) {
-    UNROLL
-    for (int v = 0; v < NV; ++v) {
-      const Vec<T> row = load_raw<Vec<T>>(b + i * ldb + v * vl);
-      UNROLL
-      for (int m = 0; m < MR; ++m) sum[part][m][v] += row * a[m * lda + i];
-    }
-  };
-  int64_t i = 0;
-  for (; i + KU <= k; i += KU)
-    UNROLL
-    for (int part = 0; part < KU; ++part) step(part, i + part);
-  for (; i < k; ++i) step(0, i);
-  UNROLL
-  for (int width = KU / 2; width > 0; width /= 2)
-    UNROLL
-    for (int part = 0; part < width; ++part)
-      UNROLL
-      for (int m = 0; m < MR; ++m)
-        UNROLL
-        for (int v = 0; v < NV; ++v) sum[part][m][v] += sum[part + width][m][v];
+  Vec<T> total[MR][NV];
   UNROLL
   for (int m = 0; m < MR; ++m)
     UNROLL
-    for (int v = 0; v < NV; ++v) store<T>(c + m * ldc + v * vl, sum[0][m][v]);
+    for (int v = 0; v < NV; ++v) total[m][v] = Vec<T>{};
+  for (int64_t block = 0; block < k; block += 8) {
+    Vec<T> part[MR][NV];
+    UNROLL
+    for (int m = 0; m < MR; ++m)
+      UNROLL
+      for (int v = 0; v < NV; ++v) part[m][v] = Vec<T>{};
+    const int64_t end = block + 8 < k ? block + 8 : k;
+    for (int64_t i = block; i < end; ++i)
+      UNROLL
+      for (int v = 0; v < NV; ++v) {
+        const Vec<T> row = load_raw<Vec<T>>(b + i * ldb + v * vl);
+        UNROLL
+        for (int m = 0; m < MR; ++m) part[m][v] += row * a[m * lda + i];
+      }
+    UNROLL
+    for (int m = 0; m < MR; ++m)
+      UNROLL
+      for (int v = 0; v < NV; ++v) total[m][v] += part[m][v];
+  }
+  UNROLL
+  for (int m = 0; m < MR; ++m)
+    UNROLL
+    for (int v = 0; v < NV; ++v) store<T>(c + m * ldc + v * vl, total[m][v]);
 }
 
 // C (m x n) = A (m x k) B (k x n), n a multiple of the vector.
 template <class T> void product(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc) {
   for (int64_t row = 0; row < m;) {
     const int64_t left = m - row, rows = left > 5 ? (left >= 10 ? 5 : left / 2) : left;
-    for_lanes<T, max_vectors>(n, true, [&](auto step, int64_t l) {
+    for_lanes<T, max_vectors / 2>(n, true, [&](auto step, int64_t l) {
       const auto tile = [&](auto mr) { product_tile<mr(), decltype(step)::vectors>(k, a + row * lda, lda, b + l, ldb, c + row * ldc + l, ldc); };
       if (rows == 1) tile(std::integral_constant<int, 1>());
       else if (rows == 2) tile(std::integral_constant<int, 2>());
