@@ -392,7 +392,7 @@ template <class T, class IO> struct ColumnsScratch {
   ColumnsScratch(const Modes<T>& m, int64_t planes)
       : rows(m.rows.count() * m.columns.width), modes(line_up(m.inside + lanes_of<T>)),
         scratch(planes * (2 * rows + modes) + 2 * m.rows.count() * m.columns.padded + 2 * line_up(m.rows.n * m.columns.n) +
-                3 * m.columns.width) {
+                3 * m.columns.width + 256) {
     v = scratch.take(planes * rows);
     t = scratch.take(planes * rows);
     z = scratch.take(planes * modes);

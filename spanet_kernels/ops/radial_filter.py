@@ -12,14 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
 from .. import modes
 
 _filter = torch.ops.spanet_kernels.radial_filter.default
 _profile_grad = torch.ops.spanet_kernels.radial_filter_backward.default
-_below_autograd = torch._C._AutoDispatchBelowAutograd  # type: ignore[attr-defined]
 
 
 def radial_filter(x: Tensor, base: Tensor, gain: Tensor, radius: float) -> Tensor:
@@ -94,20 +92,47 @@ def spectral_pool(x: Tensor, lam: float | Tensor, radius: float, boundary: float
 def _apply(x: Tensor, base: Tensor, gain: Tensor, radius_squared: int) -> Tensor:
     if _fft_pays(x, radius_squared):
         return _by_fft(x, base, gain, radius_squared)
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        return _filter(x, base, gain, radius_squared)
-    # what the autograd kernel below would do, without its two trips through the dispatcher
-    if torch.is_grad_enabled() and torch._C._any_requires_grad(x, base, gain):
-        return _RadialFilter.apply(x, base, gain, radius_squared)
-    with _below_autograd():
-        return _filter(x, base, gain, radius_squared)
+    return _linear(x, base, gain, radius_squared)
+
+
+def _differentiable(operator: Any, function: Any, *args: Any) -> Any:
+    """Call the operator so that every kind of derivative sees it.
+
+    torch.compile and torch.export see the operator, whose autograd kernel calls the function. In eager mode the function is called
+    here: torch.func asks for it, and it saves two trips through the dispatcher.
+    """
+    if torch.compiler.is_compiling():
+        return operator(*args)
+    if _wants_derivative(args) or torch._C._are_functorch_transforms_active():
+        return function.apply(None, *args)
+    return _call_below_autograd(operator, None, *args)
+
+
+def _wants_derivative(args: tuple[Any, ...]) -> bool:
+    return (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)) or forward_ad._current_level >= 0
+
+
+def _linear(x: Tensor, base: Tensor, gain: Tensor, radius_squared: int) -> Tensor:
+    y: Tensor = _differentiable(_filter, _RadialFilter, x, base, gain, radius_squared)
+    return y
+
+
+def _bilinear(grad: Tensor, x: Tensor, radius_squared: int) -> tuple[Tensor, Tensor]:
+    grads: tuple[Tensor, Tensor] = _differentiable(_profile_grad, _ProfileGrad, grad, x, radius_squared)
+    return grads
+
+
+def _call_below_autograd(operator: Any, keyset: Any, *args: Any) -> Any:
+    """Go on to the kernels below autograd: from the dispatch keys that an autograd kernel was called with, or (None) from the top."""
+    with torch._C._AutoDispatchBelowAutograd():  # type: ignore[attr-defined]
+        return operator(*args) if keyset is None else operator.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
 
 def _fft_pays(x: Tensor, radius_squared: int) -> bool:
     """Whether so many modes cost more than real FFTs: the work of the modes grows with A_H + A_W, that of an FFT does not."""
+    if 2 * (2 * math.isqrt(radius_squared) + 1) <= _MOST_FUNCTIONS_GPU:
+        return False  # whatever the size: no guard on it under torch.compile
     height, width = x.shape[2:]
-    if height + width <= _MOST_FUNCTIONS_GPU:
-        return False
     functions = modes.functions(height, radius_squared) + modes.functions(width, radius_squared)
     return functions > (_MOST_FUNCTIONS_CPU if x.device.type == "cpu" else _MOST_FUNCTIONS_GPU)
 
@@ -126,86 +151,121 @@ def _by_fft(x: Tensor, base: Tensor, gain: Tensor, radius_squared: int) -> Tenso
     return y.contiguous(memory_format=torch.channels_last if modes.channels_last(x) else torch.contiguous_format)
 
 
-class _RadialFilter(torch.autograd.function._SingleLevelFunction):
+class _RadialFilter(torch.autograd.Function):
     """y = F(x; base, gain): linear in x and in the profile, self-adjoint in x."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, base: Tensor, gain: Tensor, radius_squared: int) -> Tensor:
+    def forward(keyset: Any, x: Tensor, base: Tensor, gain: Tensor, radius_squared: int) -> Tensor:
+        out: Tensor = _call_below_autograd(_filter, keyset, x, base, gain, radius_squared)
+        return out
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, x, base, gain, ctx.radius_squared = inputs
         ctx.set_materialize_grads(False)
-        ctx.radius_squared = radius_squared
-        profile_learns = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+        profile_learns = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
         ctx.save_for_backward(x if profile_learns else None, base, gain)
         if forward_ad._current_level >= 0:
             ctx.save_for_forward(x, base, gain)
-        with _below_autograd():
-            return _filter(x, base, gain, radius_squared)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad is None:
-            return None, None, None, None
+            return None, None, None, None, None
         x, base, gain = ctx.saved_tensors
-        x_grad = _apply(grad, base, gain, ctx.radius_squared) if ctx.needs_input_grad[0] else None
+        x_grad = _linear(grad, base, gain, ctx.radius_squared) if ctx.needs_input_grad[1] else None
         if x is None:
-            return x_grad, None, None, None
-        return x_grad, *_profile_grad(grad, x, ctx.radius_squared), None
+            return None, x_grad, None, None, None
+        return None, x_grad, *_bilinear(grad, x, ctx.radius_squared), None
 
     @staticmethod
-    def jvp(ctx: Any, x_t: Tensor | None, base_t: Tensor | None, gain_t: Tensor | None, _: None) -> Tensor | None:
+    def jvp(ctx: Any, _: None, x_t: Tensor | None, base_t: Tensor | None, gain_t: Tensor | None, __: None) -> Tensor | None:
         x, base, gain = ctx.saved_tensors
-        out = None if x_t is None else _filter(x_t, base, gain, ctx.radius_squared)
+        out = None if x_t is None else _linear(x_t, base, gain, ctx.radius_squared)
         if base_t is None and gain_t is None:
             return out
         base_t = torch.zeros_like(base) if base_t is None else base_t
         gain_t = torch.zeros_like(gain) if gain_t is None else gain_t
-        profile = _filter(x, base_t, gain_t, ctx.radius_squared)
+        profile = _linear(x, base_t, gain_t, ctx.radius_squared)
         return profile if out is None else out + profile
 
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, _: None, x: Tensor, base: Tensor, gain: Tensor, radius_squared: int) -> tuple[Tensor, int]:
+        size = info.batch_size
+        x, base, gain = (_into_channels(arg, dim, size, at) for arg, dim, at in zip((x, base, gain), in_dims[1:], (1, 0, 1), strict=False))
+        return _linear(x, base, gain, radius_squared).unflatten(1, (size, -1)), 1
 
-class _ProfileGrad(torch.autograd.function._SingleLevelFunction):
+
+class _ProfileGrad(torch.autograd.Function):
     """(base_grad, gain_grad) = P(grad, x): bilinear and symmetric, the transpose of F in the profile."""
 
     @staticmethod
-    def forward(ctx: Any, grad: Tensor, x: Tensor, radius_squared: int) -> tuple[Tensor, Tensor]:
-        ctx.radius_squared = radius_squared
+    def forward(keyset: Any, grad: Tensor, x: Tensor, radius_squared: int) -> tuple[Tensor, Tensor]:
+        outputs: tuple[Tensor, Tensor] = _call_below_autograd(_profile_grad, keyset, grad, x, radius_squared)
+        return outputs
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        _, grad, x, ctx.radius_squared = inputs
         ctx.save_for_backward(grad, x)
         if forward_ad._current_level >= 0:
             ctx.save_for_forward(grad, x)
-        with _below_autograd():
-            return _profile_grad(grad, x, radius_squared)
 
     @staticmethod
-    def backward(ctx: Any, base_grad: Tensor, gain_grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, base_grad: Tensor, gain_grad: Tensor) -> tuple[Tensor | None, ...]:
         grad, x = ctx.saved_tensors
-        to_grad = _filter(x, base_grad, gain_grad, ctx.radius_squared) if ctx.needs_input_grad[0] else None
-        to_x = _filter(grad, base_grad, gain_grad, ctx.radius_squared) if ctx.needs_input_grad[1] else None
-        return to_grad, to_x, None
+        to_grad = _linear(x, base_grad, gain_grad, ctx.radius_squared) if ctx.needs_input_grad[1] else None
+        to_x = _linear(grad, base_grad, gain_grad, ctx.radius_squared) if ctx.needs_input_grad[2] else None
+        return None, to_grad, to_x, None
 
     @staticmethod
-    def jvp(ctx: Any, grad_t: Tensor | None, x_t: Tensor | None, _: None) -> tuple[Tensor, Tensor]:
+    def jvp(ctx: Any, _: None, grad_t: Tensor | None, x_t: Tensor | None, __: None) -> tuple[Tensor, Tensor]:
         grad, x = ctx.saved_tensors
         grad_t = torch.zeros_like(grad) if grad_t is None else grad_t
         x_t = torch.zeros_like(x) if x_t is None else x_t
-        left, right = _profile_grad(grad_t, x, ctx.radius_squared), _profile_grad(grad, x_t, ctx.radius_squared)
+        left, right = _bilinear(grad_t, x, ctx.radius_squared), _bilinear(grad, x_t, ctx.radius_squared)
         return left[0] + right[0], left[1] + right[1]
 
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: Any, _: None, grad: Tensor, x: Tensor, radius_squared: int
+    ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+        size = info.batch_size
+        grad, x = (_into_channels(arg, dim, size, 1) for arg, dim in zip((grad, x), in_dims[1:], strict=False))
+        base_grad, gain_grad = _bilinear(grad, x, radius_squared)
+        return (base_grad.unflatten(0, (size, -1)), gain_grad.unflatten(1, (size, -1))), (0, 1)
 
-def _autograd_kernel(operator: Any, function: Any) -> Any:
-    """The kernel of the Autograd keys: record the function where a derivative is wanted, else go below."""
+
+def _into_channels(arg: Tensor, dim: int | None, size: int, channel_dim: int) -> Tensor:
+    """Move a vmapped dimension (absent: repeated) in front of the channels and merge the two."""
+    if dim is None:
+        moved = arg.unsqueeze(channel_dim).expand(*arg.shape[:channel_dim], size, *arg.shape[channel_dim:])
+    else:
+        moved = arg.movedim(dim, channel_dim)
+    return moved.flatten(channel_dim, channel_dim + 1)
+
+
+def _register(operator: Any, function: type[torch.autograd.Function]) -> None:
+    """The kernel of the Autograd keys records the function where a derivative is wanted, else goes below; and vmap."""
 
     def kernel(keyset: Any, *args: Any) -> Any:
-        if (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)) or forward_ad._current_level >= 0:
-            with enable_single_level_autograd_function():  # torch.func has peeled its own levels off by now
-                return function.apply(*args)
-        with _below_autograd():
-            return operator.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+        if torch._C._are_functorch_transforms_active():
+            raise RuntimeError(f"{operator}: call spanet_kernels.radial_filter under torch.func, in eager mode; the operator has no levels")
+        if _wants_derivative(args):
+            return function.apply(keyset, *args)
+        return _call_below_autograd(operator, keyset, *args)
 
-    return kernel
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        return function.vmap(info, (None, *in_dims), None, *args)
+
+    name = operator.name().partition(".")[0]
+    _library.impl(name, kernel, "Autograd", with_keyset=True)
+    torch.library.register_vmap(name, vmap)
 
 
 _library = torch.library.Library("spanet_kernels", "IMPL")
-_library.impl("radial_filter", _autograd_kernel(_filter, _RadialFilter), "Autograd", with_keyset=True)
-_library.impl("radial_filter_backward", _autograd_kernel(_profile_grad, _ProfileGrad), "Autograd", with_keyset=True)
+_register(_filter, _RadialFilter)
+_register(_profile_grad, _ProfileGrad)
 
 
 @torch.library.register_fake("spanet_kernels::radial_filter")
@@ -217,27 +277,6 @@ def _filter_fake(x: Tensor, base: Tensor, gain: Tensor, radius_squared: int) -> 
 def _profile_grad_fake(grad: Tensor, x: Tensor, radius_squared: int) -> tuple[Tensor, Tensor]:
     dtype = modes.profile_dtype(x.dtype)
     return x.new_empty(x.shape[1], dtype=dtype), x.new_empty(len(modes.shells(radius_squared)), x.shape[1], dtype=dtype)
-
-
-def _into_channels(arg: Tensor, dim: int | None, size: int, channel_dim: int) -> Tensor:
-    """Move a vmapped dimension (absent: repeated) in front of the channels and merge the two."""
-    moved = arg.unsqueeze(channel_dim).expand(*arg.shape[:channel_dim], size, *arg.shape[channel_dim:]) if dim is None else arg.movedim(dim, channel_dim)
-    return moved.flatten(channel_dim, channel_dim + 1)
-
-
-@torch.library.register_vmap("spanet_kernels::radial_filter")
-def _filter_vmap(info: Any, in_dims: Any, x: Tensor, base: Tensor, gain: Tensor, radius_squared: int) -> tuple[Tensor, int]:
-    size = info.batch_size
-    x, base, gain = (_into_channels(arg, dim, size, at) for arg, dim, at in zip((x, base, gain), in_dims, (1, 0, 1), strict=False))
-    return _filter(x, base, gain, radius_squared).unflatten(1, (size, -1)), 1
-
-
-@torch.library.register_vmap("spanet_kernels::radial_filter_backward")
-def _profile_grad_vmap(info: Any, in_dims: Any, grad: Tensor, x: Tensor, radius_squared: int) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
-    size = info.batch_size
-    grad, x = (_into_channels(arg, dim, size, 1) for arg, dim in zip((grad, x), in_dims, strict=False))
-    base_grad, gain_grad = _profile_grad(grad, x, radius_squared)
-    return (base_grad.unflatten(0, (size, -1)), gain_grad.unflatten(1, (size, -1))), (0, 1)
 
 
 def _check_radius(op: str, radius: float) -> float:
