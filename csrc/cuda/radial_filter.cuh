@@ -1,0 +1,314 @@
+// radial_filter on the GPU: y = base x + sum_ab phi_a(i) phi_b(j) g_ab <x, phi_a phi_b>, one block per tile.
+//
+//   V[a][j] = sum_i cos|sin(2 pi f_a i / H) x[i][j]      rows m and H - m share their cosines and, up to sign, their
+//   Z[a][b] = g_ab sum_j V[a][j] cos|sin(2 pi f_b j / W)     sines: one pair costs 1 + FB additions-or-FMAs a row
+//   U[a][j] = sum_b Z[a][b] cos|sin(2 pi f_b j / W)      y[i][j] = base x[i][j] + sum_a cos|sin(2 pi f_a i / H) U[a][j]
+//
+// Tile (shared memory, dtype of x): contiguous [plane p][row i][column j], channels_last [row i][column j][channel p].
+// Either way it is rows of columns `pitch` elements apart, so that one code serves both layouts. A thread owns VEC
+// adjacent columns of every Q-th row pair: it keeps V (2 FB + 1 functions x VEC) in registers for the reduction and U for
+// the application. The Q teams of threads add their V to shared memory in turn, three functions at a time; L lanes
+// project each onto the W axis. No atomics, every sum in a fixed order that depends on H, W, C and the dtype alone.
+//
+// Whole planes on chip: 1 read + 1 write per element. Planes beyond shared memory and frequencies beyond 4 take two
+// launches over slices of a plane (reduce_kernel, then filter_kernel from the partial Z): 2 reads (the second from L2
+// as far as it reaches) + 1 write. Instructions per element at FB = 2, VEC = 4, 56 x 56: 16 bits 15, fp32 14; an H200 at
+// full copy speed has 27 and 55 issue slots (132 x 128 lanes x 1.75 GHz over 1075 and 540 G elements/s). Bytes in flight:
+// the whole tile by 16-byte cp.async, 2 to 7 blocks per multiprocessor.
+#pragma once
+
+#include "radial_filter_tile.cuh"
+
+namespace spanet {
+
+// table[i] = cos, sin of frequencies block FB + 1 .. block FB + FB at position first + i of an axis of length n.
+template <int FB, typename W>
+__device__ void fill_table(Pack<W, 2 * FB>* table, int first, int count, int n, int block) {
+  for (int t = threadIdx.x; t < count * FB; t += blockDim.x) {
+    const int64_t turn = static_cast<int64_t>(block * FB + t % FB + 1) * (first + t / FB) % n;
+    const int64_t nearest = 2 * turn > n ? turn - n : turn;  // |angle| <= pi: half the rounding error of [0, 2 pi)
+    W* entry = table[t / FB].v + t % FB * 2;
+    cos_sin_pi(static_cast<W>(2 * nearest) / static_cast<W>(n), entry, entry + 1);
+  }
+}
+
+__device__ inline int slot_frequency(int block, int frequencies, int slot) { return slot == 0 ? 0 : block * frequencies + (slot + 1) / 2; }
+
+// Index of the shell of functions a and b, -1 where the pair is no mode of the disc; the DC slots count in block 0 only.
+template <int FB>
+__device__ int shell_of(const Plan& plan, int block_h, int a, int block_w, int b) {
+  const int64_t u = slot_frequency(block_h, FB, a), v = slot_frequency(block_w, FB, b), squared = u * u + v * v;
+  if ((a == 0 && block_h > 0) || (b == 0 && block_w > 0)) return -1;
+  if (2 * u > plan.height || 2 * v > plan.width || squared > plan.radius_squared) return -1;
+  return plan.shell_of ? plan.shell_of[squared] : plan.small_shells[squared];
+}
+
+// (2 or 1) (2 or 1) / (H W): squared amplitude of mode (u, v), for cosines and sines stored without it.
+template <typename W>
+__device__ W mode_weight(const Plan& plan, int u, int v) {
+  const int twice = (u == 0 || 2 * u == plan.height ? 1 : 2) * (v == 0 || 2 * v == plan.width ? 1 : 2);
+  return static_cast<W>(twice) / (static_cast<W>(plan.height) * static_cast<W>(plan.width));
+}
+
+// Partial coefficients of a plane and slice in the workspace: [plane][slice][block_h][block_w][a][b].
+template <int FB>
+__device__ int64_t partial_index(const Plan& plan, int64_t plane, int slice, int block_h, int block_w) {
+  return (((plane * plan.slices() + slice) * plan.blocks_h + block_h) * plan.blocks_w + block_w) * kFunctions<FB> * kFunctions<FB>;
+}
+
+template <typename W>
+struct Profile {  // base (C,) and gain (S, C)
+  const W* base;
+  const W* gain;
+  int64_t base_c, gain_s, gain_c;
+};
+
+// z[p][a][b] = weight x gain, times the coefficient summed over slices if there is a workspace of partial ones.
+template <int FB, typename W>
+__device__ void load_gains(const Plan& plan, const Slice& s, const Profile<W>& profile, const W* partial, int block_h, int block_w, W* z) {
+  constexpr int F = kFunctions<FB>, kModes = F * F;
+  const int thread = threadIdx.x, step = blockDim.x / kModes;
+  if (thread >= step * kModes) return;
+  const int a = thread % kModes / F, b = thread % F;
+  const int shell = shell_of<FB>(plan, block_h, a, block_w, b);
+  const W weight = mode_weight<W>(plan, slot_frequency(block_h, FB, a), slot_frequency(block_w, FB, b));
+  for (int p = thread / kModes; p < s.planes; p += step) {
+    const Plane plane = plane_of(plan, s, p);
+    W value = 0;
+    if (shell >= 0) value = weight * profile.gain[shell * profile.gain_s + plane.channel * profile.gain_c];
+    if (shell >= 0 && partial) {
+      const int64_t index = plane.batch * plan.channels + plane.channel - plan.first_plane;
+      W sum = 0;
+      for (int slice = 0; slice < plan.slices(); ++slice) sum += partial[partial_index<FB>(plan, index, slice, block_h, block_w) + a * F + b];
+      value *= sum;
+    }
+    z[(p * F + a) * kRow<FB> + b] = value;
+  }
+}
+
+// acc[a][v] = sum over this team's row pairs of function a times column v of the thread's group.
+template <typename T, int VEC, int FB, typename W = Wide<T>>
+__device__ void sum_rows(const Plan& plan, const Slice& s, const T* group, int team, const Pack<W, 2 * FB>* table_h, W (&acc)[kFunctions<FB>][VEC]) {
+  using Columns = Pack<T, VEC>;
+  for (int m = team; m < s.pairs; m += plan.teams) {
+    const Columns up = *reinterpret_cast<const Columns*>(group + m * s.row_pitch);
+    Columns low{};
+    if (has_partner(s.pair + m, plan.height)) low = *reinterpret_cast<const Columns*>(group + s.low + m * s.low_pitch);
+    const Pack<W, 2 * FB> wave = table_h[m];
+#pragma unroll
+    for (int v = 0; v < VEC; ++v) {
+      const W a = widen(up.v[v]), b = widen(low.v[v]), even = a + b, odd = a - b;
+      acc[0][v] += even;
+#pragma unroll
+      for (int f = 0; f < FB; ++f) {
+        acc[2 * f + 1][v] += wave.v[2 * f] * even;
+        acc[2 * f + 2][v] += wave.v[2 * f + 1] * odd;
+      }
+    }
+  }
+}
+
+// Adds acc of all teams into sums[function][column]; ends with a barrier.
+template <int COUNT, int VEC, typename W>
+__device__ void add_teams(const Plan& plan, bool active, int team, int column, const W (*acc)[VEC], W* sums) {
+  using Columns = Pack<W, VEC>;
+  for (int turn = 0; turn < plan.teams; ++turn) {
+    if (active && team == turn)
+#pragma unroll
+      for (int k = 0; k < COUNT; ++k) {
+        Columns& sum = *reinterpret_cast<Columns*>(sums + k * plan.group_columns() + column);
+        Columns value{};
+        if (turn > 0) value = sum;
+#pragma unroll
+        for (int v = 0; v < VEC; ++v) value.v[v] += acc[k][v];
+        sum = value;
+      }
+    __syncthreads();
+  }
+}
+
+// emit(k, p, sum[b]) for k < COUNT: sums[k] of plane p projected onto the functions b of the W axis, L lanes to a projection.
+template <int COUNT, int FB, typename W, typename Emit>
+__device__ void project(const Plan& plan, const Slice& s, const W* sums, const Pack<W, 2 * FB>* table_w, Emit emit) {
+  constexpr int F = kFunctions<FB>;
+  const int column_pitch = s.column_pitch, plane_pitch = plan.channels_last ? 1 : plan.columns;
+  const int lane = threadIdx.x & (plan.lanes - 1), step = blockDim.x / plan.lanes;
+  for (int first = 0; first < plan.planes * COUNT; first += step) {
+    const int task = first + threadIdx.x / plan.lanes, p = task % plan.planes, k = task / plan.planes;
+    const bool exists = k < COUNT && p < s.planes;
+    W sum[F] = {};
+    if (exists) {
+      const W* from = sums + k * plan.group_columns() + p * plane_pitch;
+      for (int j = lane; j < s.columns; j += plan.lanes) {
+        const W value = from[j * column_pitch];
+        const Pack<W, 2 * FB> wave = table_w[j];
+        sum[0] += value;
+#pragma unroll
+        for (int f = 0; f < 2 * FB; ++f) sum[f + 1] += wave.v[f] * value;
+      }
+    }
+    for (int mask = plan.lanes / 2; mask > 0; mask /= 2)
+#pragma unroll
+      for (int b = 0; b < F; ++b) sum[b] += exchange(sum[b], mask);
+    if (exists && lane == 0) emit(k, p, sum);
+  }
+}
+
+// emit(a, p, block_w, sum[b]) for every function a of block_h: the raw coefficients of the slice.
+template <int VEC, int FB, typename W, typename Emit>
+__device__ void coefficients(const Plan& plan, const Slice& s, bool active, int team, int column, const W (&acc)[kFunctions<FB>][VEC], W* sums,
+                             Pack<W, 2 * FB>* table_w, Emit emit) {
+  constexpr int F = kFunctions<FB>;
+#pragma unroll
+  for (int first = 0; first < F; first += kChunk) {
+    constexpr int kRest = F % kChunk == 0 ? kChunk : F % kChunk;
+    const bool last = first + kChunk >= F;
+    if (last) add_teams<kRest, VEC>(plan, active, team, column, acc + first, sums);
+    else add_teams<kChunk, VEC>(plan, active, team, column, acc + first, sums);
+    for (int block = 0; block < (FB < kSlicedBlock ? 1 : plan.blocks_w); ++block) {
+      if (FB == kSlicedBlock && plan.blocks_w > 1) {
+        fill_table<FB>(table_w, s.column, s.columns, plan.width, block);
+        __syncthreads();
+      }
+      const auto with_block = [&](int k, int p, const W (&sum)[F]) { emit(first + k, p, block, sum); };
+      if (last) project<kRest, FB>(plan, s, sums, table_w, with_block);
+      else project<kChunk, FB>(plan, s, sums, table_w, with_block);
+      __syncthreads();
+    }
+  }
+}
+
+// U[a][v] += sum_b z[a][b] x function b of the W axis at column v of the group.
+template <int VEC, int FB, typename W>
+__device__ void add_waves(int p, int j, bool along_planes, const W* z, const Pack<W, 2 * FB>* table_w, W (&u)[kFunctions<FB>][VEC]) {
+  constexpr int F = kFunctions<FB>;
+#pragma unroll
+  for (int v = 0; v < VEC; ++v) {
+    const Pack<W, 2 * FB> wave = table_w[along_planes ? j : j + v];
+    const W* plane = z + (along_planes ? p + v : p) * F * kRow<FB>;
+#pragma unroll
+    for (int a = 0; a < F; ++a) {
+      Pack<W, 4> row[kRow<FB> / 4];
+#pragma unroll
+      for (int k = 0; k < kRow<FB> / 4; ++k) row[k] = *reinterpret_cast<const Pack<W, 4>*>(plane + a * kRow<FB> + 4 * k);
+      u[a][v] += row[0].v[0];
+#pragma unroll
+      for (int f = 0; f < 2 * FB; ++f) u[a][v] += row[(f + 1) / 4].v[(f + 1) % 4] * wave.v[f];
+    }
+  }
+}
+
+// tile = base tile + U^T applied along the rows, in place.
+template <typename T, int VEC, int FB, typename W = Wide<T>>
+__device__ void apply_rows(const Plan& plan, const Slice& s, T* group, int team, const Pack<W, 2 * FB>* table_h, const W (&u)[kFunctions<FB>][VEC],
+                           const W (&base)[VEC]) {
+  using Columns = Pack<T, VEC>;
+  for (int m = team; m < s.pairs; m += plan.teams) {
+    Columns& up = *reinterpret_cast<Columns*>(group + m * s.row_pitch);
+    Columns& low = *reinterpret_cast<Columns*>(group + s.low + m * s.low_pitch);
+    const bool partner = has_partner(s.pair + m, plan.height);
+    Columns above = up, below{};
+    if (partner) below = low;
+    const Pack<W, 2 * FB> wave = table_h[m];
+#pragma unroll
+    for (int v = 0; v < VEC; ++v) {
+      W even = u[0][v], odd = 0;
+#pragma unroll
+      for (int f = 0; f < FB; ++f) {
+        even += wave.v[2 * f] * u[2 * f + 1][v];
+        odd += wave.v[2 * f + 1] * u[2 * f + 2][v];
+      }
+      narrow(base[v] * widen(above.v[v]) + (even + odd), above.v[v]);
+      narrow(base[v] * widen(below.v[v]) + (even - odd), below.v[v]);
+    }
+    up = above;
+    if (partner) low = below;
+  }
+}
+
+template <typename T, int FB>
+struct Shared {  // the parts of a block's shared memory
+  using W = Wide<T>;
+  T* tile;
+  W* sums;
+  W* z;
+  Pack<W, 2 * FB>* table_h;
+  Pack<W, 2 * FB>* table_w;
+
+  __device__ Shared(const Plan& plan, char* memory)
+      : tile(reinterpret_cast<T*>(memory)), sums(reinterpret_cast<W*>(memory + plan.sums)), z(reinterpret_cast<W*>(memory + plan.coefficients)),
+        table_h(reinterpret_cast<Pack<W, 2 * FB>*>(memory + plan.table_h)), table_w(reinterpret_cast<Pack<W, 2 * FB>*>(memory + plan.table_w)) {}
+};
+
+template <int VEC>
+struct Group {  // VEC adjacent columns of the tile, and the team that sums every Q-th row pair of them
+  int team, column, p, j, start;
+  bool active;
+
+  __device__ Group(const Plan& plan, const Slice& s) {
+    const int groups = plan.group_columns() / VEC;
+    team = threadIdx.x / groups;
+    column = threadIdx.x % groups * VEC;
+    active = team < plan.teams;
+    p = plan.channels_last ? column % plan.planes : column / plan.columns;
+    j = plan.channels_last ? column / plan.planes : column % plan.columns;
+    start = p * s.plane_pitch + j * s.column_pitch;
+  }
+};
+
+// y from x. Whole planes: coefficients are computed here; slices: they are summed from the workspace that reduce_kernel filled.
+template <typename T, int VEC, int FB>
+__global__ void __launch_bounds__(kMaxThreads<FB>, FB <= 2 ? 2 : 1)
+    filter_kernel(const __grid_constant__ Plan plan, View x, View y, Profile<Wide<T>> profile, const Wide<T>* partial) {
+  using W = Wide<T>;
+  DYNAMIC_SHARED(memory);
+  const Shared<T, FB> shared(plan, memory);
+  const bool whole = FB < kSlicedBlock || plan.whole;
+  // slices in reverse: reduce_kernel read the last ones last, L2 still has them
+  const Slice s = slice_of(plan, whole ? blockIdx.x : gridDim.x - 1 - blockIdx.x);
+  const Group<VEC> group(plan, s);
+  const int shift = displacement<T>(s, x);
+  load_tile(plan, s, x, shared.tile, shift);
+  fill_table<FB>(shared.table_h, s.pair, s.pairs, plan.height, 0);
+  fill_table<FB>(shared.table_w, s.column, s.columns, plan.width, 0);
+  if (whole) load_gains<FB, W>(plan, s, profile, nullptr, 0, 0, shared.z);
+  copies_wait();
+  __syncthreads();
+  T* columns = shared.tile + shift + group.start;
+  if (whole) {
+    W acc[kFunctions<FB>][VEC] = {};
+    if (group.active) sum_rows<T, VEC, FB>(plan, s, columns, group.team, shared.table_h, acc);
+    coefficients<VEC, FB>(plan, s, group.active, group.team, group.column, acc, shared.sums, shared.table_w,
+                          [&](int a, int p, int, const W (&sum)[kFunctions<FB>]) {
+                            W* z = shared.z + (p * kFunctions<FB> + a) * kRow<FB>;
+#pragma unroll
+                            for (int b = 0; b < kFunctions<FB>; ++b) z[b] *= sum[b];
+                          });
+  }
+  W base[VEC];
+#pragma unroll
+  for (int v = 0; v < VEC; ++v) {
+    const int p = min(plan.channels_last ? group.p + v : group.p, s.planes - 1);
+    base[v] = profile.base[plane_of(plan, s, p).channel * profile.base_c];
+  }
+  for (int block_h = 0; block_h < (whole ? 1 : plan.blocks_h); ++block_h) {
+    W u[kFunctions<FB>][VEC] = {};
+    for (int block_w = 0; block_w < (whole ? 1 : plan.blocks_w); ++block_w) {
+      if (!whole) {
+        __syncthreads();
+        if (plan.blocks_h > 1) fill_table<FB>(shared.table_h, s.pair, s.pairs, plan.height, block_h);
+        if (plan.blocks_w > 1) fill_table<FB>(shared.table_w, s.column, s.columns, plan.width, block_w);
+        load_gains<FB>(plan, s, profile, partial, block_h, block_w, shared.z);
+        __syncthreads();
+      }
+      if (group.active) add_waves<VEC, FB>(group.p, group.j, plan.channels_last, shared.z, shared.table_w, u);
+    }
+    if (group.active) apply_rows<T, VEC, FB>(plan, s, columns, group.team, shared.table_h, u, base);
+#pragma unroll
+    for (int v = 0; v < VEC; ++v) base[v] = 1;  // further blocks add to the tile
+  }
+  __syncthreads();
+  store_tile(plan, s, y, shared.tile, shift);
+}
+
+}  // namespace spanet
