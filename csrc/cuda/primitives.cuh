@@ -23,6 +23,25 @@ __device__ inline void narrow(double x, double& out) { out = x; }
 __device__ inline void narrow(float x, __half& out) { out = __float2half_rn(x); }
 __device__ inline void narrow(float x, __nv_bfloat16& out) { out = __float2bfloat16_rn(x); }
 
+// Two elements in a word.
+__device__ inline void widen_pair(uint32_t word, const __nv_bfloat16*, float* out) {
+  out[0] = __uint_as_float(word << 16);
+  out[1] = __uint_as_float(word & 0xffff0000u);
+}
+__device__ inline void widen_pair(uint32_t word, const __half*, float* out) {
+  const float2 pair = __half22float2(*reinterpret_cast<const __half2*>(&word));
+  out[0] = pair.x;
+  out[1] = pair.y;
+}
+__device__ inline uint32_t narrow_pair(const float* in, const __nv_bfloat16*) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(in[0], in[1]);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+__device__ inline uint32_t narrow_pair(const float* in, const __half*) {
+  const __half2 pair = __floats2half2_rn(in[0], in[1]);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+
 __device__ inline void cos_sin_pi(float x, float* cosine, float* sine) { sincospif(x, sine, cosine); }
 __device__ inline void cos_sin_pi(double x, double* cosine, double* sine) { sincospi(x, sine, cosine); }
 

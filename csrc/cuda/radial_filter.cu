@@ -42,7 +42,7 @@ struct Call {  // device, stream and workspaces of one call
 
 Shape shape_of(const Tensor& x) {
   STD_TORCH_CHECK(x.dim() == 4, "radial_filter: x must have 4 dimensions, got ", x.dim());
-  for (int k = 1; k < 4; ++k) STD_TORCH_CHECK(x.size(k) <= kMaxExtent, "radial_filter: x must have extents up to ", kMaxExtent, ", got ", x.size(k));
+  for (int k = 0; k < 4; ++k) STD_TORCH_CHECK(x.size(k) <= kMaxExtent, "radial_filter: x must have extents up to ", kMaxExtent, ", got ", x.size(k));
   return {x.size(0), x.size(1), x.size(2), x.size(3), !x.is_contiguous() && x.stride(1) == 1};
 }
 

@@ -24,11 +24,16 @@ namespace spanet {
 // table[i] = cos, sin of frequencies block FB + 1 .. block FB + FB at position first + i of an axis of length n.
 template <int FB, typename W>
 __device__ void fill_table(Pack<W, 2 * FB>* table, int first, int count, int n, int block) {
-  for (int t = threadIdx.x; t < count * FB; t += blockDim.x) {
-    const int64_t turn = static_cast<int64_t>(block * FB + t % FB + 1) * (first + t / FB) % n;
-    const int64_t nearest = 2 * turn > n ? turn - n : turn;  // |angle| <= pi: half the rounding error of [0, 2 pi)
-    W* entry = table[t / FB].v + t % FB * 2;
-    cos_sin_pi(static_cast<W>(2 * nearest) / static_cast<W>(n), entry, entry + 1);
+  for (int i = threadIdx.x; i < count; i += blockDim.x) {
+    // frequency x position modulo n in integers: the angle is exact for any length
+    unsigned turn = block == 0 ? 0 : static_cast<unsigned>(static_cast<int64_t>(block * FB) * (first + i) % n);
+#pragma unroll
+    for (int f = 0; f < FB; ++f) {
+      turn += first + i;
+      if (turn >= static_cast<unsigned>(n)) turn -= n;
+      const int nearest = 2 * turn > static_cast<unsigned>(n) ? static_cast<int>(turn) - n : static_cast<int>(turn);  // |angle| <= pi rounds best
+      cos_sin_pi(static_cast<W>(2 * nearest) / static_cast<W>(n), &table[i].v[2 * f], &table[i].v[2 * f + 1]);
+    }
   }
 }
 
@@ -64,6 +69,7 @@ struct Profile {  // base (C,) and gain (S, C)
 };
 
 // z[p][a][b] = weight x gain, times the coefficient summed over slices if there is a workspace of partial ones.
+// The last number of row a = 0 is free: it holds base, or 1 where a further block adds to the tile.
 template <int FB, typename W>
 __device__ void load_gains(const Plan& plan, const Slice& s, const Profile<W>& profile, const W* partial, int block_h, int block_w, W* z) {
   constexpr int F = kFunctions<FB>, kModes = F * F;
@@ -72,8 +78,10 @@ __device__ void load_gains(const Plan& plan, const Slice& s, const Profile<W>& p
   const int a = thread % kModes / F, b = thread % F;
   const int shell = shell_of<FB>(plan, block_h, a, block_w, b);
   const W weight = mode_weight<W>(plan, slot_frequency(block_h, FB, a), slot_frequency(block_w, FB, b));
+#pragma unroll 1
   for (int p = thread / kModes; p < s.planes; p += step) {
     const Plane plane = plane_of(plan, s, p);
+    if (a + b == 0) z[p * F * kRow<FB> + kRow<FB> - 1] = block_h > 0 ? W(1) : profile.base[plane.channel * profile.base_c];
     W value = 0;
     if (shell >= 0) value = weight * profile.gain[shell * profile.gain_s + plane.channel * profile.gain_c];
     if (shell >= 0 && partial) {
@@ -89,15 +97,19 @@ __device__ void load_gains(const Plan& plan, const Slice& s, const Profile<W>& p
 // acc[a][v] = sum over this team's row pairs of function a times column v of the thread's group.
 template <typename T, int VEC, int FB, typename W = Wide<T>>
 __device__ void sum_rows(const Plan& plan, const Slice& s, const T* group, int team, const Pack<W, 2 * FB>* table_h, W (&acc)[kFunctions<FB>][VEC]) {
-  using Columns = Pack<T, VEC>;
-  for (int m = team; m < s.pairs; m += plan.teams) {
-    const Columns up = *reinterpret_cast<const Columns*>(group + m * s.row_pitch);
-    Columns low{};
-    if (has_partner(s.pair + m, plan.height)) low = *reinterpret_cast<const Columns*>(group + s.low + m * s.low_pitch);
+  const T* up = group + team * plan.row_pitch;
+  const T* low = group + plan.low + team * plan.low_pitch;
+  for (int m = team; m < s.pairs; m += plan.teams, up += plan.teams * plan.row_pitch, low += plan.teams * plan.low_pitch) {
+    Columns<T, VEC> above, below;
+    above.load(up);
+    if (has_partner(s.pair + m, plan.height)) below.load(low);
     const Pack<W, 2 * FB> wave = table_h[m];
+    W x[VEC], mirrored[VEC];
+    above.get(x);
+    below.get(mirrored);
 #pragma unroll
     for (int v = 0; v < VEC; ++v) {
-      const W a = widen(up.v[v]), b = widen(low.v[v]), even = a + b, odd = a - b;
+      const W even = x[v] + mirrored[v], odd = x[v] - mirrored[v];
       acc[0][v] += even;
 #pragma unroll
       for (int f = 0; f < FB; ++f) {
@@ -111,13 +123,13 @@ __device__ void sum_rows(const Plan& plan, const Slice& s, const T* group, int t
 // Adds acc of all teams into sums[function][column]; ends with a barrier.
 template <int COUNT, int VEC, typename W>
 __device__ void add_teams(const Plan& plan, bool active, int team, int column, const W (*acc)[VEC], W* sums) {
-  using Columns = Pack<W, VEC>;
+#pragma unroll 1
   for (int turn = 0; turn < plan.teams; ++turn) {
     if (active && team == turn)
 #pragma unroll
       for (int k = 0; k < COUNT; ++k) {
-        Columns& sum = *reinterpret_cast<Columns*>(sums + k * plan.group_columns() + column);
-        Columns value{};
+        Pack<W, VEC>& sum = *reinterpret_cast<Pack<W, VEC>*>(sums + k * plan.group_columns() + column);
+        Pack<W, VEC> value{};
         if (turn > 0) value = sum;
 #pragma unroll
         for (int v = 0; v < VEC; ++v) value.v[v] += acc[k][v];
@@ -131,8 +143,9 @@ __device__ void add_teams(const Plan& plan, bool active, int team, int column, c
 template <int COUNT, int FB, typename W, typename Emit>
 __device__ void project(const Plan& plan, const Slice& s, const W* sums, const Pack<W, 2 * FB>* table_w, Emit emit) {
   constexpr int F = kFunctions<FB>;
-  const int column_pitch = s.column_pitch, plane_pitch = plan.channels_last ? 1 : plan.columns;
+  const int plane_pitch = plan.channels_last ? 1 : plan.columns;
   const int lane = threadIdx.x & (plan.lanes - 1), step = blockDim.x / plan.lanes;
+#pragma unroll 1
   for (int first = 0; first < plan.planes * COUNT; first += step) {
     const int task = first + threadIdx.x / plan.lanes, p = task % plan.planes, k = task / plan.planes;
     const bool exists = k < COUNT && p < s.planes;
@@ -140,7 +153,7 @@ __device__ void project(const Plan& plan, const Slice& s, const W* sums, const P
     if (exists) {
       const W* from = sums + k * plan.group_columns() + p * plane_pitch;
       for (int j = lane; j < s.columns; j += plan.lanes) {
-        const W value = from[j * column_pitch];
+        const W value = from[j * plan.column_pitch];
         const Pack<W, 2 * FB> wave = table_w[j];
         sum[0] += value;
 #pragma unroll
@@ -201,15 +214,21 @@ __device__ void add_waves(int p, int j, bool along_planes, const W* z, const Pac
 // tile = base tile + U^T applied along the rows, in place.
 template <typename T, int VEC, int FB, typename W = Wide<T>>
 __device__ void apply_rows(const Plan& plan, const Slice& s, T* group, int team, const Pack<W, 2 * FB>* table_h, const W (&u)[kFunctions<FB>][VEC],
-                           const W (&base)[VEC]) {
-  using Columns = Pack<T, VEC>;
-  for (int m = team; m < s.pairs; m += plan.teams) {
-    Columns& up = *reinterpret_cast<Columns*>(group + m * s.row_pitch);
-    Columns& low = *reinterpret_cast<Columns*>(group + s.low + m * s.low_pitch);
+                           const W* z) {
+  W base[VEC];
+#pragma unroll
+  for (int v = 0; v < VEC; ++v) base[v] = z[(plan.channels_last ? v : 0) * kFunctions<FB> * kRow<FB> + kRow<FB> - 1];
+  T* up = group + team * plan.row_pitch;
+  T* low = group + plan.low + team * plan.low_pitch;
+  for (int m = team; m < s.pairs; m += plan.teams, up += plan.teams * plan.row_pitch, low += plan.teams * plan.low_pitch) {
     const bool partner = has_partner(s.pair + m, plan.height);
-    Columns above = up, below{};
-    if (partner) below = low;
+    Columns<T, VEC> above, below;
+    above.load(up);
+    if (partner) below.load(low);
     const Pack<W, 2 * FB> wave = table_h[m];
+    W x[VEC], mirrored[VEC];
+    above.get(x);
+    below.get(mirrored);
 #pragma unroll
     for (int v = 0; v < VEC; ++v) {
       W even = u[0][v], odd = 0;
@@ -218,11 +237,13 @@ __device__ void apply_rows(const Plan& plan, const Slice& s, T* group, int team,
         even += wave.v[2 * f] * u[2 * f + 1][v];
         odd += wave.v[2 * f + 1] * u[2 * f + 2][v];
       }
-      narrow(base[v] * widen(above.v[v]) + (even + odd), above.v[v]);
-      narrow(base[v] * widen(below.v[v]) + (even - odd), below.v[v]);
+      x[v] = base[v] * x[v] + (even + odd);
+      mirrored[v] = base[v] * mirrored[v] + (even - odd);
     }
-    up = above;
-    if (partner) low = below;
+    above.set(x);
+    below.set(mirrored);
+    above.store(up);
+    if (partner) below.store(low);
   }
 }
 
@@ -245,36 +266,36 @@ struct Group {  // VEC adjacent columns of the tile, and the team that sums ever
   int team, column, p, j, start;
   bool active;
 
-  __device__ Group(const Plan& plan, const Slice& s) {
+  __device__ explicit Group(const Plan& plan) {
     const int groups = plan.group_columns() / VEC;
     team = threadIdx.x / groups;
-    column = threadIdx.x % groups * VEC;
+    column = (threadIdx.x - team * groups) * VEC;
     active = team < plan.teams;
-    p = plan.channels_last ? column % plan.planes : column / plan.columns;
-    j = plan.channels_last ? column / plan.planes : column % plan.columns;
-    start = p * s.plane_pitch + j * s.column_pitch;
+    const int inner = plan.channels_last ? plan.planes : plan.columns, outer = column / inner, rest = column - outer * inner;
+    p = plan.channels_last ? rest : outer;
+    j = plan.channels_last ? outer : rest;
+    start = p * plan.plane_pitch + j * plan.column_pitch;
   }
 };
 
 // y from x. Whole planes: coefficients are computed here; slices: they are summed from the workspace that reduce_kernel filled.
 template <typename T, int VEC, int FB>
-__global__ void __launch_bounds__(kMaxThreads<FB>, FB <= 2 ? 2 : 1)
+__global__ void __launch_bounds__(kMaxThreads, FB <= 2 ? 2 : 1)
     filter_kernel(const __grid_constant__ Plan plan, View x, View y, Profile<Wide<T>> profile, const Wide<T>* partial) {
   using W = Wide<T>;
   DYNAMIC_SHARED(memory);
   const Shared<T, FB> shared(plan, memory);
   const bool whole = FB < kSlicedBlock || plan.whole;
   // slices in reverse: reduce_kernel read the last ones last, L2 still has them
-  const Slice s = slice_of(plan, whole ? blockIdx.x : gridDim.x - 1 - blockIdx.x);
-  const Group<VEC> group(plan, s);
-  const int shift = displacement<T>(s, x);
-  load_tile(plan, s, x, shared.tile, shift);
+  const Slice s = slice_of<FB == kSlicedBlock>(plan, whole ? blockIdx.x : gridDim.x - 1 - blockIdx.x);
+  load_tile(plan, s, x, shared.tile, displacement<T>(s, x));
   fill_table<FB>(shared.table_h, s.pair, s.pairs, plan.height, 0);
   fill_table<FB>(shared.table_w, s.column, s.columns, plan.width, 0);
   if (whole) load_gains<FB, W>(plan, s, profile, nullptr, 0, 0, shared.z);
   copies_wait();
   __syncthreads();
-  T* columns = shared.tile + shift + group.start;
+  const Group<VEC> group(plan);
+  T* columns = shared.tile + displacement<T>(s, x) + group.start;
   if (whole) {
     W acc[kFunctions<FB>][VEC] = {};
     if (group.active) sum_rows<T, VEC, FB>(plan, s, columns, group.team, shared.table_h, acc);
@@ -284,12 +305,6 @@ __global__ void __launch_bounds__(kMaxThreads<FB>, FB <= 2 ? 2 : 1)
 #pragma unroll
                             for (int b = 0; b < kFunctions<FB>; ++b) z[b] *= sum[b];
                           });
-  }
-  W base[VEC];
-#pragma unroll
-  for (int v = 0; v < VEC; ++v) {
-    const int p = min(plan.channels_last ? group.p + v : group.p, s.planes - 1);
-    base[v] = profile.base[plane_of(plan, s, p).channel * profile.base_c];
   }
   for (int block_h = 0; block_h < (whole ? 1 : plan.blocks_h); ++block_h) {
     W u[kFunctions<FB>][VEC] = {};
@@ -303,12 +318,10 @@ __global__ void __launch_bounds__(kMaxThreads<FB>, FB <= 2 ? 2 : 1)
       }
       if (group.active) add_waves<VEC, FB>(group.p, group.j, plan.channels_last, shared.z, shared.table_w, u);
     }
-    if (group.active) apply_rows<T, VEC, FB>(plan, s, columns, group.team, shared.table_h, u, base);
-#pragma unroll
-    for (int v = 0; v < VEC; ++v) base[v] = 1;  // further blocks add to the tile
+    if (group.active) apply_rows<T, VEC, FB>(plan, s, columns, group.team, shared.table_h, u, shared.z + group.p * kFunctions<FB> * kRow<FB>);
   }
   __syncthreads();
-  store_tile(plan, s, y, shared.tile, shift);
+  store_tile(plan, s, y, shared.tile, displacement<T>(s, x));
 }
 
 }  // namespace spanet

@@ -63,7 +63,7 @@ template <typename T, int FB>
 Plan make_plan(const Shape& shape, int64_t radius_squared, int vec, int tiles, bool whole, int64_t shared_limit) {
   using W = Wide<T>;
   const int64_t size = sizeof(T), height = shape.height, width = shape.width, all_pairs = height / 2 + 1;
-  const int64_t most_columns = int64_t{kMaxThreads<FB>} * vec, channels = ceil_div(shape.channels, 4) * 4;
+  const int64_t most_columns = int64_t{kMaxThreads} * vec, channels = ceil_div(shape.channels, 4) * 4;
   const int64_t frequency = integer_root(spectrum_limit(shape, radius_squared));
   int64_t planes = shape.channels_last ? std::min(channels, std::max<int64_t>(4, 32 / size)) : 1, columns = width, pairs = all_pairs;
   if (!whole) {
@@ -88,10 +88,10 @@ Plan make_plan(const Shape& shape, int64_t radius_squared, int vec, int tiles, b
   const int64_t groups = planes * columns / vec, tile_bytes = ceil_div(planes * rows * columns * size + 16, 16) * 16;
   // 1024 threads to a multiprocessor full of tiles
   const int64_t wanted = (tiles * tile_bytes / 208 + groups / 2) / groups;
-  const int64_t teams = std::clamp<int64_t>(wanted, 1, std::min({int64_t{8}, pairs, kMaxThreads<FB> / groups}));
+  const int64_t teams = std::clamp<int64_t>(wanted, 1, std::min({int64_t{8}, pairs, kMaxThreads / groups}));
   const int64_t threads = std::max<int64_t>(ceil_div(groups * teams, 32) * 32, 96);
   int64_t lanes = 32;
-  while (lanes > 1 && (planes * kChunk * lanes > threads || lanes / 2 >= columns)) lanes /= 2;
+  while (lanes > 1 && (planes * kChunk * lanes > threads || lanes * 12 > columns)) lanes /= 2;  // a dozen columns to a lane
 
   int64_t bytes = tiles * tile_bytes;
   const auto reserve = [&](int64_t count) {
@@ -107,6 +107,7 @@ Plan make_plan(const Shape& shape, int64_t radius_squared, int vec, int tiles, b
 
   plan.batch = shape.batch;
   plan.channels = static_cast<int>(shape.channels);
+  plan.chunks = static_cast<int>(ceil_div(shape.channels, planes));
   plan.height = static_cast<int>(height);
   plan.width = static_cast<int>(width);
   plan.radius_squared = radius_squared;
@@ -116,6 +117,11 @@ Plan make_plan(const Shape& shape, int64_t radius_squared, int vec, int tiles, b
   plan.pairs = static_cast<int>(pairs);
   plan.columns = static_cast<int>(columns);
   plan.rows = static_cast<int>(rows);
+  plan.row_pitch = static_cast<int>(shape.channels_last ? planes * columns : columns);
+  plan.plane_pitch = static_cast<int>(shape.channels_last ? 1 : rows * columns);
+  plan.column_pitch = static_cast<int>(shape.channels_last ? planes : 1);
+  plan.low = static_cast<int>(whole ? height : pairs) * plan.row_pitch;
+  plan.low_pitch = whole ? -plan.row_pitch : plan.row_pitch;
   plan.slices_h = static_cast<int>(slices_h);
   plan.slices_w = static_cast<int>(slices_w);
   plan.blocks_h = static_cast<int>(std::max<int64_t>(1, ceil_div(std::min(frequency, height / 2), FB)));

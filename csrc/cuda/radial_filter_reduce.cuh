@@ -20,14 +20,13 @@ struct Workspace {
 
 // grad.data is null where only the coefficients of x are wanted.
 template <typename T, int VEC, int FB>
-__global__ void __launch_bounds__(kMaxThreads<FB>, FB <= 2 ? 2 : 1)
+__global__ void __launch_bounds__(kMaxThreads, FB <= 2 ? 2 : 1)
     reduce_kernel(const __grid_constant__ Plan plan, View x, View grad, Workspace<Wide<T>> workspace) {
   using W = Wide<T>;
   constexpr int F = kFunctions<FB>;
   DYNAMIC_SHARED(memory);
   const Shared<T, FB> shared(plan, memory);
-  const Slice s = slice_of(plan, blockIdx.x);
-  const Group<VEC> group(plan, s);
+  const Slice s = slice_of<FB == kSlicedBlock>(plan, blockIdx.x);
   const bool both = grad.data != nullptr;
   const int shift_x = displacement<T>(s, x), shift_grad = displacement<T>(s, grad);
   T* tile_grad = reinterpret_cast<T*>(memory + plan.tile_bytes);
@@ -37,6 +36,7 @@ __global__ void __launch_bounds__(kMaxThreads<FB>, FB <= 2 ? 2 : 1)
   fill_table<FB>(shared.table_w, s.column, s.columns, plan.width, 0);
   copies_wait();
   __syncthreads();
+  const Group<VEC> group(plan);
   const T* columns_x = shared.tile + shift_x + group.start;
   const T* columns_grad = tile_grad + shift_grad + group.start;
   const auto workspace_plane = [&](int p) {
@@ -62,16 +62,20 @@ __global__ void __launch_bounds__(kMaxThreads<FB>, FB <= 2 ? 2 : 1)
     }
   }
   if (!both) return;
-  using Columns = Pack<T, VEC>;
   W dot[1][VEC] = {};
   for (int m = group.team; group.active && m < s.pairs; m += plan.teams) {
     const auto add = [&](int offset) {
-      const Columns u = *reinterpret_cast<const Columns*>(columns_x + offset), v = *reinterpret_cast<const Columns*>(columns_grad + offset);
+      Columns<T, VEC> words;
+      W u[VEC], v[VEC];
+      words.load(columns_x + offset);
+      words.get(u);
+      words.load(columns_grad + offset);
+      words.get(v);
 #pragma unroll
-      for (int k = 0; k < VEC; ++k) dot[0][k] += widen(u.v[k]) * widen(v.v[k]);
+      for (int k = 0; k < VEC; ++k) dot[0][k] += u[k] * v[k];
     };
-    add(m * s.row_pitch);
-    if (has_partner(s.pair + m, plan.height)) add(s.low + m * s.low_pitch);
+    add(m * plan.row_pitch);
+    if (has_partner(s.pair + m, plan.height)) add(plan.low + m * plan.low_pitch);
   }
   add_teams<1, VEC>(plan, group.active, group.team, group.column, dot, shared.sums);
   project<1, FB>(plan, s, shared.sums, shared.table_w,
@@ -95,9 +99,10 @@ __global__ void __launch_bounds__(128)
   } else {
     shell = plan.shell_of ? plan.shell_of[squared] : plan.small_shells[squared];
     if (shell < 0) return;
+    int64_t v = plan.width / 2;
     for (int64_t u = 0; u * u <= squared && 2 * u <= plan.height; ++u) {
-      const int64_t rest = squared - u * u, v = static_cast<int64_t>(sqrt(static_cast<double>(rest)) + 0.5);
-      if (v * v != rest || 2 * v > plan.width) continue;
+      while (v > 0 && u * u + v * v > squared) --v;
+      if (u * u + v * v != squared) continue;
       const int block_h = u == 0 ? 0 : static_cast<int>(u - 1) / FB, block_w = v == 0 ? 0 : static_cast<int>(v - 1) / FB;
       const int a = u == 0 ? 0 : 2 * (static_cast<int>(u - 1) % FB) + 1, b = v == 0 ? 0 : 2 * (static_cast<int>(v - 1) % FB) + 1;
       double modes = 0;

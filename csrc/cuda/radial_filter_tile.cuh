@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 #include "modes.h"
 
@@ -18,8 +19,7 @@
 
 namespace spanet {
 
-// FB <= 2: two blocks of 72 registers a thread on a multiprocessor; above, one of 168
-template <int FB> constexpr int kMaxThreads = FB <= 2 ? 448 : 384;
+constexpr int kMaxThreads = 384;   // twice on a multiprocessor with 80 registers a thread, or once with 168
 constexpr int kSlicedBlock = 4;    // frequencies FB at a time where a plane does not fit or has more of them
 constexpr int kChunk = 3;        // functions of the H axis that are projected at a time
 constexpr int kSmallShells = 32;  // shells of a squared radius below this travel with the launch
@@ -29,6 +29,29 @@ template <> struct WideOf<double> { using type = double; };
 template <typename T> using Wide = typename WideOf<T>::type;
 
 template <typename T, int N> struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Pack { T v[N]; };
+
+template <typename T, int VEC>
+struct Columns {  // VEC adjacent elements of a row; 16-bit ones in pairs, which saves instructions
+  static constexpr bool kPairs = sizeof(T) == 2 && VEC % 2 == 0;
+  using Word = std::conditional_t<kPairs, uint32_t, T>;
+  using Words = Pack<Word, kPairs ? VEC / 2 : VEC>;
+  Words words{};
+
+  __device__ void load(const T* from) { words = *reinterpret_cast<const Words*>(from); }
+  __device__ void store(T* to) const { *reinterpret_cast<Words*>(to) = words; }
+  __device__ void get(Wide<T> (&out)[VEC]) const {
+#pragma unroll
+    for (int k = 0; k < VEC; k += 1 + kPairs)
+      if constexpr (kPairs) widen_pair(words.v[k / 2], static_cast<const T*>(nullptr), out + k);
+      else out[k] = widen(words.v[k]);
+  }
+  __device__ void set(const Wide<T> (&in)[VEC]) {
+#pragma unroll
+    for (int k = 0; k < VEC; k += 1 + kPairs)
+      if constexpr (kPairs) words.v[k / 2] = narrow_pair(in + k, static_cast<const T*>(nullptr));
+      else narrow(in[k], words.v[k]);
+  }
+};
 
 template <int FB> constexpr int kFunctions = 2 * FB + 1;               // DC slot, then cos and sin of FB frequencies
 template <int FB> constexpr int kRow = (kFunctions<FB> + 3) / 4 * 4;   // row of Z in shared memory, whole vectors
@@ -43,11 +66,13 @@ struct View {  // a (B, C, H, W) tensor in global memory, strides in elements
 
 struct Plan {
   int64_t batch, tiles, first_plane, first_tile;
-  int channels, height, width;
+  int channels, chunks, height, width;           // chunks: tiles side by side in the channels of an image (channels_last)
   int64_t radius_squared;
   bool channels_last;
   bool whole;                                    // a tile holds whole planes
   int planes, pairs, columns, rows;              // extent of a tile; rows = 2 pairs, or height if whole
+  int row_pitch, plane_pitch, column_pitch;      // in elements of the tile
+  int low, low_pitch;                            // row H - m of pair m is at low + (m - first pair) low_pitch
   int slices_h, slices_w;                        // slices of a plane along its row pairs and its columns
   int blocks_h, blocks_w;                        // blocks of FB frequencies per axis
   int threads, teams, lanes;                     // Q teams in the reduction over rows, L lanes in the one over columns
@@ -60,49 +85,45 @@ struct Plan {
 };
 
 struct Slice {  // the share of one block
-  int64_t batch;
+  unsigned batch;        // of its first plane
   int channel, planes;   // of its first plane; how many exist
-  int pair, pairs, column, columns, index;
-  int row_pitch, plane_pitch, column_pitch, low, low_pitch;  // in tile elements; row H - m of pair m is at low + (m - pair) low_pitch
+  int pair, pairs, column, columns, index;  // first pair and column of the slice, their counts, its place in the plane
 };
 
-__device__ inline Slice slice_of(const Plan& plan, int64_t unit) {
+template <bool SLICED>
+__device__ Slice slice_of(const Plan& plan, int64_t unit) {
   Slice s;
-  const int64_t tile = plan.first_tile + unit / plan.slices();
-  s.index = static_cast<int>(unit % plan.slices());
+  const int64_t tile = plan.first_tile + (SLICED ? unit / plan.slices() : unit);
   if (plan.channels_last) {
-    const int chunks = (plan.channels + plan.planes - 1) / plan.planes;
-    s.batch = tile / chunks;
-    s.channel = static_cast<int>(tile % chunks) * plan.planes;
+    const int chunks = plan.chunks;
+    s.batch = static_cast<unsigned>(tile / chunks);
+    s.channel = static_cast<int>(tile - static_cast<int64_t>(s.batch) * chunks) * plan.planes;
     s.planes = min(plan.planes, plan.channels - s.channel);
   } else {
     const int64_t plane = tile * plan.planes;
-    s.batch = plane / plan.channels;
-    s.channel = static_cast<int>(plane % plan.channels);
+    s.batch = static_cast<unsigned>(plane / plan.channels);
+    s.channel = static_cast<int>(plane - static_cast<int64_t>(s.batch) * plan.channels);
     const int64_t left = plan.batch * plan.channels - plane;
     s.planes = left < plan.planes ? static_cast<int>(left) : plan.planes;
   }
-  s.pair = s.index / plan.slices_w * plan.pairs;
-  s.pairs = min(plan.pairs, plan.height / 2 + 1 - s.pair);
-  s.column = s.index % plan.slices_w * plan.columns;
-  s.columns = min(plan.columns, plan.width - s.column);
-  s.row_pitch = plan.channels_last ? plan.group_columns() : plan.columns;
-  s.plane_pitch = plan.channels_last ? 1 : plan.rows * plan.columns;
-  s.column_pitch = plan.channels_last ? plan.planes : 1;
-  s.low = (plan.whole ? plan.height : plan.pairs) * s.row_pitch;
-  s.low_pitch = plan.whole ? -s.row_pitch : s.row_pitch;
+  s.index = SLICED ? static_cast<int>(unit % plan.slices()) : 0;
+  s.pair = SLICED ? s.index / plan.slices_w * plan.pairs : 0;
+  s.pairs = SLICED ? min(plan.pairs, plan.height / 2 + 1 - s.pair) : plan.pairs;
+  s.column = SLICED ? s.index % plan.slices_w * plan.columns : 0;
+  s.columns = SLICED ? min(plan.columns, plan.width - s.column) : plan.columns;
   return s;
 }
 
 // Row pair m is (m, H - m); m = 0 and m = H / 2 have no partner.
-__device__ inline bool has_partner(int m, int height) { return m > 0 && 2 * m != height; }
+__device__ inline bool has_partner(int m, int height) { return static_cast<unsigned>(m - 1) < static_cast<unsigned>((height - 1) / 2); }
 
 struct Plane { int64_t batch; int channel; };
 
 __device__ inline Plane plane_of(const Plan& plan, const Slice& s, int p) {
   const unsigned flat = static_cast<unsigned>(s.channel) + static_cast<unsigned>(p);
   if (plan.channels_last) return {s.batch, static_cast<int>(flat)};
-  return {s.batch + flat / plan.channels, static_cast<int>(flat % plan.channels)};
+  const unsigned images = flat / plan.channels;
+  return {int64_t{s.batch} + images, static_cast<int>(flat - images * plan.channels)};
 }
 
 // Calls visit(tile index, global offset) for every STEP-th element of the tile that exists, in memory order.

@@ -161,6 +161,23 @@ inline void narrow(float x, bfloat16& out) {
   out.bits = std::isnan(x) ? 0x7fff : static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
+template <typename T>
+void widen_pair(uint32_t word, const T*, float* out) {
+  T pair[2];
+  std::memcpy(pair, &word, 4);
+  out[0] = widen(pair[0]);
+  out[1] = widen(pair[1]);
+}
+template <typename T>
+uint32_t narrow_pair(const float* in, const T*) {
+  T pair[2];
+  narrow(in[0], pair[0]);
+  narrow(in[1], pair[1]);
+  uint32_t word;
+  std::memcpy(&word, pair, 4);
+  return word;
+}
+
 template <typename W>
 void cos_sin_pi(W x, W* cosine, W* sine) {
   // exact at multiples of a half, like the device functions
