@@ -1,4 +1,5 @@
 // Operators radial_filter and radial_filter_backward on NVIDIA GPUs: tensors in, launches out (see radial_filter.cuh).
+#include <dlfcn.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -19,15 +20,27 @@ using namespace spanet;
 
 constexpr int64_t kMaxExtent = 1 << 30;
 
+// The shim of libtorch_cuda, looked up where torch has loaded it: this library links against the CPU half of torch alone, so that
+// it builds with any torch.
+void* current_stream(int32_t device) {
+  static const auto get = [] {
+    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    return reinterpret_cast<decltype(&aoti_torch_get_current_cuda_stream)>(library ? dlsym(library, "aoti_torch_get_current_cuda_stream") : nullptr);
+  }();
+  STD_TORCH_CHECK(get != nullptr, "radial_filter: libtorch_cuda.so is not loaded, or it has no aoti_torch_get_current_cuda_stream");
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(get(device, &stream));
+  return stream;
+}
+
 struct Call {  // device, stream and workspaces of one call
   torch::stable::accelerator::DeviceGuard guard;
   Tensor like;
+  void* stream;
   std::vector<Tensor> workspaces;
-  void* stream = nullptr;
   int shared_limit = 0;
 
-  explicit Call(const Tensor& x) : guard(x.get_device_index()), like(x) {
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
+  explicit Call(const Tensor& x) : guard(x.get_device_index()), like(x), stream(current_stream(x.get_device_index())) {
     const cudaError_t error = cudaDeviceGetAttribute(&shared_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, x.get_device_index());
     STD_TORCH_CHECK(error == cudaSuccess, "radial_filter: cannot read the shared memory limit of the device: ", cudaGetErrorString(error));
   }

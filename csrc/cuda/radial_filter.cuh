@@ -12,9 +12,10 @@
 //
 // Whole planes on chip: 1 read + 1 write per element. Planes beyond shared memory and frequencies beyond 4 take two
 // launches over slices of a plane (reduce_kernel, then filter_kernel from the partial Z): 2 reads (the second from L2
-// as far as it reaches) + 1 write. Instructions per element at FB = 2, VEC = 4, 56 x 56: 16 bits 15, fp32 14; an H200 at
-// full copy speed has 27 and 55 issue slots (132 x 128 lanes x 1.75 GHz over 1075 and 540 G elements/s). Bytes in flight:
-// the whole tile by 16-byte cp.async, 2 to 7 blocks per multiprocessor.
+// as far as it reaches) + 1 write. Bytes in flight: the whole tile by 16-byte cp.async, 2 to 6 blocks per multiprocessor.
+// Instructions per element, FB = 2, VEC = 4, 56 x 56, counted in the machine code for sm_90: sum_rows 6.1 (fp32 5.3),
+// apply_rows 7.3 (5.9), copies 3 (6), the rest, once per thread or block, about 8 (14): 24 of the 27 issue slots that an
+// H200 has per 16-bit element at full copy speed, 31 of 55 in fp32 (132 x 128 lanes x 1.75 GHz; 1075 and 540 G elements/s).
 #pragma once
 
 #include "radial_filter_tile.cuh"
@@ -39,20 +40,25 @@ __device__ void fill_table(Pack<W, 2 * FB>* table, int first, int count, int n, 
 
 __device__ inline int slot_frequency(int block, int frequencies, int slot) { return slot == 0 ? 0 : block * frequencies + (slot + 1) / 2; }
 
+// Index of the shell d2, -1 if d2 is not a sum of two squares.
+__device__ inline int shell_index(const Plan& plan, int64_t squared) {
+  return plan.shell_of ? plan.shell_of[squared] : plan.small_shells[squared];
+}
+
 // Index of the shell of functions a and b, -1 where the pair is no mode of the disc; the DC slots count in block 0 only.
 template <int FB>
 __device__ int shell_of(const Plan& plan, int block_h, int a, int block_w, int b) {
   const int64_t u = slot_frequency(block_h, FB, a), v = slot_frequency(block_w, FB, b), squared = u * u + v * v;
   if ((a == 0 && block_h > 0) || (b == 0 && block_w > 0)) return -1;
   if (2 * u > plan.height || 2 * v > plan.width || squared > plan.radius_squared) return -1;
-  return plan.shell_of ? plan.shell_of[squared] : plan.small_shells[squared];
+  return shell_index(plan, squared);
 }
 
 // (2 or 1) (2 or 1) / (H W): squared amplitude of mode (u, v), for cosines and sines stored without it.
 template <typename W>
 __device__ W mode_weight(const Plan& plan, int u, int v) {
   const int twice = (u == 0 || 2 * u == plan.height ? 1 : 2) * (v == 0 || 2 * v == plan.width ? 1 : 2);
-  return static_cast<W>(twice) / (static_cast<W>(plan.height) * static_cast<W>(plan.width));
+  return static_cast<W>(twice) * static_cast<W>(plan.inverse_area);
 }
 
 // Partial coefficients of a plane and slice in the workspace: [plane][slice][block_h][block_w][a][b].

@@ -111,6 +111,7 @@ Plan make_plan(const Shape& shape, int64_t radius_squared, int vec, int tiles, b
   plan.height = static_cast<int>(height);
   plan.width = static_cast<int>(width);
   plan.radius_squared = radius_squared;
+  plan.inverse_area = 1.0 / (static_cast<double>(height) * static_cast<double>(width));
   plan.channels_last = shape.channels_last;
   plan.whole = whole;
   plan.planes = static_cast<int>(planes);
@@ -229,9 +230,10 @@ void run_backward(const Shape& shape, View grad, View x, Wide<T>* base_grad, Wid
     for (; plan.first_tile < plan.tiles; plan.first_tile += kMaxBlocks / plan.slices())
       launch(reduce_kernel<T, VEC, FB>, std::min(plan.tiles - plan.first_tile, kMaxBlocks / plan.slices()) * plan.slices(), plan.threads, plan.bytes,
              stream, plan, x, grad, workspace);
-    constexpr int kThreads = 128;
-    launch(gradient_kernel<FB, W>, ceil_div((limit + 2) * shape.channels * 32, kThreads), kThreads, 0, stream, plan, workspace, limit + 2, base_grad,
-           gain_grad);
+    constexpr int kThreads = 128, kWarps = kThreads / 32;
+    const int64_t tasks = limit + 2, blocks = ceil_div(tasks * shape.channels, kWarps);
+    if (blocks > kMaxBlocks / kWarps) throw std::runtime_error("radial_filter_backward: too many channels and shells for one launch");
+    launch(gradient_kernel<FB, W>, blocks, kThreads, 0, stream, plan, workspace, static_cast<unsigned>(tasks), base_grad, gain_grad);
   };
   if constexpr (sizeof(T) < 8)
     if (vector_columns(shape, sizeof(T), {x.data, grad.data}) == 4) return reduce(Constant<4>{});

@@ -85,20 +85,18 @@ __global__ void __launch_bounds__(kMaxThreads, FB <= 2 ? 2 : 1)
 // Task 0 of a channel is its base, task d2 + 1 the shell of that squared distance, if there is one.
 template <int FB, typename W>
 __global__ void __launch_bounds__(128)
-    gradient_kernel(const __grid_constant__ Plan plan, Workspace<W> workspace, int64_t tasks, W* base_grad, W* gain_grad) {
+    gradient_kernel(const __grid_constant__ Plan plan, Workspace<W> workspace, unsigned tasks, W* base_grad, W* gain_grad) {
   constexpr int F = kFunctions<FB>;
-  const int64_t warp = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / 32;
-  const int lane = threadIdx.x % 32, channel = static_cast<int>(warp % plan.channels);
-  const int64_t task = warp / plan.channels, squared = task - 1;
+  const unsigned warp = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, task = warp / plan.channels;
+  const int lane = threadIdx.x % 32, channel = static_cast<int>(warp - task * plan.channels);
+  const int64_t squared = static_cast<int64_t>(task) - 1;
   if (task >= tasks) return;
   double total = 0;  // few numbers: fp64 costs nothing here and adds no rounding to the coefficients
-  int shell = -1;
   if (task == 0) {
     for (int64_t b = lane; b < plan.batch; b += 32)
       for (int slice = 0; slice < plan.slices(); ++slice) total += workspace.dot[(b * plan.channels + channel) * plan.slices() + slice];
   } else {
-    shell = plan.shell_of ? plan.shell_of[squared] : plan.small_shells[squared];
-    if (shell < 0) return;
+    if (shell_index(plan, squared) < 0) return;
     int64_t v = plan.width / 2;
     for (int64_t u = 0; u * u <= squared && 2 * u <= plan.height; ++u) {
       while (v > 0 && u * u + v * v > squared) --v;
@@ -110,6 +108,7 @@ __global__ void __launch_bounds__(128)
         for (int mode = 0; mode < (u == 0 ? 1 : 2) * (v == 0 ? 1 : 2); ++mode) {
           const int at = (a + (v == 0 ? mode : mode / 2)) * F + b + (v == 0 ? 0 : mode % 2);
           double x = 0, grad = 0;
+#pragma unroll 1
           for (int slice = 0; slice < plan.slices(); ++slice) {
             const int64_t index = partial_index<FB>(plan, image * plan.channels + channel, slice, block_h, block_w) + at;
             x += workspace.x[index];
@@ -123,7 +122,7 @@ __global__ void __launch_bounds__(128)
   for (int mask = 16; mask > 0; mask /= 2) total += exchange(total, mask);
   if (lane != 0) return;
   if (task == 0) base_grad[channel] = static_cast<W>(total);
-  else gain_grad[static_cast<int64_t>(shell) * plan.channels + channel] = static_cast<W>(total);
+  else gain_grad[static_cast<int64_t>(shell_index(plan, squared)) * plan.channels + channel] = static_cast<W>(total);
 }
 
 constexpr int kShellThreads = 512;

@@ -68,6 +68,7 @@ struct Plan {
   int64_t batch, tiles, first_plane, first_tile;
   int channels, chunks, height, width;           // chunks: tiles side by side in the channels of an image (channels_last)
   int64_t radius_squared;
+  double inverse_area;                           // 1 / (H W)
   bool channels_last;
   bool whole;                                    // a tile holds whole planes
   int planes, pairs, columns, rows;              // extent of a tile; rows = 2 pairs, or height if whole
