@@ -35,11 +35,23 @@ def runners(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip(f"no host compiler: {compiler} not found")
     folder = tmp_path_factory.mktemp("cuda_on_host")
     source = ROOT / "tests" / "cuda_on_host" / "runner.cpp"
-    flags = "-std=c++20 -O1 -g -fsanitize=address,undefined -fno-sanitize-recover -Wall -Wextra -Werror -Wno-unknown-pragmas".split()
+    flags = [
+        "-std=c++20",
+        "-O1",
+        "-g",
+        "-fsanitize=address,undefined",
+        "-fno-sanitize-recover",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        "-Wno-unknown-pragmas",
+    ]
 
     def compile_for(dtype: torch.dtype) -> None:
         element = f"-DELEMENT={ELEMENTS[dtype]}"
-        subprocess.run([compiler, *flags, element, f"-I{ROOT / 'csrc'}", f"-I{source.parent}", "-o", folder / str(dtype), source], check=True)
+        subprocess.run(
+            [compiler, *flags, element, f"-I{ROOT / 'csrc'}", f"-I{source.parent}", "-o", folder / str(dtype), source], check=True
+        )
 
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(compile_for, ELEMENTS))
@@ -73,7 +85,8 @@ class Host:
         header += [len(modes.shells(radius_squared)), self.shared_limit, self.alignment_of_y]
         (self.folder / "case").write_bytes(struct.pack(f"<{len(header)}q", *header) + packed(x, *others))
         environment = os.environ | {"ASAN_OPTIONS": "detect_stack_use_after_return=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
-        done = subprocess.run([self.runners / str(x.dtype), self.folder / "case", self.folder / "result"], env=environment, capture_output=True, text=True)
+        command = [self.runners / str(x.dtype), self.folder / "case", self.folder / "result"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-4000:]
         return (self.folder / "result").read_bytes()
 
@@ -106,14 +119,16 @@ def profile(channels: int, radius_squared: int, dtype: torch.dtype) -> tuple[Ten
 
 
 def check(actual: Tensor, same_dtype: Tensor, exact: Tensor, units: float = 1) -> None:
-    """1.25 x max and 1.0 x rms of the same-dtype error, and so many units in the last place of the largest value (rms: a quarter of them)."""
+    """1.25 x max and 1.0 x rms of the same-dtype error, and so many units of the largest value's last place (rms: a quarter)."""
     assert actual.shape == exact.shape
     assert not actual.isnan().any(), "elements were not written"
     error, yardstick = (actual.double() - exact).abs(), (same_dtype.double() - exact).abs()
     unit = torch.finfo(actual.dtype).eps * exact.abs().max().item()
     if actual.dtype == torch.float64:  # the judge itself computes in fp64
         units = 16
-    assert error.max() <= 1.25 * yardstick.max() + units * unit, f"max error {error.max():.3e}, reference {yardstick.max():.3e}, unit {unit:.3e}"
+    assert error.max() <= 1.25 * yardstick.max() + units * unit, (
+        f"max error {error.max():.3e}, reference {yardstick.max():.3e}, unit {unit:.3e}"
+    )
     rms, allowed = error.square().mean().sqrt(), yardstick.square().mean().sqrt()
     assert rms <= allowed + units / 4 * unit, f"rms error {rms:.3e}, reference {allowed:.3e}, unit {unit:.3e}"
 
@@ -157,7 +172,8 @@ def arrange(x: Tensor, layout: str) -> Tensor:
 
 
 SHAPES = [
-    (2, 3, 1, 1), (1, 3, 1, 5), (1, 3, 5, 1), (3, 65, 7, 7), (2, 3, 8, 6), (2, 16, 14, 14), (1, 5, 25, 42), (2, 3, 17, 3), (1, 2, 28, 28), (1, 1, 3, 17),
+    (2, 3, 1, 1), (1, 3, 1, 5), (1, 3, 5, 1), (3, 65, 7, 7), (2, 3, 8, 6), (2, 16, 14, 14), (1, 5, 25, 42), (2, 3, 17, 3), (1, 2, 28, 28),
+    (1, 1, 3, 17),
 ]  # fmt: skip
 
 

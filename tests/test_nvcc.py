@@ -68,8 +68,9 @@ def test_no_spills(compiled: tuple[Path, dict[int, str]]) -> None:
         for kernel in kernels:
             name = demangled(kernel["name"])
             registers.setdefault(name, []).append(kernel["registers"] + (f"+{kernel['shared']}B" if kernel["shared"] else ""))
-            if kernel["stack"] != "0" or kernel["stores"] != "0" or kernel["loads"] != "0":
-                spilling.append(f"{name} on sm_{architecture}: {kernel['stack']} B stack, {kernel['stores']} B stores, {kernel['loads']} B loads")
+            if any(kernel[kind] != "0" for kind in ("stack", "stores", "loads")):
+                amounts = ", ".join(f"{kernel[kind]} B {kind}" for kind in ("stack", "stores", "loads"))
+                spilling.append(f"{name} on sm_{architecture}: {amounts}")
     print(f"\n{'registers (+ static shared memory)':40}" + "".join(f"{f'sm_{architecture}':>10}" for architecture in ARCHITECTURES))
     for name, counts in sorted(registers.items()):
         print(f"{name:40}" + "".join(f"{count:>10}" for count in counts))

@@ -149,7 +149,7 @@ void attach_shells(Plan& plan, int64_t count, Allocate allocate, void* stream) {
   plan.shell_of = table;
 }
 
-// Doubles per plane and slice of partial coefficients, in elements.
+// Partial coefficients of one plane.
 template <int FB> int64_t partial_size(const Plan& plan) {
   return int64_t{plan.slices()} * plan.blocks_h * plan.blocks_w * kFunctions<FB> * kFunctions<FB>;
 }
@@ -185,7 +185,8 @@ void run_filter(const Shape& shape, View x, View y, const Profile<Wide<T>>& prof
     // images (channels_last) or tiles at a time, so that the workspace stays small
     const int64_t unit = shape.channels_last ? ceil_div(shape.channels, plan.planes) : 1;
     const int64_t unit_planes = shape.channels_last ? shape.channels : plan.planes, unit_bytes = unit_planes * partial_size<FB>(plan) * sizeof(W);
-    const int64_t units = std::clamp<int64_t>(std::min(kWorkspaceBytes / unit_bytes, kMaxBlocks / (unit * plan.slices())), 1, ceil_div(plan.tiles, unit));
+    const int64_t most = std::min(kWorkspaceBytes / unit_bytes, kMaxBlocks / (unit * plan.slices()));
+    const int64_t units = std::clamp<int64_t>(most, 1, ceil_div(plan.tiles, unit));
     auto* partial = static_cast<W*>(allocate(units * unit_bytes));
     for (int64_t first = 0; first * unit < plan.tiles; first += units) {
       plan.first_tile = first * unit;
