@@ -1,0 +1,280 @@
+"""The CUDA kernels, compiled for the host with the address and undefined-behaviour sanitizers, against the reference.
+
+cuda_on_host/shim.h runs a block as one fiber per thread; every case runs in both orders of threads and must give the
+same bits. The error rule: at most 1.25 times (max) and 1.0 times (rms) the error of the reference in the same dtype.
+"""
+
+import os
+import shutil
+import struct
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from spanet_kernels import modes, reference  # noqa: E402
+
+ELEMENTS = {torch.float64: "double", torch.float32: "float", torch.float16: "half", torch.bfloat16: "bfloat16"}
+DTYPES = list(ELEMENTS)
+H200_SHARED = 227 << 10
+
+
+@pytest.fixture(scope="session")
+def runners(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with one program per dtype."""
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        pytest.skip(f"no host compiler: {compiler} not found")
+    folder = tmp_path_factory.mktemp("cuda_on_host")
+    source = ROOT / "tests" / "cuda_on_host" / "runner.cpp"
+    flags = [
+        "-std=c++20",
+        "-O1",
+        "-g",
+        "-fsanitize=address,undefined",
+        "-fno-sanitize-recover",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        "-Wno-unknown-pragmas",
+    ]
+
+    def compile_for(dtype: torch.dtype) -> None:
+        element = f"-DELEMENT={ELEMENTS[dtype]}"
+        subprocess.run(
+            [compiler, *flags, element, f"-I{ROOT / 'csrc'}", f"-I{source.parent}", "-o", folder / str(dtype), source], check=True
+        )
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(compile_for, ELEMENTS))
+    return folder
+
+
+def raw(values: Tensor) -> bytes:
+    return values.contiguous().view(torch.uint8).numpy().tobytes() if values.numel() else b""
+
+
+def packed(*tensors: Tensor) -> bytes:
+    """Storages with offset and strides, padded to four dimensions."""
+    parts = []
+    for t in tensors:
+        storage = torch.as_strided(t, (t.untyped_storage().nbytes() // t.element_size(),), (1,), 0)
+        parts += [struct.pack("<6q", storage.numel(), t.storage_offset(), *t.stride(), *[0] * (4 - t.dim())), raw(storage)]
+    return b"".join(parts)
+
+
+@dataclass
+class Host:
+    """The two operators with the schema's arguments, run by the programs."""
+
+    runners: Path
+    folder: Path
+    shared_limit: int = H200_SHARED
+    alignment_of_y: int = 0
+
+    def __call__(self, x: Tensor, radius_squared: int, backward: bool, *others: Tensor) -> bytes:
+        header = [backward, *x.shape, modes.channels_last(x), radius_squared]
+        header += [len(modes.shells(radius_squared)), self.shared_limit, self.alignment_of_y]
+        (self.folder / "case").write_bytes(struct.pack(f"<{len(header)}q", *header) + packed(x, *others))
+        environment = os.environ | {"ASAN_OPTIONS": "detect_stack_use_after_return=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
+        command = [self.runners / str(x.dtype), self.folder / "case", self.folder / "result"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-4000:]
+        return (self.folder / "result").read_bytes()
+
+    def filter(self, x: Tensor, base: Tensor, gain: Tensor, radius_squared: int) -> Tensor:
+        out = torch.frombuffer(bytearray(self(x, radius_squared, False, base, gain)), dtype=x.dtype)
+        batch, channels, height, width = x.shape
+        return out.view(batch, height, width, channels).permute(0, 3, 1, 2) if modes.channels_last(x) else out.view(x.shape)
+
+    def backward(self, grad: Tensor, x: Tensor, radius_squared: int) -> tuple[Tensor, Tensor]:
+        unused = torch.zeros(1, dtype=modes.profile_dtype(x.dtype))
+        data = bytearray(self(x, radius_squared, True, grad, unused))
+        out = torch.frombuffer(data, dtype=modes.profile_dtype(x.dtype)).view(-1, x.shape[1])
+        return out[0], out[1:]
+
+
+@pytest.fixture
+def host(runners: Path, tmp_path: Path) -> Host:
+    return Host(runners, tmp_path)
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
+    """Random with a mean, which is a mode of the disc."""
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return (torch.randn(shape, generator=generator, dtype=torch.float64) + 0.7).to(dtype)
+
+
+def profile(channels: int, radius_squared: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    wide = modes.profile_dtype(dtype)
+    return draw(channels, dtype=wide, seed=1), draw(len(modes.shells(radius_squared)), channels, dtype=wide, seed=2)
+
+
+def check(actual: Tensor, same_dtype: Tensor, exact: Tensor, units: float = 1) -> None:
+    """1.25 x max and 1.0 x rms of the same-dtype error, and so many units of the largest value's last place (rms: a quarter)."""
+    assert actual.shape == exact.shape
+    assert not actual.isnan().any(), "elements were not written"
+    error, yardstick = (actual.double() - exact).abs(), (same_dtype.double() - exact).abs()
+    unit = torch.finfo(actual.dtype).eps * exact.abs().max().item()
+    if actual.dtype == torch.float64:  # the judge itself computes in fp64
+        units = 16
+    assert error.max() <= 1.25 * yardstick.max() + units * unit, (
+        f"max error {error.max():.3e}, reference {yardstick.max():.3e}, unit {unit:.3e}"
+    )
+    rms, allowed = error.square().mean().sqrt(), yardstick.square().mean().sqrt()
+    assert rms <= allowed + units / 4 * unit, f"rms error {rms:.3e}, reference {allowed:.3e}, unit {unit:.3e}"
+
+
+def check_filter(host: Host, x: Tensor, base: Tensor, gain: Tensor, radius_squared: int) -> None:
+    wide = x.to(base.dtype)
+    same = reference.radial_filter(wide, base, gain, radius_squared).to(x.dtype)
+    exact = reference.radial_filter(x.double(), base.double(), gain.double(), radius_squared)
+    check(host.filter(x, base, gain, radius_squared), same, exact)
+
+
+def check_backward(host: Host, grad: Tensor, x: Tensor, radius_squared: int) -> None:
+    wide = modes.profile_dtype(x.dtype)
+    same = reference.radial_filter_backward(grad.to(wide), x.to(wide), radius_squared)
+    exact = reference.radial_filter_backward(grad.double(), x.double(), radius_squared)
+    for ours, yardstick, truth in zip(host.backward(grad, x, radius_squared), same, exact, strict=True):
+        check(ours, yardstick, truth, units=2)  # a handful of sums: a small sample of errors
+
+
+def arrange(x: Tensor, layout: str) -> Tensor:
+    """x with the strides that the layout names."""
+    if layout == "channels_last":
+        return x.contiguous(memory_format=torch.channels_last)
+    if layout == "sliced":  # every second row and a column less of a larger tensor
+        larger = x.new_full((x.shape[0], x.shape[1] + 2, 2 * x.shape[2], x.shape[3] + 1), 3)
+        view = larger[:, 1:-1, ::2, 1:]
+        view.copy_(x)
+        return view
+    if layout == "channel_slice":  # some channels of a wider channels_last tensor
+        larger = x.new_full((x.shape[0], x.shape[1] + 16, *x.shape[2:]), 3).contiguous(memory_format=torch.channels_last)
+        view = larger[:, 8:-8]
+        view.copy_(x)
+        return view
+    if layout == "odd":  # an odd storage offset
+        view = x.new_full((x.numel() + 1,), 3)[1:].view(x.shape)
+        view.copy_(x)
+        return view
+    if layout == "expanded":
+        return x[:1, :, :, :1].expand(x.shape)
+    return x.contiguous()
+
+
+SHAPES = [
+    (2, 3, 1, 1), (1, 3, 1, 5), (1, 3, 5, 1), (3, 65, 7, 7), (2, 3, 8, 6), (2, 16, 14, 14), (1, 5, 25, 42), (2, 3, 17, 3), (1, 2, 28, 28),
+    (1, 1, 3, 17),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_shapes(host: Host, shape: tuple[int, ...], layout: str, dtype: torch.dtype) -> None:
+    radius_squared = 4 if sum(shape) % 2 else 1
+    x = arrange(draw(*shape, dtype=dtype), layout)
+    check_filter(host, x, *profile(shape[1], radius_squared, dtype), radius_squared)
+    check_backward(host, arrange(draw(*shape, dtype=dtype, seed=3), layout), x, radius_squared)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", ["sliced", "channel_slice", "odd", "expanded"])
+def test_layouts(host: Host, layout: str, dtype: torch.dtype) -> None:
+    x = arrange(draw(2, 16, 8, 12, dtype=dtype), layout)
+    base, gain = profile(16, 4, dtype)
+    check_filter(host, x, base[:1].expand(16), gain[:, :1].expand(-1, 16), 4)
+    check_backward(host, draw(2, 16, 8, 12, dtype=dtype, seed=3), x, 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_unaligned_output(host: Host, dtype: torch.dtype) -> None:
+    host.alignment_of_y = 1
+    check_filter(host, draw(2, 3, 8, 8, dtype=dtype), *profile(3, 4, dtype), 4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(150, 1, 7, 7), (9, 7, 14, 14), (1, 5, 56, 56)], ids=str)
+def test_ragged_tiles(host: Host, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    check_filter(host, draw(*shape, dtype=dtype), *profile(shape[1], 4, dtype), 4)
+
+
+def tile_of_one(shape: tuple[int, ...], layout: str, dtype: torch.dtype) -> int:
+    """Bytes of the smallest tile of whole planes: with no more shared memory than that, planes are sliced."""
+    sector = max(4, 32 // dtype.itemsize)
+    planes = min(sector, -(-shape[1] // 4) * 4) if layout == "channels_last" else 1
+    return planes * shape[2] * shape[3] * dtype.itemsize
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "layout"), [((1, 2, 44, 42), "contiguous"), ((1, 1, 61, 67), "contiguous"), ((1, 9, 24, 28), "channels_last")], ids=str
+)
+def test_planes_beyond_shared_memory(host: Host, shape: tuple[int, ...], layout: str, dtype: torch.dtype) -> None:
+    host.shared_limit = tile_of_one(shape, layout, dtype)
+    x = arrange(draw(*shape, dtype=dtype), layout)
+    check_filter(host, x, *profile(shape[1], 4, dtype), 4)
+    check_backward(host, arrange(draw(*shape, dtype=dtype, seed=3), layout), x, 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", [(1, 2, 3, 600), (1, 1, 600, 2)], ids=str)
+def test_long_axes(host: Host, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    host.shared_limit = 48 << 10
+    check_filter(host, draw(*shape, dtype=dtype), *profile(shape[1], 9, dtype), 9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("radius_squared", [0, 9, 16, 30, None])
+def test_radii(host: Host, radius_squared: int | None, layout: str, dtype: torch.dtype) -> None:
+    height, width = 14, 17
+    radius_squared = modes.full_squared_radius(height, width) if radius_squared is None else radius_squared
+    x = arrange(draw(2, 3, height, width, dtype=dtype), layout)
+    check_filter(host, x, *profile(3, radius_squared, dtype), radius_squared)
+    check_backward(host, arrange(draw(2, 3, height, width, dtype=dtype, seed=3), layout), x, radius_squared)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_sixteen_bits_at_four_frequencies(host: Host, dtype: torch.dtype) -> None:
+    for width in (12, 14):
+        x = draw(2, 3, 14, width, dtype=dtype)
+        check_filter(host, x, *profile(3, 20, dtype), 20)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nan_stays_in_its_plane(host: Host, layout: str, dtype: torch.dtype) -> None:
+    clean = arrange(draw(2, 6, 7, 6, dtype=dtype), layout)
+    spoiled = clean.clone()
+    spoiled[1, 2, 3, 4] = float("nan")
+    base, gain = profile(6, 4, dtype)
+    expected, actual = host.filter(clean, base, gain, 4), host.filter(spoiled, base, gain, 4)
+    assert actual[1, 2].isnan().all()
+    actual[1, 2] = expected[1, 2]
+    assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_batch_size_changes_no_bit(host: Host, dtype: torch.dtype) -> None:
+    x = draw(5, 3, 14, 14, dtype=dtype)
+    base, gain = profile(3, 4, dtype)
+    together = host.filter(x, base, gain, 4)
+    for b in range(5):
+        assert torch.equal(host.filter(x[b : b + 1].clone(), base, gain, 4), together[b : b + 1])
+
+
+def test_batch_size_changes_no_bit_of_sliced_planes(host: Host) -> None:
+    x = draw(3, 2, 44, 42, dtype=torch.float32)
+    host.shared_limit = tile_of_one(x.shape, "contiguous", x.dtype)
+    base, gain = profile(2, 4, torch.float32)
+    assert torch.equal(host.filter(x[1:2].clone(), base, gain, 4), host.filter(x, base, gain, 4)[1:2])
