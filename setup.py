@@ -24,7 +24,9 @@ X86 = platform.machine() in ("x86_64", "AMD64")
 SIMD = {"plain": "-DSIMD_BYTES=16"}  # each is one compilation of the CPU kernels; the best one is chosen when they are loaded
 if X86:
     SIMD["avx2"] = "-DSIMD_BYTES=32 -mavx2 -mfma -mf16c"
-    SIMD["avx512"] = "-DSIMD_BYTES=64 -mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mprefer-vector-width=512 -Wno-uninitialized -Wno-maybe-uninitialized"
+    # GCC takes the intrinsics' own undefined registers for uninitialised variables
+    avx512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mprefer-vector-width=512"
+    SIMD["avx512"] = f"-DSIMD_BYTES=64 {avx512} -Wno-uninitialized -Wno-maybe-uninitialized"
 ARCHITECTURES = "8.0;9.0;10.0;12.0+PTX"  # 8.6 and 8.9 run the code for 8.0
 
 
@@ -41,6 +43,15 @@ def gencode(architectures: str) -> list[str]:
         if item.endswith("+PTX"):
             flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
     return flags
+
+
+def pybind11_include(torch_folder: Path) -> str:
+    """pybind11's headers, or the copy that torch carries on machines where nothing can be installed."""
+    try:
+        import pybind11
+    except ImportError:
+        return str(torch_folder / "include")
+    return pybind11.get_include()
 
 
 def rule(name: str, compile_command: str) -> str:
@@ -70,7 +81,6 @@ class Build(build_ext):
         return super().get_ext_filename(fullname) if fullname.endswith("_native") else f"{fullname.replace('.', '/')}.so"
 
     def build_extension(self, ext: Extension) -> None:
-        import pybind11
         import torch
 
         path = Path(self.get_ext_fullpath(ext.name))
@@ -88,7 +98,8 @@ class Build(build_ext):
             objects += [("cpu/radial_filter_kernel.cpp", simd) for simd in SIMD]
             self.ninja(name, path, rules, objects, libraries)
         elif name == "_native":
-            build = f'-DBUILD_TORCH=\'"{torch.__version__}"\' -isystem {pybind11.get_include()} -isystem {sysconfig.get_path("include")}'
+            include = f"-isystem {pybind11_include(torch_folder)} -isystem {sysconfig.get_path('include')}"
+            build = f"-DBUILD_TORCH='\"{torch.__version__}\"' {include}"
             self.ninja(name, path, [link_rule(compiler), rule("cxx", f"{cxx} {build} {csrc}")], [("native.cpp", "cxx")])
         else:
             self.build_cuda(path, stable, libraries)

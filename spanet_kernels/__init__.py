@@ -1,9 +1,9 @@
 """Spectral filters for vision networks at the speed of a memory copy.
 
-    radial_filter(x, base, gain, radius)         any radial profile, per channel
-    spectral_pool(x, lam, radius, boundary)      the spectral pooling filter of SPANet
-    SPF(lam, radius, boundary, learnable)        the same as a module
-    backends()                                   which implementation serves which operator on which device
+radial_filter(x, base, gain, radius)         any radial profile, per channel
+spectral_pool(x, lam, radius, boundary)      the spectral pooling filter of SPANet
+SPF(lam, radius, boundary, learnable)        the same as a module
+backends()                                   which implementation serves which operator on which device
 """
 
 from . import modes, reference

@@ -93,7 +93,7 @@ def use(implementation: str) -> Iterator[None]:
 
 def backends() -> dict[str, Any]:
     """Versions, devices, and for every operator and device the implementation in use and the reason for each that is not."""
-    from . import _native
+    from . import __version__, _native
 
     capability = _native.cpu_capability()
     cuda = torch.cuda.is_available()
@@ -106,7 +106,7 @@ def backends() -> dict[str, Any]:
     }
     return {
         "versions": {
-            "spanet_kernels": importlib.metadata.version("spanet-kernels"),
+            "spanet_kernels": __version__,
             "torch": torch.__version__,
             "triton": None if _triton_why_not else importlib.metadata.version("triton"),
             "python": platform.python_version(),

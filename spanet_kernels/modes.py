@@ -37,7 +37,7 @@ def constant(function: Callable[P, T]) -> Callable[P, T]:
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
-        return cached(*args, **kwargs)
+        return cached(*args, **kwargs)  # type: ignore[arg-type]
 
     # the mark that torch.compiler.assume_constant_result sets, without its import of the whole compiler
     call._dynamo_marked_constant = True  # type: ignore[attr-defined]

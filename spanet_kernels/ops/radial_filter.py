@@ -124,7 +124,7 @@ def _bilinear(grad: Tensor, x: Tensor, radius_squared: int) -> tuple[Tensor, Ten
 
 def _call_below_autograd(operator: Any, keyset: Any, *args: Any) -> Any:
     """Go on to the kernels below autograd: from the dispatch keys that an autograd kernel was called with, or (None) from the top."""
-    with torch._C._AutoDispatchBelowAutograd():  # type: ignore[attr-defined]
+    with torch._C._AutoDispatchBelowAutograd():
         return operator(*args) if keyset is None else operator.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
 

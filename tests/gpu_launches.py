@@ -1,0 +1,36 @@
+"""Every GPU kernel once, in every dtype, layout and direction: what the sanitizers of `make gpu` run."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+
+import torch
+
+import spanet_kernels
+from spanet_kernels import modes
+from spanet_kernels.testing import DTYPES, LAYOUTS, make_input, make_profile
+
+# one shape for each plan: several planes in a block, odd and unaligned ones, one that is sliced, one beyond shared memory
+SHAPES = (((9, 33, 7, 7), 1), ((2, 65, 14, 14), 1), ((2, 40, 56, 56), 2), ((1, 3, 25, 42), 2), ((1, 2, 200, 334), 2), ((1, 3, 20, 24), 9))
+
+
+def launch_all() -> int:
+    launches = 0
+    for (shape, radius), dtype, layout in itertools.product(SHAPES, DTYPES, LAYOUTS):
+        x, grad = make_input(shape, dtype, layout, "cuda"), make_input(shape, dtype, layout, "cuda", seed=1)
+        base, gain = make_profile(shape[1], radius, dtype, "cuda")
+        squared = modes.squared_radius(radius)
+        y = torch.ops.spanet_kernels.radial_filter(x, base, gain, squared)
+        grads = torch.ops.spanet_kernels.radial_filter_backward(grad, x, squared)
+        assert y.isfinite().all()
+        assert all(g.isfinite().all() for g in grads)
+        launches += 2
+    return launches
+
+
+if __name__ == "__main__":
+    in_use = spanet_kernels.backends()["operators"]["radial_filter"]["cuda"]["in use"]
+    for forced in dict.fromkeys((in_use, "triton")):
+        with spanet_kernels.use("triton") if forced == "triton" else contextlib.nullcontext():
+            print(forced, launch_all(), "launches")

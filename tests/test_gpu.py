@@ -1,0 +1,131 @@
+"""On a GPU: the error rule, determinism, graphs, streams and size, for the compiled kernels and for Triton's."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+
+import pytest
+import torch
+from errors import assert_as_accurate
+
+from spanet_kernels import backends, modes, radial_filter, reference, spectral_pool, use
+from spanet_kernels.testing import CASES, DTYPES, LAYOUTS, make_input, make_profile
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is visible to torch; `make gpu` runs these on one")
+
+LARGE = (((2, 5, 200, 334), 2), ((1, 70, 100, 167), 2), ((40, 96, 14, 14), 1), ((300, 33, 7, 7), 1), ((1, 3, 300, 310), 1))
+
+
+@pytest.fixture(params=["in use", "triton"])
+def implementation(request):
+    with use("triton") if request.param == "triton" else contextlib.nullcontext():
+        yield request.param
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("shape", "radius"), [*CASES["radial_filter"].test, *LARGE], ids=str)
+def test_error_rule(implementation, shape, radius, dtype, layout):
+    x, base, gain, _ = CASES["radial_filter"].sample(shape, radius, dtype, layout, "cuda")
+    poison = torch.full((2 * x.numel() + 1,), torch.nan, device="cuda", dtype=dtype)
+    del poison  # the allocator hands this memory out again
+    squared, wide = modes.squared_radius(radius), modes.profile_dtype(dtype)
+    y = torch.ops.spanet_kernels.radial_filter(x, base, gain, squared)
+    exact = reference.radial_filter(x.double(), base.double(), gain.double(), squared)
+    assert_as_accurate(y, reference.radial_filter(x.to(wide), base, gain, squared).to(dtype), exact)
+    assert y.is_contiguous(memory_format=torch.channels_last if modes.channels_last(x) else torch.contiguous_format)
+    grad = make_input(shape, dtype, "contiguous" if layout == "expanded" else layout, "cuda", seed=3)
+    ours = torch.ops.spanet_kernels.radial_filter_backward(grad, x, squared)
+    same = reference.radial_filter_backward(grad.to(wide), x.to(wide), squared)
+    judge = reference.radial_filter_backward(grad.double(), x.double(), squared)
+    for a, b, c in zip(ours, same, judge, strict=True):
+        assert_as_accurate(a, b, c, units=4)
+
+
+def test_every_size_up_to_64(implementation):
+    for height, width in itertools.product(range(1, 65), repeat=2):
+        radius = (1, 2, 3.2, 5)[(height + width) % 4]
+        if implementation == "triton" and (height * width) % 7:
+            continue  # every size is a compilation
+        x = make_input((1, 1 + width % 3, height, width), torch.float32, LAYOUTS[(height * width) % 2], "cuda", seed=height)
+        base, gain = make_profile(x.shape[1], radius, torch.float32, "cuda", seed=width)
+        exact = reference.radial_filter(x.double(), base.double(), gain.double(), modes.squared_radius(radius))
+        assert (radial_filter(x, base, gain, radius) - exact).abs().max() <= 8e-7 * (1 + exact.abs().max()), (height, width, radius)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_20000_repeats_on_two_streams_are_bit_equal(implementation, layout):
+    x, grad = make_input((4, 64, 28, 28), torch.float32, layout, "cuda"), make_input((4, 64, 28, 28), torch.float32, layout, "cuda", seed=1)
+    base, gain = make_profile(64, 2, torch.float32, "cuda")
+    expected = radial_filter(x, base, gain, 2), *torch.ops.spanet_kernels.radial_filter_backward(grad, x, 4)
+    assert torch.equal(radial_filter(x[1:2], base, gain, 2), expected[0][1:2])
+    streams = torch.cuda.Stream(), torch.cuda.Stream()
+    torch.cuda.synchronize()
+    wrong = [torch.zeros((), dtype=torch.bool, device="cuda") for _ in streams]
+    for repeat in range(20_000):
+        with torch.cuda.stream(streams[repeat % 2]):
+            actual = radial_filter(x, base, gain, 2), *torch.ops.spanet_kernels.radial_filter_backward(grad, x, 4)
+            for a, b in zip(actual, expected, strict=True):
+                wrong[repeat % 2] |= (a != b).any()
+    torch.cuda.synchronize()
+    assert not any(flag.item() for flag in wrong)
+
+
+def test_cuda_graph_replay_is_bit_equal(implementation):
+    x = make_input((8, 64, 56, 56), torch.bfloat16, "channels_last", "cuda").requires_grad_()
+    grad = make_input((8, 64, 56, 56), torch.bfloat16, "channels_last", "cuda", seed=1)
+    lam = torch.full((64,), 0.7, device="cuda", requires_grad=True)
+
+    def step():
+        return torch.autograd.grad(spectral_pool(x, lam, 2, 1 / 3), (x, lam), grad)
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        x.copy_(make_input(tuple(x.shape), torch.bfloat16, "channels_last", "cuda", seed=7))
+    graph.replay()
+    for a, b in zip(captured, step(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_more_than_2_31_elements(implementation, layout):
+    shape = (2**31 // (64 * 56 * 56) + 3, 64, 56, 56)
+    if torch.cuda.mem_get_info()[0] < 16 * 2**31:
+        pytest.skip("less than 32 GiB of GPU memory are free")
+    form = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+    x = torch.empty(shape, dtype=torch.bfloat16, device="cuda", memory_format=form).normal_(1.5)
+    y = spectral_pool(x, 0.7, 2)
+    for image in (0, shape[0] // 2, shape[0] - 1):
+        assert torch.equal(y[image : image + 1], spectral_pool(x[image : image + 1].clone(), 0.7, 2))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_nan_stays_in_its_plane(implementation, layout):
+    for size in ((7, 7), (25, 42), (56, 56), (200, 334)):
+        x = make_input((2, 20, *size), torch.float32, layout, "cuda")
+        clean = spectral_pool(x, 0.7, 2)
+        x[1, 7, 3, 2] = torch.nan
+        y = spectral_pool(x, 0.7, 2)
+        others = torch.ones(2, 20, dtype=torch.bool, device="cuda")
+        others[1, 7] = False
+        assert y[1, 7].isnan().all()
+        assert torch.equal(y[others], clean[others])
+
+
+def test_compiled_and_in_a_graph():
+    layer = torch.compile(lambda x: spectral_pool(x.relu(), 0.7, 2) * 2, fullgraph=True, mode="reduce-overhead")
+    x = make_input((8, 64, 28, 28), torch.bfloat16, "channels_last", "cuda")
+    for _ in range(4):
+        torch.testing.assert_close(layer(x), spectral_pool(x.relu(), 0.7, 2) * 2)
+
+
+def test_report_names_what_is_in_use():
+    assert backends()["operators"]["radial_filter"]["cuda"]["in use"] in ("cuda", "triton", "modes")

@@ -1,0 +1,81 @@
+"""The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer: every dtype, layout and instruction set."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = """
+import itertools, torch
+from spanet_kernels import modes
+from spanet_kernels.testing import CASES, DTYPES, LAYOUTS, make_input
+for ((shape, radius), dtype, layout) in itertools.product(CASES["radial_filter"].test, DTYPES, LAYOUTS):
+    x, base, gain, _ = CASES["radial_filter"].sample(shape, radius, dtype, layout)
+    squared = modes.squared_radius(radius)
+    y = torch.ops.spanet_kernels.radial_filter(x, base, gain, squared)
+    grads = torch.ops.spanet_kernels.radial_filter_backward(make_input(shape, dtype, layout, seed=1), x, squared)
+    assert y.isfinite().all() and all(g.isfinite().all() for g in grads)
+big = torch.randn(2, 48, 180, 180)  # large enough to be streamed past the caches
+for x in (big, big.contiguous(memory_format=torch.channels_last)):
+    for dtype in (torch.float32, torch.bfloat16):
+        assert torch.ops.spanet_kernels.radial_filter(x.to(dtype), torch.ones(48), torch.ones(4, 48), 4).isfinite().all()
+print("done")
+"""
+
+
+@pytest.fixture(scope="module")
+def sanitized(tmp_path_factory):
+    """A copy of the package whose CPU library is built with both sanitizers."""
+    folder = tmp_path_factory.mktemp("sanitized")
+    shutil.copytree(ROOT / "spanet_kernels", folder / "spanet_kernels", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    for native in (ROOT / "spanet_kernels").glob("_native*.so"):
+        shutil.copy(native, folder / "spanet_kernels")
+    compiler = os.environ.get("CXX", "g++")
+    torch_folder = Path(torch.__file__).parent
+    flags = ["-O0", "-g1", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wno-psabi"]
+    flags += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    include = [
+        "-I",
+        str(ROOT / "csrc"),
+        "-I",
+        str(torch_folder / "include"),
+        "-DTORCH_TARGET_VERSION=0x020a000000000000",
+        "-DTORCH_STABLE_ONLY",
+    ]
+    simd = {"plain": ["-DSIMD_BYTES=16"]}
+    if platform.machine() == "x86_64":
+        simd["avx2"] = ["-DSIMD_BYTES=32", "-mavx2", "-mfma", "-mf16c"]
+        simd["avx512"] = ["-DSIMD_BYTES=64", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"]
+    jobs = [("library", "library.cpp", []), ("host", "cpu/radial_filter.cpp", [])]
+    jobs += [(name, "cpu/radial_filter_kernel.cpp", [f"-DSIMD_NAME={name}", *options]) for name, options in simd.items()]
+    running = []
+    for name, source, options in jobs:
+        command = [compiler, *flags, *include, *options, "-c", str(ROOT / "csrc" / source), "-o", str(folder / f"{name}.o")]
+        running.append(subprocess.Popen(command))
+    assert all(process.wait() == 0 for process in running)
+    link = [compiler, "-shared", "-fsanitize=address,undefined", *(str(folder / f"{name}.o") for name, *_ in jobs)]
+    link += ["-o", str(folder / "spanet_kernels/_cpu.so"), f"-L{torch_folder / 'lib'}", "-ltorch_cpu"]
+    subprocess.run(link, check=True)
+    return folder
+
+
+@pytest.mark.parametrize("capability", ["plain", "avx2", "avx512"])
+def test_clean_under_asan_and_ubsan(sanitized, capability):
+    runtimes = [
+        subprocess.run([os.environ.get("CXX", "g++"), f"-print-file-name=lib{name}.so"], capture_output=True, text=True).stdout.strip()
+        for name in ("asan", "ubsan")
+    ]
+    env = dict(
+        os.environ, LD_PRELOAD=":".join(runtimes), ASAN_OPTIONS="detect_leaks=0", SPANET_KERNELS_CPU=capability, PYTHONPATH=str(sanitized)
+    )
+    run = subprocess.run([sys.executable, "-c", SCRIPT], env=env, cwd=sanitized, capture_output=True, text=True, timeout=600)
+    assert run.returncode == 0, run.stderr[-4000:]
+    assert run.stdout.strip() == "done"
