@@ -1,0 +1,112 @@
+"""The environment of a run, and results as JSON files."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import spanet_kernels
+from spanet_kernels import _native
+
+ROOT = Path(__file__).parents[1]
+
+
+def _first(path: str, key: str) -> str | None:
+    """Value of the first `key: value` line of a file of the system, if there is one."""
+    try:
+        lines = Path(path).read_text().splitlines()
+    except OSError:
+        return None
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(key)), None)
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def last_level_cache() -> int:
+    """Bytes of the largest CPU cache; 32 MiB where the system does not say."""
+    sizes = []
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = path.read_text().strip()
+        sizes.append(int(text[:-1]) * {"K": 2**10, "M": 2**20}[text[-1]] if text[-1] in "KM" else int(text))
+    return max(sizes, default=32 * 2**20)
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What a reader must know to repeat a run."""
+    found: dict[str, Any] = {
+        "device": device.type,
+        "name": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else _first("/proc/cpuinfo", "model name") or platform.machine(),
+        "cpu": _first("/proc/cpuinfo", "model name"),
+        "cpu capability": _native.cpu_capability(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "last level cache": last_level_cache(),
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "spanet_kernels": spanet_kernels.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "commit": _git("rev-parse", "HEAD"),
+        "uncommitted changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        found |= {
+            "compute capability": f"{properties.major}.{properties.minor}",
+            "memory": properties.total_memory,
+            "last level cache": properties.L2_cache_size,
+            "cuda": torch.version.cuda,
+            "gpu state": _gpu_state(str(properties.uuid)),
+        }
+    return found
+
+
+def _gpu_state(uuid: str) -> str | None:
+    """Driver, clocks and temperature, as nvidia-smi states them."""
+    query = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,temperature.gpu,power.draw"
+    command = ["nvidia-smi", f"--id=GPU-{uuid}", f"--query-gpu={query}", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return f"{query}: {done.stdout.strip()}" if done.returncode == 0 else None
+
+
+def save(path: Path, result: dict[str, Any]) -> None:
+    """Write JSON in one step: a reader sees the old file or the whole new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        temporary.write_text(json.dumps(result, indent=1) + "\n")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load(path: Path) -> dict[str, Any] | None:
+    """A result, or None if that benchmark has not been run. Raises ValueError for a file that is no result."""
+    if not path.exists():
+        return None
+    try:
+        result = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not a benchmark result: {error}") from None
+    if not isinstance(result, dict) or "environment" not in result:
+        raise ValueError(f"{path} is not a benchmark result: it has no environment")
+    return result
