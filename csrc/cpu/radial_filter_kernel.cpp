@@ -30,31 +30,33 @@ constexpr int max_vectors = SIMD_BYTES == 64 ? 4 : 2;
 
 // A step of NV vectors that starts at some lane. In memory its last vector is moved back to end with the lanes: at(v).
 // In scratch laid out in slots every vector has a place of its own, slot(v), so that what is loaded there is what was
-// stored; lanes that two vectors share stand there twice. NV = 0 is a single vector that is not full.
+// stored; lanes that two vectors share stand there twice. NV = 0 is a single vector that is not full: it is written whole
+// where there is room for all of it.
 template <int NV, class T> struct Step {
   static constexpr int vectors = NV ? NV : 1;
-  int64_t last, last_slot;
+  int64_t last;
+  bool slots;
   SIMD_MEMBER int64_t at(int v) const { return NV == 0 ? 0 : v == NV - 1 ? last : v * lanes_of<T>; }
-  SIMD_MEMBER int64_t slot(int v) const { return NV == 0 ? 0 : v == NV - 1 ? last_slot : v * lanes_of<T>; }
+  SIMD_MEMBER int64_t slot(int v) const { return slots ? v * lanes_of<T> : at(v); }
   template <class IO> SIMD_MEMBER Vec<T> read(const IO* p) const {
     if constexpr (NV == 0) return load_part<T>(p, last);
     else return load<T>(p);
   }
   template <class IO> SIMD_MEMBER void write(IO* p, Vec<T> v) const {
-    if constexpr (NV == 0) store_part<T>(p, v, last);
+    if (NV == 0 && !slots) store_part<T>(p, v, last);
     else store<T>(p, v);
   }
 };
 
-// Lanes [0, lanes) in steps of up to MOST vectors: f(step, first lane).
-template <class T, int MOST, class F> SIMD_INLINE void for_lanes(int64_t lanes, bool slots, F f) {
+// Lanes [0, lanes) in steps of up to MOST vectors: f(integral constant NV, first lane, offset of the last vector; the number
+// of lanes if NV = 0).
+template <class T, int MOST, class F> SIMD_INLINE void for_lanes(int64_t lanes, F f) {
   constexpr int64_t vl = lanes_of<T>;
-  if (lanes < vl) return f(Step<0, T>{lanes, 0}, 0);
+  if (lanes < vl) return f(std::integral_constant<int, 0>(), 0, lanes);
   for (int64_t l = 0; l < lanes;) {
     const int64_t left = lanes - l, vectors = (left + vl - 1) / vl;
     const auto step = [&](auto nv) {
-      const int64_t full = (nv() - 1) * vl, last = left < nv() * vl ? left - vl : full;
-      f(Step<nv(), T>{last, slots ? full : last}, l);
+      f(nv, l, left < nv() * vl ? left - vl : (nv() - 1) * vl);
       l += nv() * vl;
     };
     if (MOST >= 4 && vectors >= 4) step(std::integral_constant<int, MOST >= 4 ? 4 : 1>());
@@ -149,7 +151,8 @@ void reduce(const Axis<T>& axis, const IO* x, int64_t stride, int64_t lanes, boo
   constexpr std::integral_constant<int, 3> three;
   int64_t s = axis.ns < 2 ? axis.ns : 2, c = s + 1;
   const auto block = [&](int64_t first, auto constant, auto nc, auto ns) {
-    for_lanes<T, constant() ? max_vectors : max_vectors / 2>(lanes, slots, [&](auto step, int64_t l) {
+    for_lanes<T, constant() ? max_vectors : max_vectors / 2>(lanes, [&](auto nv, int64_t l, int64_t last) {
+      const Step<nv(), T> step{last, slots};
       reduce_tile<nc(), ns(), constant()>(axis, axis.table + first, axis.nc + (constant() ? 0 : s) - first, x + l, stride, step,
                                           v + first * v_stride + l, v + (axis.nc + (constant() ? 0 : s)) * v_stride + l, v_stride);
     });
@@ -278,20 +281,22 @@ SIMD_INLINE void expand_tile(const Axis<T>& axis, int64_t i, const T* t, int64_t
 }
 
 // Y[i,l] = base[l] X[i,l] + sum_a phi[a,i] T[a,l] for all i; SCALED = false leaves out the first term.
-// `slots`: t and base are scratch laid out in slots.
+// `slots`: t and base are scratch laid out in slots, and rows of y have room for a whole vector.
 template <bool SCALED, bool STREAM, class T, class IO>
 void expand(const Axis<T>& axis, const T* t, int64_t t_stride, int64_t lanes, bool slots, const Rows<T, IO>& all) {
   const bool few = axis.nc == axis.ns + 1 && axis.ns <= 2;
   if (few) {
-    for_lanes<T, max_vectors / 2>(lanes, slots, [&](auto step, int64_t l) {
+    for_lanes<T, max_vectors / 2>(lanes, [&](auto nv, int64_t l, int64_t last) {
+      const Step<nv(), T> step{last, slots};
       if (axis.ns == 0) expand_few<1, 0, SCALED, STREAM>(axis, t + l, t_stride, step, all + l);
       else if (axis.ns == 1) expand_few<2, 1, SCALED, STREAM>(axis, t + l, t_stride, step, all + l);
       else expand_few<3, 2, SCALED, STREAM>(axis, t + l, t_stride, step, all + l);
     });
     return;
   }
-  for_lanes<T, max_vectors / 2>(lanes, slots, [&](auto step, int64_t l) {
+  for_lanes<T, max_vectors / 2>(lanes, [&](auto nv, int64_t l, int64_t last) {
     constexpr int block = 2;
+    const Step<nv(), T> step{last, slots};
     const int64_t n = axis.n, pairs = axis.pairs();
     const Rows<T, IO> rows = all + l;
     expand_tile<1, false, SCALED, STREAM>(axis, 0, t + l, t_stride, step, rows);
@@ -340,8 +345,8 @@ SIMD_INLINE void product_tile(int64_t k, const T* a, int64_t lda, const T* b, in
 template <class T> void product(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc) {
   for (int64_t row = 0; row < m;) {
     const int64_t left = m - row, rows = left > 5 ? (left >= 10 ? 5 : left / 2) : left;
-    for_lanes<T, max_vectors / 2>(n, true, [&](auto step, int64_t l) {
-      const auto tile = [&](auto mr) { product_tile<mr(), decltype(step)::vectors>(k, a + row * lda, lda, b + l, ldb, c + row * ldc + l, ldc); };
+    for_lanes<T, max_vectors / 2>(n, [&](auto nv, int64_t l, int64_t) {
+      const auto tile = [&](auto mr) { product_tile<mr(), Step<nv(), T>::vectors>(k, a + row * lda, lda, b + l, ldb, c + row * ldc + l, ldc); };
       if (rows == 1) tile(std::integral_constant<int, 1>());
       else if (rows == 2) tile(std::integral_constant<int, 2>());
       else if (rows == 3) tile(std::integral_constant<int, 3>());
@@ -378,6 +383,24 @@ template <class IO> void stream_copy(const IO* from, IO* to, int64_t n) {
   std::memcpy(to + i, from + i, (n - i) * sizeof(IO));
 }
 
+// Rows of w elements that stand a vector apart, brought together. A whole vector is written for each, in order, so that
+// what it writes too much belongs to the next rows; the last ones are written element by element.
+template <class IO> void compact(const IO* rows, int64_t vector, IO* to, int64_t h, int64_t w) {
+  typedef uint8_t Bytes __attribute__((vector_size(SIMD_BYTES)));
+  typedef uint8_t HalfBytes __attribute__((vector_size(SIMD_BYTES / 2)));
+  for (int64_t i = 0; i < h; ++i, rows += vector, to += w) {
+    if (i * w + vector > h * w) {
+      for (int64_t j = 0; j < w; ++j) to[j] = rows[j];
+    } else if (vector * sizeof(IO) == SIMD_BYTES) {
+      const Bytes row = load_raw<Bytes>(rows);
+      std::memcpy(to, &row, sizeof row);
+    } else {
+      const HalfBytes row = load_raw<HalfBytes>(rows);
+      std::memcpy(to, &row, sizeof row);
+    }
+  }
+}
+
 // A plane as rows of adjacent columns: the plane itself, or a copy in scratch if its columns are apart.
 template <class IO> const IO* adjacent_columns(const IO* x, int64_t& h_stride, int64_t w_stride, int64_t h, int64_t w, IO* copy) {
   if (w_stride == 1) return x;
@@ -391,7 +414,7 @@ template <class IO> const IO* adjacent_columns(const IO* x, int64_t& h_stride, i
 template <class T, class IO> struct ColumnsScratch {
   ColumnsScratch(const Modes<T>& m, int64_t planes)
       : rows(m.rows.count() * m.columns.width), modes(line_up(m.inside + lanes_of<T>)),
-        scratch(planes * (2 * rows + modes) + 2 * m.rows.count() * m.columns.padded + 2 * line_up(m.rows.n * m.columns.n) +
+        scratch(planes * (2 * rows + modes) + 2 * m.rows.count() * m.columns.padded + 2 * line_up(m.rows.n * m.columns.width) +
                 3 * m.columns.width + 256) {
     v = scratch.take(planes * rows);
     t = scratch.take(planes * rows);
@@ -400,7 +423,7 @@ template <class T, class IO> struct ColumnsScratch {
     weighed = scratch.zeros(m.rows.count() * m.columns.padded);
     base = scratch.take(m.columns.width);
     dots = reinterpret_cast<double*>(scratch.take(2 * m.columns.width));
-    for (IO*& part : plane) part = reinterpret_cast<IO*>(scratch.take(m.rows.n * m.columns.n));
+    for (IO*& part : plane) part = reinterpret_cast<IO*>(scratch.take(m.rows.n * m.columns.width));
   }
   int64_t rows, modes;
   Scratch<T> scratch;
@@ -483,8 +506,11 @@ void filter_columns(const Modes<T>& m, Planes<const IO> x, Planes<IO> y, const P
     for (int64_t g = 0; g < group; ++g) columns_expand(m, s.z + g * s.modes, s, s.t + g * s.rows);
     for (int64_t g = 0; g < group; ++g) {
       for (int64_t j = 0; j < width; ++j) s.base[j] = p.base[channel[g] * p.base_stride];
-      expand<true, false>(m.rows, s.t + g * s.rows, width, w, true, Rows<T, IO>{s.base, plane[g], h_stride, stream ? s.plane[1] : out[g], w});
-      if (stream) stream_copy(s.plane[1], out[g], h * w);
+      const bool narrow = w < width && width == lanes_of<T>;
+      IO* to = stream || narrow ? s.plane[1] : out[g];
+      expand<true, false>(m.rows, s.t + g * s.rows, width, w, true, Rows<T, IO>{s.base, plane[g], h_stride, to, narrow ? width : w});
+      if (narrow) compact(s.plane[1], width, out[g], h, w);
+      else if (stream) stream_copy(s.plane[1], out[g], h * w);
     }
   }
   if (stream) fence_streaming();
