@@ -101,7 +101,7 @@ def parser() -> Parser:
 
 
 def drive(title: str, count: int, steps: Callable[[Callable[[str], None]], Iterator[None]], path: Path, result: dict[str, Any]) -> None:
-    """Run a benchmark behind a progress bar and save after every step; ctrl-C ends it early."""
+    """Run a benchmark behind a progress bar and save after every step, ctrl-C included, which is raised again."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(24),
@@ -120,6 +120,7 @@ def drive(title: str, count: int, steps: Callable[[Callable[[str], None]], Itera
             result["interrupted"] = True
             save(path, result)
             progress.console.print(f"{title}: interrupted; what was measured is in {path}")
+            raise
 
 
 def run_ops(options: argparse.Namespace, rows: list[ops.Row]) -> bool:
@@ -152,7 +153,8 @@ def run_report(options: argparse.Namespace, console: Console) -> bool:
             return filled == text
         options.readme.write_text(filled)
     if "ops" in results:
-        console.print(report.screen(results))
+        for part in report.screen(results):
+            console.print(part)
         for path in figures(results, options.out):
             console.print(path)
     return True
@@ -176,17 +178,20 @@ def main(arguments: list[str] | None = None) -> int:
         print("\n".join(row.name for row in rows))
         return 0
     console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
-    right = True
+    right, interrupted = True, False
     try:
-        if "photos" in what:
-            right &= run_photos(options, cases, console)
-        if "ops" in what:
-            right &= run_ops(options, rows)
+        try:
+            if "photos" in what:
+                right &= run_photos(options, cases, console)
+            if "ops" in what:
+                right &= run_ops(options, rows)
+        except KeyboardInterrupt:
+            interrupted = True
         if "report" in what:
             right &= run_report(options, console)
     except (ValueError, OSError) as error:
         command.error(str(error))
-    return 0 if right else 1
+    return 130 if interrupted else 0 if right else 1
 
 
 if __name__ == "__main__":

@@ -115,11 +115,13 @@ def radius_figure(results: Results, path: Path) -> Path:
             )
             lower, upper = ([timing[end] * 1e3 for _, timing in points] for end in ("lower", "upper"))
             ax.fill_between(radii, lower, upper, alpha=0.2, color=COLOURS[name], linewidth=0)
-        ticks = [radius for radius in (0, 1, 2, 4, 8, 16, 32, 64, 128) if radius < first[-1]["radius"] * 0.8] + [first[-1]["radius"]]
+        whole = first[-1]["radius"]
+        ticks = [radius for radius in (0, 1, 2, 4, 8, 16, 32, 64, 128) if radius < whole * 0.6] + [whole]
         ax.set_yscale("log")
         ax.set_xscale("symlog", linthresh=1, base=2)
         ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         ax.minorticks_off()
+        ax.set_xlim(-0.3, whole * 1.2)
         ax.set(title=f"{'x'.join(map(str, first[0]['shape']))}, {first[0]['dtype']}", xlabel="radius (last: full spectrum)")
         ax.grid(alpha=0.3)
     axes[0, 0].set_ylabel("milliseconds")

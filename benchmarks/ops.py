@@ -20,6 +20,7 @@ from torch import Tensor
 from spanet_kernels import modes, radial_filter, reference
 from spanet_kernels.testing import CASES, make_input, make_profile
 
+from .record import Others
 from .timing import CallClock, Clock, clock_for, interleave
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -140,6 +141,7 @@ def competitor(name: str, problem: Problem) -> Callable[[], Results]:
         chain = {"rfft2": reference.rfft2_chain, "published": published, "compiled": published}[name]
         if name == "compiled":
             torch._dynamo.reset()  # one graph per row, without the limit on recompilations
+            torch._functorch.config.donated_buffer = False  # a backward graph is to run many times
             chain = torch.compile(published, dynamic=False)
 
         def forward() -> Tensor:
@@ -205,10 +207,12 @@ def measure(row: Row, device: torch.device, clock: Clock, budget: float) -> dict
             except Exception as failure:  # the graph of a backward row is built here, by a compiler too
                 verdicts[name] = {"refused": reason(failure)}
         verdicts |= admit(functions, problem.wanted(), check)
-    timings = interleave({name: function for name, function in functions.items() if "refused" not in verdicts[name]}, clock, budget)
+    right = {name: function for name, function in functions.items() if "refused" not in verdicts[name]}
+    with Others() as others:
+        timings = interleave(right, clock, budget)
     for name, timing in timings.items():
         verdicts[name] |= timing.json()
-    result = asdict(row) | {"bytes": problem.x.nbytes, "competitors": verdicts}
+    result = asdict(row) | {"bytes": problem.x.nbytes, "busy cores of others": others.cores, "competitors": verdicts}
     if "published" in row.competitors and row.dtype != "fp32":
         result["published as it stands"] = refusal(problem)
     return result

@@ -50,7 +50,7 @@ def figure(device: torch.device, path: Path) -> Path:
     """Rows: photographs; columns: input, low-pass, high-pass around mid-grey, three balances."""
     import matplotlib.pyplot as plt
 
-    titles = ("input", "low-pass, lam = 1", "high-pass, lam = 0", "lam = 0.7", "lam = 0.8", "lam = 0.9")
+    titles = ("input", "low-pass, lam = 1", "high-pass, lam = 0", *(f"balanced, lam = {lam:g}" for lam in LAMS[2:]))
     heights = [photo(name).shape[2] / photo(name).shape[3] for name, _ in SHOWN]
     fig, axes = plt.subplots(len(SHOWN), 6, figsize=(14, 14 / 6 * sum(heights) + 0.4), height_ratios=heights, layout="constrained")
     fig.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
@@ -60,7 +60,7 @@ def figure(device: torch.device, path: Path) -> Path:
         for ax, image in zip(row, (x, low, high + 0.5, *balanced), strict=True):
             ax.imshow(image[0].clamp(0, 1).permute(1, 2, 0).cpu().numpy())
             ax.set(xticks=[], yticks=[])
-        row[0].set_ylabel(f"{name} {x.shape[2]} x {x.shape[3]}, r = {radius}")
+        row[0].set_ylabel(f"{name}\n{x.shape[2]} x {x.shape[3]}, r = {radius}", fontsize=10)
     for ax, title in zip(axes[0], titles, strict=True):
         ax.set_title(title, fontsize=11)
     path.parent.mkdir(parents=True, exist_ok=True)

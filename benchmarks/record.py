@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 import os
 import platform
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,30 @@ def last_level_cache() -> int:
         text = path.read_text().strip()
         sizes.append(int(text[:-1]) * {"K": 2**10, "M": 2**20}[text[-1]] if text[-1] in "KM" else int(text))
     return max(sizes, default=32 * 2**20)
+
+
+class Others:
+    """Processor time that other programs take: `with Others() as others: ...`, then others.cores, how many cores they kept busy."""
+
+    cores: float | None = None  # None where the system does not say
+
+    def __enter__(self) -> Others:
+        self.started = self._now()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        wall, foreign = (after - before for after, before in zip(self._now(), self.started, strict=True))
+        if not math.isnan(foreign):
+            self.cores = round(max(0.0, foreign / wall), 2)
+
+    @staticmethod
+    def _now() -> tuple[float, float]:
+        try:
+            ticks = [int(field) for field in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+        except OSError:
+            return time.perf_counter(), math.nan
+        busy = sum(ticks) - ticks[3] - ticks[4]  # all but idle and waiting for disks
+        return time.perf_counter(), busy / os.sysconf("SC_CLK_TCK") - time.process_time()
 
 
 def environment(device: torch.device) -> dict[str, Any]:

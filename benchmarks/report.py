@@ -87,6 +87,12 @@ def shape_text(row: dict[str, Any]) -> str:
     return "x".join(map(str, row["shape"]))
 
 
+def noisy(row: dict[str, Any], environment: dict[str, Any]) -> bool:
+    """Whether other programs took cores that the row was running on; they slow every competitor down, the fastest most."""
+    spare = environment["cores"] - environment["threads"]
+    return environment["device"] == "cpu" and (row.get("busy cores of others") or 0) > spare + 0.25
+
+
 def cells(row: dict[str, Any], environment: dict[str, Any]) -> list[str]:
     """The line of a row: problem, times, ratios with their targets."""
     found = targets(row, environment)
@@ -101,7 +107,8 @@ def cells(row: dict[str, Any], environment: dict[str, Any]) -> list[str]:
         return f"{ours / other:.2f}" if name == "clone" else f"{other / ours:.1f}"
 
     problem = [shape_text(row), f"{row['radius']:g}", row["dtype"], row["layout"].replace("nchw", "NCHW")]
-    return [*problem, time(ours), time(median(row, "clone")), *(ratio(name) for name in ("clone", "rfft2", "published", "compiled"))]
+    mine = time(ours) + (" ~" if noisy(row, environment) else "")
+    return [*problem, mine, time(median(row, "clone")), *(ratio(name) for name in ("clone", "rfft2", "published", "compiled"))]
 
 
 HEADER = ["shape", "r", "dtype", "layout", "ours", "clone", "ours / clone", "rfft2 / ours", "published / ours", "compiled / ours"]
@@ -111,14 +118,16 @@ def markdown(header: list[str], lines: Iterable[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *lines))
 
 
-def refusals(rows: list[dict[str, Any]]) -> str:
-    """Every reason for which a competitor did not compete, once."""
+def notes(rows: list[dict[str, Any]], environment: dict[str, Any]) -> str:
+    """Every reason for which a competitor did not compete, once; how many rows are noisy."""
     found = {f"{name}: {verdict['refused']}" for row in rows for name, verdict in row["competitors"].items() if "refused" in verdict}
     found |= {
         f"published, without casts, {row['dtype']}: {row['published as it stands']}"
         for row in rows
         if row.get("published as it stands", "runs") != "runs"
     }
+    if count := sum(noisy(row, environment) for row in rows):
+        found.add(f"~ other programs kept the processor busy during {count} of {len(rows)} rows: their ratios mean little")
     return "".join(f"\n\n{line}." for line in sorted(found))
 
 
@@ -126,12 +135,11 @@ def group_table(*wanted: tuple[str, str]) -> Callable[[Results], str]:
     """A table of the rows of some (group, kind)."""
 
     def table(results: Results) -> str:
+        environment = results["ops"]["environment"]
         rows = [row for row in results["ops"]["rows"] if (row["group"], row["kind"]) in wanted]
         if len({kind for _, kind in wanted}) == 1:
-            lines = [cells(row, results["ops"]["environment"]) for row in rows]
-            return markdown(HEADER, lines) + refusals(rows)
-        lines = [[row["kind"], *cells(row, results["ops"]["environment"])] for row in rows]
-        return markdown(["", *HEADER], lines) + refusals(rows)
+            return markdown(HEADER, (cells(row, environment) for row in rows)) + notes(rows, environment)
+        return markdown(["", *HEADER], ([row["kind"], *cells(row, environment)] for row in rows)) + notes(rows, environment)
 
     return table
 
@@ -233,12 +241,22 @@ def fill(text: str, results: Results, folder: str) -> str:
     return BLOCK.sub(block, text)
 
 
-def screen(results: Results) -> Table:
-    """Every row of ops on the screen; what missed its target is red."""
-    table = Table(title="radial_filter")
+def screen(results: Results) -> list[Table | str]:
+    """Every row of ops on the screen, what missed its target in red; then the call overhead, the summary and the notes."""
+    environment, rows = results["ops"]["environment"], results["ops"]["rows"]
+    table = Table(title=f"radial_filter, {environment['name']}")
     for name in ("", *HEADER):
         table.add_column(name, justify="left" if name in ("", "shape", "dtype", "layout") else "right")
-    for row in results["ops"]["rows"]:
-        line = [f"[red]{cell}[/]" if "✗" in cell or cell == "refused" else cell for cell in cells(row, results["ops"]["environment"])]
+    for row in rows:
+        line = [f"[red]{cell}[/]" if "✗" in cell or cell == "refused" else cell for cell in cells(row, environment)]
         table.add_row(f"{row['group']}, {row['kind']}", *line)
+    return [table, from_markdown(overhead_table(results)), from_markdown(summary_table(results)), notes(rows, environment).strip()]
+
+
+def from_markdown(text: str) -> Table:
+    """A table of the README as a table of the screen."""
+    header, _, *lines = ([cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines())
+    table = Table(*header)
+    for line in lines:
+        table.add_row(*line)
     return table

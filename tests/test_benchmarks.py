@@ -123,3 +123,30 @@ def test_committed_results_are_those_of_the_readme():
         assert report.fill(text, results, folder.name) == text
         assert (folder / "radius.png").exists() == any(row["group"] == "radius" for row in results["ops"]["rows"])
     assert figures.COLOURS.keys() >= {"ours", "clone"}
+
+
+def test_rows_under_foreign_load_are_marked():
+    environment = {"device": "cpu", "cores": 2, "threads": 2, "last level cache": 2**25}
+    competitors = {name: {"median": 1e-3} for name in ("ours", "clone")}
+    row = {"group": "stages S", "kind": "forward", "shape": [8, 64, 56, 56], "radius": 2, "dtype": "fp32", "layout": "nchw", "bytes": 2**22}
+    quiet, loud = (row | {"competitors": competitors, "busy cores of others": cores} for cores in (0.1, 1.2))
+    assert "1 ms ~" in report.cells(loud, environment)
+    assert "1 ms ~" not in report.cells(quiet, environment)
+    assert "1 of 2 rows" in report.notes([quiet, loud], environment)
+    assert record.Others().cores is None
+    with record.Others() as others:
+        sum(range(10**6))
+    assert others.cores is None or others.cores >= 0
+
+
+def test_interrupt_keeps_what_was_measured(tmp_path, monkeypatch):
+    def stopped(rows, device, form, advance, result):
+        result["rows"].append({"kept": True})
+        yield
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ops, "run", stopped)
+    assert cli.main(["ops", "--device", "cpu", "--out", str(tmp_path)]) == 130
+    saved = json.loads((tmp_path / "ops.json").read_text())
+    assert saved["interrupted"]
+    assert saved["rows"] == [{"kept": True}]
