@@ -31,8 +31,9 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Outputs of this size and more do not fit the caches that the next operator reads from: they are streamed past them.
-constexpr int64_t stream_bytes = int64_t{8} << 20;
+// Outputs of this size do not fit the caches that the next operator reads from: they are streamed past them. Not so those
+// that malloc maps afresh for every call (from 32 MiB with glibc): the kernel has just zeroed their pages in the cache.
+constexpr int64_t stream_bytes = int64_t{8} << 20, fresh_bytes = int64_t{32} << 20;
 // Planes beyond this would leave the second-level cache if they were staged for streaming.
 constexpr int64_t staged_bytes = int64_t{512} << 10;
 
@@ -161,7 +162,8 @@ Tensor radial_filter(const Tensor& x, const Tensor& base, const Tensor& gain, in
     const Profile<T> profile{static_cast<const T*>(base.data_ptr()), static_cast<const T*>(gain.data_ptr()), base.stride(0), gain.stride(0),
                              gain.stride(1)};
     const int64_t bytes = h * w * static_cast<int64_t>(sizeof(IO)), lanes = kernel.lanes;
-    const bool large = y.numel() * static_cast<int64_t>(sizeof(IO)) >= stream_bytes;
+    const int64_t all_bytes = y.numel() * static_cast<int64_t>(sizeof(IO));
+    const bool large = all_bytes >= stream_bytes && all_bytes < fresh_bytes;
     Cut cut = Cut::columns;
     int64_t chunk = 1, units = images * channels, elements = h * w;
     bool stream = large && bytes <= staged_bytes;

@@ -42,9 +42,9 @@ def radial_filter(x: Tensor, base: Tensor, gain: Tensor, radius: float) -> Tenso
 
     Source: arXiv 2308.11568, eqs. 5-18, with a free gain per shell and channel.
     """
-    _check_input("radial_filter", x)
-    squared = modes.squared_radius(_check_radius("radial_filter", radius))
-    _check_profile(x, base, gain, squared, radius)
+    squared, shells = _KNOWN.get(radius, (-1, -1)) if isinstance(radius, (int, float)) else (-1, -1)
+    if not _fits(x, base, gain, shells):
+        squared = _checked(x, base, gain, radius)
     return _apply(x, base, gain, squared)
 
 
@@ -103,8 +103,10 @@ def _differentiable(operator: Any, function: Any, *args: Any) -> Any:
     """
     if torch.compiler.is_compiling():
         return operator(*args)
-    if _wants_derivative(args) or torch._C._are_functorch_transforms_active():
+    if torch._C._are_functorch_transforms_active():
         return function.apply(None, *args)
+    if _wants_derivative(args):
+        return function.record(None, *args)
     return _call_below_autograd(operator, None, *args)
 
 
@@ -129,16 +131,22 @@ def _call_below_autograd(operator: Any, keyset: Any, *args: Any) -> Any:
 
 
 def _fft_pays(x: Tensor, radius_squared: int) -> bool:
-    """Whether so many modes cost more than real FFTs: the work of the modes grows with A_H + A_W, that of an FFT does not."""
-    if 2 * (2 * math.isqrt(radius_squared) + 1) <= _MOST_FUNCTIONS_GPU:
+    """Whether so many modes cost more than real FFTs, by multiply-adds per pixel: those of an FFT do not grow with the radius."""
+    functions = 2 * math.isqrt(radius_squared) + 1
+    if functions <= 9:
         return False  # whatever the size: no guard on it under torch.compile
-    height, width = x.shape[2:]
-    functions = modes.functions(height, radius_squared) + modes.functions(width, radius_squared)
-    return functions > (_MOST_FUNCTIONS_CPU if x.device.type == "cpu" else _MOST_FUNCTIONS_GPU)
+    channels, height, width = x.shape[1:]
+    rows, columns = modes.functions(height, radius_squared), modes.functions(width, radius_squared)
+    work = rows + 2 * rows * columns / height
+    if x.device.type != "cpu":
+        return work > _MOST_WORK_GPU
+    if channels < 16 and modes.channels_last(x):
+        work *= 16 / max(channels, 1)  # channels that do not fill a vector
+    return work > (_MOST_WORK_SMALL if height * width <= 4096 else _MOST_WORK_LARGE)
 
 
-# measured on a CPU with AVX-512 (benchmarks, cost against radius); for GPUs predicted from the rate of fp32 multiply-adds
-_MOST_FUNCTIONS_CPU, _MOST_FUNCTIONS_GPU = 512, 256
+# multiply-adds per pixel where the curves of cost against radius cross: measured on a CPU with AVX-512, predicted for GPUs
+_MOST_WORK_SMALL, _MOST_WORK_LARGE, _MOST_WORK_GPU = 120, 190, 256
 
 
 def _by_fft(x: Tensor, base: Tensor, gain: Tensor, radius_squared: int) -> Tensor:
@@ -252,12 +260,20 @@ def _register(operator: Any, function: type[torch.autograd.Function]) -> None:
         if torch._C._are_functorch_transforms_active():
             raise RuntimeError(f"{operator}: call spanet_kernels.radial_filter under torch.func, in eager mode; the operator has no levels")
         if _wants_derivative(args):
-            return function.apply(keyset, *args)
+            return function.record(keyset, *args)
         return _call_below_autograd(operator, keyset, *args)
 
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
         return function.vmap(info, (None, *in_dims), None, *args)
 
+    def forward(ctx: Any, *args: Any) -> Any:
+        output = function.forward(*args)
+        function.setup_context(ctx, args, output)
+        return output
+
+    # the same function with one forward that sets up its own context: without torch.func there is no need to inspect signatures
+    no_setup = {"forward": staticmethod(forward), "setup_context": torch.autograd.function._SingleLevelFunction.setup_context}
+    function.record = type(function.__name__, (function,), no_setup).apply  # type: ignore[attr-defined]
     name = operator.name().partition(".")[0]
     _library.impl(name, kernel, "Autograd", with_keyset=True)
     torch.library.register_vmap(name, vmap)
@@ -292,7 +308,7 @@ def _check_radius(op: str, radius: float) -> float:
 def _check_input(op: str, x: Tensor) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: x must be a tensor, got {type(x).__name__}")
-    if x.dtype not in _DTYPES:
+    if x.dtype not in _PROFILE_DTYPE:
         raise TypeError(f"{op}: x must be float64, float32, float16 or bfloat16, got {x.dtype}")
     if x.dim() != 4:
         raise ValueError(f"{op}: x must have shape (B, C, H, W), got {tuple(x.shape)}")
@@ -300,10 +316,32 @@ def _check_input(op: str, x: Tensor) -> None:
         raise ValueError(f"{op}: x must have at least one row and one column, got {tuple(x.shape)}")
 
 
-def _check_profile(x: Tensor, base: Tensor, gain: Tensor, radius_squared: int, radius: float) -> None:
-    channels, dtype = x.shape[1], modes.profile_dtype(x.dtype)
+def _fits(x: Tensor, base: Tensor, gain: Tensor, shells: int) -> bool:
+    """Whether everything is as it should be, in the fewest steps; what is wrong, if anything, is for `_checked` to say."""
+    if not (type(x) in _TENSORS and type(base) in _TENSORS and type(gain) in _TENSORS):
+        return False
+    shape, device, dtype = x.shape, x.device, base.dtype
+    return (
+        len(shape) == 4
+        and base.shape == shape[1:2]
+        and gain.shape == (shells, shape[1])
+        and gain.dtype == dtype
+        and _PROFILE_DTYPE.get(x.dtype) == dtype
+        and base.device == device
+        and gain.device == device
+        and shape[2] > 0
+        and shape[3] > 0
+    )
+
+
+def _checked(x: Tensor, base: Tensor, gain: Tensor, radius: float) -> int:
+    """Squared radius of valid arguments, or an error that names what is wrong."""
+    _check_input("radial_filter", x)
+    radius = _check_radius("radial_filter", radius)
+    squared = modes.squared_radius(radius)
+    channels, dtype = x.shape[1], _PROFILE_DTYPE[x.dtype]
     try:
-        shells = len(modes.shells(radius_squared))
+        shells = len(modes.shells(squared))
     except ValueError as error:
         raise ValueError(f"radial_filter: {error}") from None
     for name, tensor, shape in (("base", base, (channels,)), ("gain", gain, (shells, channels))):
@@ -317,6 +355,9 @@ def _check_profile(x: Tensor, base: Tensor, gain: Tensor, radius_squared: int, r
             )
         if tensor.device != x.device:
             raise ValueError(f"radial_filter: {name} must be on {x.device} like x, got {tensor.device}")
+    if not torch.compiler.is_compiling() and len(_KNOWN) < 1024:
+        _KNOWN[radius] = squared, shells
+    return squared
 
 
 def _check_lam(x: Tensor, lam: Tensor) -> None:
@@ -328,4 +369,6 @@ def _check_lam(x: Tensor, lam: Tensor) -> None:
         raise ValueError(f"spectral_pool: lam must be on {x.device} like x, got {lam.device}")
 
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_PROFILE_DTYPE = {dtype: modes.profile_dtype(dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
+_TENSORS = (Tensor, torch.nn.Parameter)
+_KNOWN: dict[float, tuple[int, int]] = {}  # squared radius and number of shells of every radius that has been checked
