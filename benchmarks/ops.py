@@ -103,7 +103,7 @@ class Problem:
             for seed in (0, 1)
         )
         base, gain = make_profile(1, row.radius, dtype, device=str(device))
-        self.base, self.gain = base.expand(channels).contiguous(), gain.expand(-1, channels).contiguous()
+        self.base, self.gain = base.expand(channels), gain.expand(-1, channels)
 
     def wanted(self) -> Results:
         x, grad = self.x[: self.block].double(), self.grad[: self.block].double()

@@ -102,11 +102,14 @@ template <class T> std::shared_ptr<const ModeTable<T>> mode_table(int64_t h, int
   return tables[key] = std::make_shared<const ModeTable<T>>(h, w, radius_squared, lanes);
 }
 
-// The kernels of the best instruction set; the one with vectors half as long if half a vector holds all lanes.
-template <class K> const K& pick(int64_t lanes, const K& plain, [[maybe_unused]] const K* avx2, [[maybe_unused]] const K* avx512) {
+// The kernels of the best instruction set; the one with vectors half as long if half a vector holds all lanes, but not for
+// 16-bit elements, of which AVX2 cannot load a part of a vector.
+template <class T, class IO>
+const Kernels<T, IO>& pick([[maybe_unused]] int64_t lanes, const Kernels<T, IO>& plain, [[maybe_unused]] const Kernels<T, IO>* avx2,
+                           [[maybe_unused]] const Kernels<T, IO>* avx512) {
 #if defined(__x86_64__)
   static const Capability capability = cpu_capability();
-  if (capability == Capability::avx512 && lanes > avx2->lanes) return *avx512;
+  if (capability == Capability::avx512 && (lanes > avx2->lanes || sizeof(IO) == 2)) return *avx512;
   if (capability != Capability::plain) return *avx2;
 #endif
   return plain;

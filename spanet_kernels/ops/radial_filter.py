@@ -146,7 +146,7 @@ def _fft_pays(x: Tensor, radius_squared: int) -> bool:
 
 
 # multiply-adds per pixel where the curves of cost against radius cross: measured on a CPU with AVX-512, predicted for GPUs
-_MOST_WORK_SMALL, _MOST_WORK_LARGE, _MOST_WORK_GPU = 120, 190, 256
+_MOST_WORK_SMALL, _MOST_WORK_LARGE, _MOST_WORK_GPU = 120, 300, 256
 
 
 def _by_fft(x: Tensor, base: Tensor, gain: Tensor, radius_squared: int) -> Tensor:
@@ -154,8 +154,11 @@ def _by_fft(x: Tensor, base: Tensor, gain: Tensor, radius_squared: int) -> Tenso
         base, gain = base[:1], gain[:, :1]
     height, width = x.shape[2:]
     shells = modes.half_spectrum_shells(height, width, radius_squared, x.device)
-    mask = base[:, None, None] + torch.cat([gain, gain.new_zeros(1, gain.shape[1])]).T[:, shells]
-    y = torch.fft.irfft2(torch.fft.rfft2(x.to(base.dtype)) * mask, s=(height, width)).to(x.dtype)
+    values = base + torch.cat([gain, torch.zeros_like(gain[:1])])
+    mask = values.T.contiguous().index_select(1, shells.flatten()).unflatten(1, (height, -1))
+    spectrum = torch.fft.rfft2(x.to(base.dtype))
+    spectrum = spectrum * mask if mask.requires_grad else spectrum.mul_(mask)
+    y = torch.fft.irfft2(spectrum, s=(height, width)).to(x.dtype)
     return y.contiguous(memory_format=torch.channels_last if modes.channels_last(x) else torch.contiguous_format)
 
 
@@ -253,7 +256,7 @@ def _into_channels(arg: Tensor, dim: int | None, size: int, channel_dim: int) ->
     return moved.flatten(channel_dim, channel_dim + 1)
 
 
-def _register(operator: Any, function: type[torch.autograd.Function]) -> None:
+def _register(operator: Any, function: Any) -> None:
     """The kernel of the Autograd keys records the function where a derivative is wanted, else goes below; and vmap."""
 
     def kernel(keyset: Any, *args: Any) -> Any:
@@ -273,7 +276,7 @@ def _register(operator: Any, function: type[torch.autograd.Function]) -> None:
 
     # the same function with one forward that sets up its own context: without torch.func there is no need to inspect signatures
     no_setup = {"forward": staticmethod(forward), "setup_context": torch.autograd.function._SingleLevelFunction.setup_context}
-    function.record = type(function.__name__, (function,), no_setup).apply  # type: ignore[attr-defined]
+    function.record = type(function.__name__, (function,), no_setup).apply
     name = operator.name().partition(".")[0]
     _library.impl(name, kernel, "Autograd", with_keyset=True)
     torch.library.register_vmap(name, vmap)
