@@ -276,7 +276,8 @@ def _register(operator: Any, function: Any) -> None:
 
     # the same function with one forward that sets up its own context: without torch.func there is no need to inspect signatures
     no_setup = {"forward": staticmethod(forward), "setup_context": torch.autograd.function._SingleLevelFunction.setup_context}
-    function.record = type(function.__name__, (function,), no_setup).apply
+    recorded: Any = type(function.__name__, (function,), no_setup)
+    function.record = recorded.apply
     name = operator.name().partition(".")[0]
     _library.impl(name, kernel, "Autograd", with_keyset=True)
     torch.library.register_vmap(name, vmap)
