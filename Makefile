@@ -55,7 +55,7 @@ gpu-sanitize:
 compat: build
 	$(BIN)/python -m pip wheel -q --no-build-isolation --no-deps -w build/wheel .
 	$(PYTHON) -m venv build/torch-2.11
-	build/torch-2.11/bin/python -m pip install -q torch==2.11.0 numpy==2.4.6 pytest==9.2.0 hypothesis==6.170.15 setuptools==84.2.1
+	build/torch-2.11/bin/python -m pip install -q torch==2.11.0 numpy==2.4.6 pytest==9.2.0 hypothesis==6.170.15
 	build/torch-2.11/bin/python -m pip install -q --no-deps --force-reinstall build/wheel/*.whl
 	mkdir -p build/elsewhere && cp -r tests build/elsewhere/
 	cd build/elsewhere && ../torch-2.11/bin/python -m pytest -q tests/test_numerics.py tests/test_gradients.py tests/test_compile.py tests/test_bad_input.py
