@@ -66,7 +66,7 @@ install-check:
 	cd build && isolated/bin/python -m spanet_kernels
 	$(PYTHON) -m venv --clear build/plain
 	build/plain/bin/python -m pip install -q setuptools==84.2.1 ninja==1.13.2 pybind11==3.1.0 torch==2.14.1 numpy==2.4.6
-	time build/plain/bin/python -m pip install -q --no-build-isolation --no-deps .
+	build/plain/bin/python -m pip install -q --no-build-isolation --no-deps .
 	cd build && plain/bin/python -m spanet_kernels
 
 clean:
