@@ -173,7 +173,7 @@ Tensor radial_filter(const Tensor& x, const Tensor& base, const Tensor& gain, in
     if (channels_last) {
       cut = Cut::lanes;
       chunk = lanes_chunk(lanes, bytes);
-      stream = large && channels % lanes == 0 && reinterpret_cast<uintptr_t>(y.data_ptr()) % 64 == 0;
+      stream = false;
       units = images * chunks_of(channels, chunk);
       elements *= chunk;
     }

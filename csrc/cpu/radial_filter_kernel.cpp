@@ -12,7 +12,7 @@
 //         by dot products, more by a small GEMM. Columns that are not adjacent are first copied, a plane at a time.
 //       lanes (channels_last): l is a channel; reduce along columns, then along rows, expand in reverse.
 // Every output is owned by one thread and the order of its sum is fixed: bit-equal for any number of threads.
-// Memory: x is read once from memory and once more from the cache, y is written once, past the cache if `stream`.
+// Memory: x is read once from memory and once more from the cache, y is written once, past the cache if `stream` (columns).
 
 #include "cpu/radial_filter_kernel.h"
 
@@ -173,7 +173,7 @@ void filter_columns(const Modes<T>& m, Planes<const IO> x, Planes<IO> y, const P
       for (int64_t j = 0; j < width; ++j) s.base[j] = p.base[channel[g] * p.base_stride];
       const bool narrow = w < width && width == lanes_of<T>;
       IO* to = stream || narrow ? s.plane[1] : out[g];
-      expand<true, false>(m.rows, s.t + g * s.rows, width, w, true, Rows<T, IO>{s.base, plane[g], h_stride, to, narrow ? width : w});
+      expand<true>(m.rows, s.t + g * s.rows, width, w, true, Rows<T, IO>{s.base, plane[g], h_stride, to, narrow ? width : w});
       if (narrow) compact(s.plane[1], width, out[g], h, w);
       else if (stream) stream_copy(s.plane[1], out[g], h * w);
     }
@@ -219,8 +219,8 @@ void lanes_coefficients(const Modes<T>& m, const IO* x, int64_t h_stride, int64_
 }
 
 template <class T, class IO>
-void filter_lanes(const Modes<T>& m, Planes<const IO> x, Planes<IO> y, const Profile<T>& p, int64_t channels, int64_t chunk, bool stream,
-                  int64_t begin, int64_t end) {
+void filter_lanes(const Modes<T>& m, Planes<const IO> x, Planes<IO> y, const Profile<T>& p, int64_t channels, int64_t chunk, int64_t begin,
+                  int64_t end) {
   const int64_t columns = m.columns.count(), chunks = channels < chunk ? 1 : channels / chunk;
   LanesScratch<T> s(m, channels, chunk);
   int64_t prepared = -1;
@@ -241,21 +241,19 @@ void filter_lanes(const Modes<T>& m, Planes<const IO> x, Planes<IO> y, const Pro
     IO* to = y.data + b * y.b + part.first * y.c;
     lanes_coefficients(m, from, x.h, x.w, part.lanes, wide, s.u, s.z[0]);
     for (int64_t i = 0; i < m.rows.count() * row; ++i) s.z[0][i] *= s.gains[i];
-    expand<false, false>(m.rows, s.z[0], row, row, false, Rows<T, T>{s.base, s.u, 0, s.u, row});
+    expand<false>(m.rows, s.z[0], row, row, false, Rows<T, T>{s.base, s.u, 0, s.u, row});
     for (int64_t i = 0; i < m.rows.n; ++i) {
       const Rows<T, IO> rows{s.base, from + i * x.h, x.w, to + i * y.h, y.w};
-      if (stream) expand<true, true>(m.columns, s.u + i * row, wide, part.lanes, false, rows);
-      else expand<true, false>(m.columns, s.u + i * row, wide, part.lanes, false, rows);
+      expand<true>(m.columns, s.u + i * row, wide, part.lanes, false, rows);
     }
   }
-  if (stream) fence_streaming();
 }
 
 template <class T, class IO>
 void filter(Cut cut, const Modes<T>& m, Planes<const IO> x, Planes<IO> y, const Profile<T>& p, int64_t channels, int64_t chunk, bool stream,
             int64_t begin, int64_t end) {
   if (cut == Cut::columns) filter_columns(m, x, y, p, channels, stream, begin, end);
-  else filter_lanes(m, x, y, p, channels, chunk, stream, begin, end);
+  else filter_lanes(m, x, y, p, channels, chunk, begin, end);
 }
 
 // total[l] += sum over w pixels of <grad, x>, lane by lane; partial sums in T, totals in fp64.
