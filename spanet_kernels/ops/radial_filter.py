@@ -367,7 +367,7 @@ def _checked(x: Tensor, base: Tensor, gain: Tensor, radius: float) -> int:
 def _check_lam(x: Tensor, lam: Tensor) -> None:
     if not lam.is_floating_point():
         raise TypeError(f"spectral_pool: lam must be a floating-point tensor, got {lam.dtype}")
-    if lam.dim() > 1 or (lam.dim() == 1 and lam.shape[0] not in (1, x.shape[1])):
+    if lam.dim() > 1 or (lam.dim() == 1 and lam.shape[0] != 1 and lam.shape[0] != x.shape[1]):
         raise ValueError(f"spectral_pool: lam must broadcast to ({x.shape[1]},), one value per channel, got shape {tuple(lam.shape)}")
     if lam.device != x.device:
         raise ValueError(f"spectral_pool: lam must be on {x.device} like x, got {lam.device}")
