@@ -30,14 +30,6 @@ inline int64_t axis_functions(int64_t n, int64_t radius_squared) {
   return all < n ? all : n;
 }
 
-MODES_FN int64_t axis_frequency(int64_t a) { return (a + 1) / 2; }
-
-// Squared norm of function a before scaling is n / axis_weight: its amplitude is sqrt(axis_weight / n).
-MODES_FN double axis_weight(int64_t a, int64_t n) {
-  const int64_t f = axis_frequency(a);
-  return f == 0 || 2 * f == n ? 1.0 : 2.0;
-}
-
 // shell_of[d2] for d2 in [0, radius_squared]: index of the shell with that squared distance, -1 if there is none.
 inline std::vector<int32_t> shell_table(int64_t radius_squared) {
   std::vector<int32_t> table(radius_squared + 1, -1);

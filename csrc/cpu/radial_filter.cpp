@@ -148,8 +148,6 @@ int64_t lanes_chunk(int64_t lanes, int64_t plane_bytes) {
   return chunk;
 }
 
-int64_t chunks_of(int64_t channels, int64_t chunk) { return channels < chunk ? 1 : channels / chunk; }
-
 Tensor radial_filter(const Tensor& x, const Tensor& base, const Tensor& gain, int64_t radius_squared) {
   using torch::headeronly::MemoryFormat;
   const bool channels_last = !x.is_contiguous() && x.stride(1) == 1;
@@ -166,14 +164,12 @@ Tensor radial_filter(const Tensor& x, const Tensor& base, const Tensor& gain, in
                              gain.stride(1)};
     const int64_t bytes = h * w * static_cast<int64_t>(sizeof(IO)), lanes = kernel.lanes;
     const int64_t all_bytes = y.numel() * static_cast<int64_t>(sizeof(IO));
-    const bool large = all_bytes >= stream_bytes && all_bytes < fresh_bytes;
     Cut cut = Cut::columns;
     int64_t chunk = 1, units = images * channels, elements = h * w;
-    bool stream = large && bytes <= staged_bytes;
+    const bool stream = !channels_last && all_bytes >= stream_bytes && all_bytes < fresh_bytes && bytes <= staged_bytes;
     if (channels_last) {
       cut = Cut::lanes;
       chunk = lanes_chunk(lanes, bytes);
-      stream = false;
       units = images * chunks_of(channels, chunk);
       elements *= chunk;
     }

@@ -185,10 +185,10 @@ struct Chunk {
   int64_t first, lanes;
 };
 
-// Chunk number i of the channels; the last one takes the rest, so that none is shorter than `chunk` unless all are.
+// Chunk number i of the channels.
 inline Chunk chunk_of(int64_t channels, int64_t chunk, int64_t i) {
-  const int64_t count = channels < chunk ? 1 : channels / chunk, first = i * chunk;
-  return {first, i == count - 1 ? channels - first : chunk};
+  const int64_t first = i * chunk;
+  return {first, i == chunks_of(channels, chunk) - 1 ? channels - first : chunk};
 }
 
 // What the lanes cut works in, for up to 2 chunks of lanes and at least one vector of them; lanes beyond the chunk's are zeros.
@@ -221,7 +221,7 @@ void lanes_coefficients(const Modes<T>& m, const IO* x, int64_t h_stride, int64_
 template <class T, class IO>
 void filter_lanes(const Modes<T>& m, Planes<const IO> x, Planes<IO> y, const Profile<T>& p, int64_t channels, int64_t chunk, int64_t begin,
                   int64_t end) {
-  const int64_t columns = m.columns.count(), chunks = channels < chunk ? 1 : channels / chunk;
+  const int64_t columns = m.columns.count(), chunks = chunks_of(channels, chunk);
   LanesScratch<T> s(m, channels, chunk);
   int64_t prepared = -1;
   for (int64_t unit = begin; unit < end; ++unit) {

@@ -49,6 +49,9 @@ template <class T> struct Profile {
 // How the work is cut: by columns, one plane after the other, or by lanes, chunks of adjacent channels of one image.
 enum class Cut { columns, lanes };
 
+// Chunks that the channels are cut into; the last one takes the rest, so that none is shorter than `chunk` unless all are.
+inline int64_t chunks_of(int64_t channels, int64_t chunk) { return channels < chunk ? 1 : channels / chunk; }
+
 template <class T, class IO> struct Kernels {
   // forward over units [begin, end): planes (columns) or image x chunk (lanes)
   void (*filter)(Cut, const Modes<T>&, Planes<const IO> x, Planes<IO> y, const Profile<T>&, int64_t channels, int64_t chunk, bool stream,
