@@ -3,13 +3,18 @@
 radial_filter(x, base, gain, radius)         any radial profile, per channel
 spectral_pool(x, lam, radius, boundary)      the spectral pooling filter of SPANet
 SPF(lam, radius, boundary, learnable)        the same as a module
+axial_conv(x, weights and biases, radius)    depthwise 1 x k and k x 1 in one pass, with Fourier coefficients
+spectral_gate(z, weight, bias, ...)          modulation by a context of filtered channels
+SPAM(dim, kernel_size, lams, radius, ...)    the token mixer of SPANet
 backends()                                   which implementation serves which operator on which device
 """
 
 from . import modes, reference
 from .backends import backends, use
-from .nn import SPF
+from .nn import SPAM, SPF
+from .ops.axial_conv import axial_conv
 from .ops.radial_filter import radial_filter, spectral_pool
+from .ops.spectral_gate import spectral_gate
 
 __version__ = "0.1.0"
-__all__ = ["SPF", "backends", "modes", "radial_filter", "reference", "spectral_pool", "use"]
+__all__ = ["SPAM", "SPF", "axial_conv", "backends", "modes", "radial_filter", "reference", "spectral_gate", "spectral_pool", "use"]

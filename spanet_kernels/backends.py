@@ -21,9 +21,18 @@ from typing import Any
 
 import torch
 
-from . import reference
+from . import composed, reference
 
-OPERATORS = ("radial_filter", "radial_filter_backward")
+OPERATORS = (
+    "radial_filter",
+    "radial_filter_backward",
+    "mode_coefficients",
+    "add_modes",
+    "axial_conv",
+    "axial_conv_backward",
+    "spectral_gate",
+    "spectral_gate_backward",
+)
 _FOLDER = Path(__file__).parent
 _library = torch.library.Library("spanet_kernels", "IMPL")
 
@@ -55,9 +64,18 @@ def _triton(op: str) -> Callable[..., Any]:
     return launch
 
 
+_BY_MODES = {
+    "radial_filter": reference.radial_filter_modes,
+    "radial_filter_backward": reference.radial_filter_modes_backward,
+    "spectral_gate": composed.spectral_gate,
+    "spectral_gate_backward": composed.spectral_gate_backward,
+}
+_IN_TRITON = ("radial_filter", "radial_filter_backward")
+
+
 def _implementations(op: str) -> dict[str, Callable[..., Any]]:
-    by_modes = {"radial_filter": reference.radial_filter_modes, "radial_filter_backward": reference.radial_filter_modes_backward}
-    return {"reference": getattr(reference, op), "modes": by_modes[op], "triton": _triton(op)}
+    found = {"reference": getattr(reference, op), "modes": _BY_MODES.get(op, getattr(reference, op))}
+    return found | ({"triton": _triton(op)} if op in _IN_TRITON else {})
 
 
 _cpu_missing = _load("_cpu")
@@ -68,7 +86,7 @@ _triton_why_not = _triton_missing()
 
 for _op in OPERATORS:
     _library.impl(_op, _implementations(_op)["modes"], "CompositeExplicitAutograd")
-    if _cuda_missing and not _triton_why_not:
+    if _cuda_missing and not _triton_why_not and _op in _IN_TRITON:
         _library.impl(_op, _triton(_op), "CUDA")
 
 
@@ -84,8 +102,9 @@ def use(implementation: str) -> Iterator[None]:
     override = torch.library.Library("spanet_kernels", "IMPL")
     try:
         for op in OPERATORS:
-            for key in ("CUDA",) if implementation == "triton" else ("CPU", "CUDA"):
-                override.impl(op, _implementations(op)[implementation], key, allow_override=True)
+            if implementation in _implementations(op):
+                for key in ("CUDA",) if implementation == "triton" else ("CPU", "CUDA"):
+                    override.impl(op, _implementations(op)[implementation], key, allow_override=True)
         yield
     finally:
         override._destroy()

@@ -61,8 +61,10 @@ def shells(radius_squared: int) -> tuple[int, ...]:
     """All squared distances d^2 = f_h^2 + f_w^2 <= radius_squared in ascending order.
 
     They do not depend on H and W, so that one learned profile serves every size; a shell that a small
-    plane does not contain has no modes there. Raises ValueError above MAX_RADIUS.
+    plane does not contain has no modes there. The disc of -1 is empty. Raises ValueError above MAX_RADIUS.
     """
+    if radius_squared < 0:
+        return ()
     if radius_squared > MAX_RADIUS**2:
         raise ValueError(f"radius must be at most {MAX_RADIUS}, got {math.sqrt(radius_squared):g}")
     top = math.isqrt(radius_squared)
@@ -75,7 +77,7 @@ def shells(radius_squared: int) -> tuple[int, ...]:
 
 def functions(n: int, radius_squared: int) -> int:
     """A: how many real Fourier functions of length n have a frequency f with f^2 <= radius_squared."""
-    return min(2 * math.isqrt(radius_squared) + 1, n)
+    return min(2 * math.isqrt(radius_squared) + 1, n) if radius_squared >= 0 else 0
 
 
 @functools.lru_cache(maxsize=256)
@@ -87,7 +89,7 @@ def basis(n: int, radius_squared: int, dtype: torch.dtype, device: torch.device)
         # reduce f * i modulo n in integers, so that the angle is exact for any length
         angle = (frequency[:, None] * torch.arange(n) % n).double() * (2 * math.pi / n)
         rows = torch.where((index % 2 == 1)[:, None], angle.cos(), angle.sin())
-        rows[0] = 1
+        rows[:1] = 1
         weight = 2 - ((frequency == 0) | (2 * frequency == n)).double()
         rows *= (weight / n).sqrt()[:, None]
         return rows.to(device=device, dtype=dtype)
@@ -150,3 +152,13 @@ def profile_dtype(dtype: torch.dtype) -> torch.dtype:
 def channels_last(x: Tensor) -> bool:
     """Whether the operators write their result for x as channels_last: x is not contiguous and its channels are adjacent."""
     return not x.is_contiguous() and x.stride(1) == 1
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    """The layout that the operators give their result for x."""
+    return torch.channels_last if channels_last(x) else torch.contiguous_format
+
+
+def like(y: Tensor, x: Tensor) -> Tensor:
+    """y in the layout that the operators give their result for x."""
+    return y.contiguous(memory_format=memory_format(x))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from . import modes
 
@@ -85,7 +86,7 @@ def radial_filter_modes(x: Tensor, base: Tensor, gain: Tensor, radius_squared: i
     wide = x.to(base.dtype)
     modes_out = gains * (phi_h @ wide @ phi_w.T)
     y = base[:, None, None] * wide + phi_h.T @ modes_out @ phi_w
-    return y.to(x.dtype).contiguous(memory_format=torch.channels_last if modes.channels_last(x) else torch.contiguous_format)
+    return modes.like(y.to(x.dtype), x)
 
 
 def radial_filter_modes_backward(grad: Tensor, x: Tensor, radius_squared: int) -> tuple[Tensor, Tensor]:
@@ -100,3 +101,63 @@ def radial_filter_modes_backward(grad: Tensor, x: Tensor, radius_squared: int) -
     shells = product.new_zeros(len(modes.shells(radius_squared)) + 1, x.shape[1])
     shells.index_add_(0, shell.flatten(), product.flatten(1).T)
     return (grad * x).sum((0, 2, 3)), shells[:-1]
+
+
+def mode_coefficients(x: Tensor, radius_squared: int) -> Tensor:
+    """(B, C, A_H, A_W) coefficients <x, phi_k> of the real Fourier modes, Phi_H x Phi_W^T; an empty disc (-1) has none."""
+    dtype = modes.profile_dtype(x.dtype)
+    phi_h = modes.basis(x.shape[2], radius_squared, dtype, x.device)
+    phi_w = modes.basis(x.shape[3], radius_squared, dtype, x.device)
+    return phi_h @ x.to(dtype) @ phi_w.T
+
+
+def add_modes(x: Tensor, coefficients: Tensor, factor: Tensor | None, radius_squared: int) -> Tensor:
+    """factor o (x + Phi_H^T coefficients Phi_W): the transpose of `mode_coefficients`, and what follows it in the gate."""
+    phi_h = modes.basis(x.shape[2], radius_squared, coefficients.dtype, x.device)
+    phi_w = modes.basis(x.shape[3], radius_squared, coefficients.dtype, x.device)
+    y = x.to(coefficients.dtype) + phi_h.T @ coefficients @ phi_w
+    if factor is not None:
+        y = y * factor.to(y.dtype)
+    return modes.like(y.to(x.dtype), x)
+
+
+def axial_conv(
+    x: Tensor, row_weight: Tensor, row_bias: Tensor, column_weight: Tensor, column_bias: Tensor, radius_squared: int
+) -> tuple[Tensor, Tensor]:
+    """Depthwise 1 x k, then k x 1, zero padding, with biases; and the coefficients of its result. Weights (C, k), biases (C,)."""
+    channels, size = row_weight.shape
+    wide = x.to(row_weight.dtype)
+    hidden = functional.conv2d(wide, row_weight[:, None, None], row_bias, padding=(0, size // 2), groups=channels)
+    z = functional.conv2d(hidden, column_weight[:, None, :, None], column_bias, padding=(size // 2, 0), groups=channels)
+    z = modes.like(z.to(x.dtype), x)
+    return z, mode_coefficients(z, radius_squared)
+
+
+def axial_conv_backward(
+    grad: Tensor, x: Tensor, row_weight: Tensor, row_bias: Tensor, column_weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of <grad, axial_conv(x, ...)>: to x, row_weight, row_bias, column_weight, column_bias."""
+    with torch.enable_grad():
+        column_bias = torch.zeros_like(row_bias)
+        inputs = [a.detach().requires_grad_() for a in (x, row_weight, row_bias, column_weight, column_bias)]
+        z, _ = axial_conv(inputs[0], inputs[1], inputs[2], inputs[3], inputs[4], -1)
+    x_grad, row_weight_grad, row_bias_grad, column_weight_grad, column_bias_grad = torch.autograd.grad(z, inputs, grad)
+    return modes.like(x_grad, x), row_weight_grad, row_bias_grad, column_weight_grad, column_bias_grad
+
+
+def spectral_gate(z: Tensor, coefficients: Tensor, weight: Tensor, bias: Tensor, base: Tensor, gain: Tensor, radius_squared: int) -> Tensor:
+    """z o (W F(z) + b), F the radial filter of base and gain, W (C, C) a 1x1 convolution; coefficients are those of z."""
+    filtered = radial_filter(z, base, gain, radius_squared)
+    context = torch.einsum("oc,bchw->bohw", weight, filtered) + bias[:, None, None]
+    return modes.like(z * context, z)
+
+
+def spectral_gate_backward(
+    grad: Tensor, z: Tensor, coefficients: Tensor, weight: Tensor, bias: Tensor, base: Tensor, gain: Tensor, radius_squared: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of <grad, spectral_gate(z, ...)>: to z, weight, bias, base, gain."""
+    with torch.enable_grad():
+        z, weight, bias, base, gain = inputs = [a.detach().requires_grad_() for a in (z, weight, bias, base, gain)]
+        y = spectral_gate(z, coefficients, weight, bias, base, gain, radius_squared)
+    z_grad, weight_grad, bias_grad, base_grad, gain_grad = torch.autograd.grad(y, inputs, grad)
+    return modes.like(z_grad, z), weight_grad, bias_grad, base_grad, gain_grad

@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import modes
+from .autograd import call_below_autograd, register, wants_derivative
+from .checks import PROFILE_DTYPE, check_input, check_radius
 
 _filter = torch.ops.spanet_kernels.radial_filter.default
 _profile_grad = torch.ops.spanet_kernels.radial_filter_backward.default
@@ -69,8 +71,8 @@ def spectral_pool(x: Tensor, lam: float | Tensor, radius: float, boundary: float
 
     Source: arXiv 2308.11568, eqs. 5-18.
     """
-    _check_input("spectral_pool", x)
-    radius = _check_radius("spectral_pool", radius)
+    check_input("spectral_pool", x)
+    radius = check_radius("spectral_pool", radius)
     if boundary is not None and not (isinstance(boundary, (int, float)) and -math.inf < boundary < math.inf):
         raise ValueError(f"spectral_pool: boundary must be None or a finite number, got {boundary!r}")
     channels, height, width = x.shape[1:]
@@ -92,29 +94,21 @@ def spectral_pool(x: Tensor, lam: float | Tensor, radius: float, boundary: float
 def _apply(x: Tensor, base: Tensor, gain: Tensor, radius_squared: int) -> Tensor:
     if _fft_pays(x, radius_squared):
         return _by_fft(x, base, gain, radius_squared)
-    return _linear(x, base, gain, radius_squared)
+    return linear(x, base, gain, radius_squared)
 
 
 def _differentiable(operator: Any, function: Any, *args: Any) -> Any:
-    """Call the operator so that every kind of derivative sees it.
-
-    torch.compile and torch.export see the operator, whose autograd kernel calls the function. In eager mode the function is called
-    here: torch.func asks for it, and it saves two trips through the dispatcher.
-    """
     if torch.compiler.is_compiling():
         return operator(*args)
     if torch._C._are_functorch_transforms_active():
         return function.apply(None, *args)
-    if _wants_derivative(args):
+    if wants_derivative(args):
         return function.record(None, *args)
-    return _call_below_autograd(operator, None, *args)
+    return call_below_autograd(operator, None, *args)
 
 
-def _wants_derivative(args: tuple[Any, ...]) -> bool:
-    return (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)) or forward_ad._current_level >= 0
-
-
-def _linear(x: Tensor, base: Tensor, gain: Tensor, radius_squared: int) -> Tensor:
+def linear(x: Tensor, base: Tensor, gain: Tensor, radius_squared: int) -> Tensor:
+    """The operator, differentiable to any order; arguments are those of `radial_filter`, checked."""
     y: Tensor = _differentiable(_filter, _RadialFilter, x, base, gain, radius_squared)
     return y
 
@@ -122,12 +116,6 @@ def _linear(x: Tensor, base: Tensor, gain: Tensor, radius_squared: int) -> Tenso
 def _bilinear(grad: Tensor, x: Tensor, radius_squared: int) -> tuple[Tensor, Tensor]:
     grads: tuple[Tensor, Tensor] = _differentiable(_profile_grad, _ProfileGrad, grad, x, radius_squared)
     return grads
-
-
-def _call_below_autograd(operator: Any, keyset: Any, *args: Any) -> Any:
-    """Go on to the kernels below autograd: from the dispatch keys that an autograd kernel was called with, or (None) from the top."""
-    with torch._C._AutoDispatchBelowAutograd():
-        return operator(*args) if keyset is None else operator.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
 
 def _fft_pays(x: Tensor, radius_squared: int) -> bool:
@@ -159,7 +147,7 @@ def _by_fft(x: Tensor, base: Tensor, gain: Tensor, radius_squared: int) -> Tenso
     spectrum = torch.fft.rfft2(x.to(base.dtype))
     spectrum = spectrum * mask if mask.requires_grad else spectrum.mul_(mask)
     y = torch.fft.irfft2(spectrum, s=(height, width)).to(x.dtype)
-    return y.contiguous(memory_format=torch.channels_last if modes.channels_last(x) else torch.contiguous_format)
+    return modes.like(y, x)
 
 
 class _RadialFilter(torch.autograd.Function):
@@ -167,7 +155,7 @@ class _RadialFilter(torch.autograd.Function):
 
     @staticmethod
     def forward(keyset: Any, x: Tensor, base: Tensor, gain: Tensor, radius_squared: int) -> Tensor:
-        out: Tensor = _call_below_autograd(_filter, keyset, x, base, gain, radius_squared)
+        out: Tensor = call_below_autograd(_filter, keyset, x, base, gain, radius_squared)
         return out
 
     @staticmethod
@@ -184,7 +172,7 @@ class _RadialFilter(torch.autograd.Function):
         if grad is None:
             return None, None, None, None, None
         x, base, gain = ctx.saved_tensors
-        x_grad = _linear(grad, base, gain, ctx.radius_squared) if ctx.needs_input_grad[1] else None
+        x_grad = linear(grad, base, gain, ctx.radius_squared) if ctx.needs_input_grad[1] else None
         if x is None:
             return None, x_grad, None, None, None
         return None, x_grad, *_bilinear(grad, x, ctx.radius_squared), None
@@ -192,19 +180,19 @@ class _RadialFilter(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, _: None, x_t: Tensor | None, base_t: Tensor | None, gain_t: Tensor | None, __: None) -> Tensor | None:
         x, base, gain = ctx.saved_tensors
-        out = None if x_t is None else _linear(x_t, base, gain, ctx.radius_squared)
+        out = None if x_t is None else linear(x_t, base, gain, ctx.radius_squared)
         if base_t is None and gain_t is None:
             return out
         base_t = torch.zeros_like(base) if base_t is None else base_t
         gain_t = torch.zeros_like(gain) if gain_t is None else gain_t
-        profile = _linear(x, base_t, gain_t, ctx.radius_squared)
+        profile = linear(x, base_t, gain_t, ctx.radius_squared)
         return profile if out is None else out + profile
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, _: None, x: Tensor, base: Tensor, gain: Tensor, radius_squared: int) -> tuple[Tensor, int]:
         size = info.batch_size
         x, base, gain = (_into_channels(arg, dim, size, at) for arg, dim, at in zip((x, base, gain), in_dims[1:], (1, 0, 1), strict=False))
-        return _linear(x, base, gain, radius_squared).unflatten(1, (size, -1)), 1
+        return linear(x, base, gain, radius_squared).unflatten(1, (size, -1)), 1
 
 
 class _ProfileGrad(torch.autograd.Function):
@@ -212,7 +200,7 @@ class _ProfileGrad(torch.autograd.Function):
 
     @staticmethod
     def forward(keyset: Any, grad: Tensor, x: Tensor, radius_squared: int) -> tuple[Tensor, Tensor]:
-        outputs: tuple[Tensor, Tensor] = _call_below_autograd(_profile_grad, keyset, grad, x, radius_squared)
+        outputs: tuple[Tensor, Tensor] = call_below_autograd(_profile_grad, keyset, grad, x, radius_squared)
         return outputs
 
     @staticmethod
@@ -225,8 +213,8 @@ class _ProfileGrad(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, base_grad: Tensor, gain_grad: Tensor) -> tuple[Tensor | None, ...]:
         grad, x = ctx.saved_tensors
-        to_grad = _linear(x, base_grad, gain_grad, ctx.radius_squared) if ctx.needs_input_grad[1] else None
-        to_x = _linear(grad, base_grad, gain_grad, ctx.radius_squared) if ctx.needs_input_grad[2] else None
+        to_grad = linear(x, base_grad, gain_grad, ctx.radius_squared) if ctx.needs_input_grad[1] else None
+        to_x = linear(grad, base_grad, gain_grad, ctx.radius_squared) if ctx.needs_input_grad[2] else None
         return None, to_grad, to_x, None
 
     @staticmethod
@@ -256,68 +244,19 @@ def _into_channels(arg: Tensor, dim: int | None, size: int, channel_dim: int) ->
     return moved.flatten(channel_dim, channel_dim + 1)
 
 
-def _register(operator: Any, function: Any) -> None:
-    """The kernel of the Autograd keys records the function where a derivative is wanted, else goes below; and vmap."""
-
-    def kernel(keyset: Any, *args: Any) -> Any:
-        if torch._C._are_functorch_transforms_active():
-            raise RuntimeError(f"{operator}: call spanet_kernels.radial_filter under torch.func, in eager mode; the operator has no levels")
-        if _wants_derivative(args):
-            return function.record(keyset, *args)
-        return _call_below_autograd(operator, keyset, *args)
-
-    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-        return function.vmap(info, (None, *in_dims), None, *args)
-
-    def forward(ctx: Any, *args: Any) -> Any:
-        output = function.forward(*args)
-        function.setup_context(ctx, args, output)
-        return output
-
-    # the same function with one forward that sets up its own context: without torch.func there is no need to inspect signatures
-    no_setup = {"forward": staticmethod(forward), "setup_context": torch.autograd.function._SingleLevelFunction.setup_context}
-    recorded: Any = type(function.__name__, (function,), no_setup)
-    function.record = recorded.apply
-    name = operator.name().partition(".")[0]
-    _library.impl(name, kernel, "Autograd", with_keyset=True)
-    torch.library.register_vmap(name, vmap)
-
-
-_library = torch.library.Library("spanet_kernels", "IMPL")
-_register(_filter, _RadialFilter)
-_register(_profile_grad, _ProfileGrad)
+register(_filter, _RadialFilter, lambda info, in_dims, *args: _RadialFilter.vmap(info, (None, *in_dims), None, *args))
+register(_profile_grad, _ProfileGrad, lambda info, in_dims, *args: _ProfileGrad.vmap(info, (None, *in_dims), None, *args))
 
 
 @torch.library.register_fake("spanet_kernels::radial_filter")
 def _filter_fake(x: Tensor, base: Tensor, gain: Tensor, radius_squared: int) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.channels_last if modes.channels_last(x) else torch.contiguous_format)
+    return torch.empty_like(x, memory_format=modes.memory_format(x))
 
 
 @torch.library.register_fake("spanet_kernels::radial_filter_backward")
 def _profile_grad_fake(grad: Tensor, x: Tensor, radius_squared: int) -> tuple[Tensor, Tensor]:
     dtype = modes.profile_dtype(x.dtype)
     return x.new_empty(x.shape[1], dtype=dtype), x.new_empty(len(modes.shells(radius_squared)), x.shape[1], dtype=dtype)
-
-
-def _check_radius(op: str, radius: float) -> float:
-    if not isinstance(radius, (int, float)):
-        raise TypeError(f"{op}: radius must be a number, got {type(radius).__name__}")
-    if not radius >= 0:
-        raise ValueError(f"{op}: radius must be at least 0, got {radius}")
-    if torch.compiler.is_compiling():
-        (radius,) = {radius}  # torch.compile takes the members of a set as constants, also where it keeps numbers symbolic
-    return radius
-
-
-def _check_input(op: str, x: Tensor) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{op}: x must be a tensor, got {type(x).__name__}")
-    if x.dtype not in _PROFILE_DTYPE:
-        raise TypeError(f"{op}: x must be float64, float32, float16 or bfloat16, got {x.dtype}")
-    if x.dim() != 4:
-        raise ValueError(f"{op}: x must have shape (B, C, H, W), got {tuple(x.shape)}")
-    if x.shape[2] == 0 or x.shape[3] == 0:
-        raise ValueError(f"{op}: x must have at least one row and one column, got {tuple(x.shape)}")
 
 
 def _fits(x: Tensor, base: Tensor, gain: Tensor, shells: int) -> bool:
@@ -330,7 +269,7 @@ def _fits(x: Tensor, base: Tensor, gain: Tensor, shells: int) -> bool:
         and base.shape == shape[1:2]
         and gain.shape == (shells, shape[1])
         and gain.dtype == dtype
-        and _PROFILE_DTYPE.get(x.dtype) == dtype
+        and PROFILE_DTYPE.get(x.dtype) == dtype
         and base.device == device
         and gain.device == device
         and shape[2] > 0
@@ -340,10 +279,10 @@ def _fits(x: Tensor, base: Tensor, gain: Tensor, shells: int) -> bool:
 
 def _checked(x: Tensor, base: Tensor, gain: Tensor, radius: float) -> int:
     """Squared radius of valid arguments, or an error that names what is wrong."""
-    _check_input("radial_filter", x)
-    radius = _check_radius("radial_filter", radius)
+    check_input("radial_filter", x)
+    radius = check_radius("radial_filter", radius)
     squared = modes.squared_radius(radius)
-    channels, dtype = x.shape[1], _PROFILE_DTYPE[x.dtype]
+    channels, dtype = x.shape[1], PROFILE_DTYPE[x.dtype]
     try:
         shells = len(modes.shells(squared))
     except ValueError as error:
@@ -373,6 +312,5 @@ def _check_lam(x: Tensor, lam: Tensor) -> None:
         raise ValueError(f"spectral_pool: lam must be on {x.device} like x, got {lam.device}")
 
 
-_PROFILE_DTYPE = {dtype: modes.profile_dtype(dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
 _TENSORS = (Tensor, torch.nn.Parameter)
 _KNOWN: dict[float, tuple[int, int]] = {}  # squared radius and number of shells of every radius that has been checked

@@ -1,0 +1,46 @@
+"""What every public function asks of its arguments, and the one error for each that is wrong."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import modes
+
+PROFILE_DTYPE = {dtype: modes.profile_dtype(dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
+
+
+def check_radius(op: str, radius: float) -> float:
+    if not isinstance(radius, (int, float)):
+        raise TypeError(f"{op}: radius must be a number, got {type(radius).__name__}")
+    if not radius >= 0:
+        raise ValueError(f"{op}: radius must be at least 0, got {radius}")
+    if torch.compiler.is_compiling():
+        (radius,) = {radius}  # torch.compile takes the members of a set as constants, also where it keeps numbers symbolic
+    return radius
+
+
+def check_input(op: str, x: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: x must be a tensor, got {type(x).__name__}")
+    if x.dtype not in PROFILE_DTYPE:
+        raise TypeError(f"{op}: x must be float64, float32, float16 or bfloat16, got {x.dtype}")
+    if x.dim() != 4:
+        raise ValueError(f"{op}: x must have shape (B, C, H, W), got {tuple(x.shape)}")
+    if x.shape[2] == 0 or x.shape[3] == 0:
+        raise ValueError(f"{op}: x must have at least one row and one column, got {tuple(x.shape)}")
+
+
+def check_parameter(op: str, name: str, value: Tensor | None, shape: tuple[int, ...], x: Tensor) -> Tensor:
+    """value, zeros in place of a bias that is None, or an error that names it."""
+    if value is None and len(shape) == 1:
+        return x.new_zeros(shape)
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
+    if not value.is_floating_point():
+        raise TypeError(f"{op}: {name} must be a floating-point tensor, got {value.dtype}")
+    if value.shape != shape:
+        raise ValueError(f"{op}: {name} must have shape {shape} for {x.shape[1]} channels, got {tuple(value.shape)}")
+    if value.device != x.device:
+        raise ValueError(f"{op}: {name} must be on {x.device} like its input, got {value.device}")
+    return value
