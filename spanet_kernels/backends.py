@@ -32,6 +32,8 @@ OPERATORS = (
     "axial_conv_backward",
     "spectral_gate",
     "spectral_gate_backward",
+    "spectral_mixer",
+    "spectral_mixer_backward",
 )
 _FOLDER = Path(__file__).parent
 _library = torch.library.Library("spanet_kernels", "IMPL")
@@ -69,6 +71,8 @@ _BY_MODES = {
     "radial_filter_backward": reference.radial_filter_modes_backward,
     "spectral_gate": composed.spectral_gate,
     "spectral_gate_backward": composed.spectral_gate_backward,
+    "spectral_mixer": composed.spectral_mixer,
+    "spectral_mixer_backward": composed.spectral_mixer_backward,
 }
 _IN_TRITON = ("radial_filter", "radial_filter_backward")
 

@@ -1,7 +1,8 @@
 """Operators composed of matrix products, which a library does best, and of smaller operators: one code for every device.
 
 Of the gate y = z o ctx, ctx = (W diag(base)) z + sum_k v_k phi_k + b, the matrix products and the modes v_k = W (gain_k o zhat_k)
-are PyTorch's; adding the modes and modulating is one pass over memory.
+are PyTorch's; adding the modes and modulating is one pass over memory. The mixer around it keeps its channels adjacent from
+its first matrix product to its last, whatever the layout of its input: a matrix product reads and writes either at no cost.
 """
 
 from __future__ import annotations
@@ -16,18 +17,28 @@ _ops = torch.ops.spanet_kernels
 
 
 def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The 1x1 convolution of x as a matrix product in the layout of x."""
-    if modes.channels_last(x):
-        return functional.linear(x.movedim(1, -1), weight, bias).movedim(-1, 1)
-    return functional.conv2d(x.contiguous(), weight[:, :, None, None], bias)
+    """The 1x1 convolution of x, as channels_last."""
+    batch, _, height, width = x.shape
+    return functional.linear(x.flatten(2).mT, weight, bias).mT.unflatten(2, (height, width))
 
 
-def spectral_gate(z: Tensor, coefficients: Tensor, weight: Tensor, bias: Tensor, base: Tensor, gain: Tensor, radius_squared: int) -> Tensor:
+def _pointwise_like(x: Tensor, weight: Tensor, bias: Tensor | None, like: Tensor) -> Tensor:
+    """The 1x1 convolution of x, which is channels_last, in the layout of like."""
+    if modes.channels_last(like):
+        return pointwise(x, weight, bias)
+    columns = x.flatten(2)
+    weights = weight.expand(len(x), -1, -1)
+    y = torch.bmm(weights, columns) if bias is None else torch.baddbmm(bias[:, None], weights, columns)
+    return y.unflatten(2, x.shape[2:])
+
+
+def spectral_gate(
+    z: Tensor, coefficients: Tensor, weight: Tensor, bias: Tensor, base: Tensor, gain: Tensor, radius_squared: int
+) -> Tensor:
     """`reference.spectral_gate`, the filter as an addition of modes to the matrix product."""
-    context = pointwise(z, (weight * base).to(weight.dtype), bias)
-    return _ops.add_modes(
-        context, _mixed(weight.to(base.dtype), coefficients * _gains(coefficients, gain, radius_squared)), z, radius_squared
-    )
+    context = _pointwise_like(z, (weight * base).to(weight.dtype), bias, z)
+    filtered = coefficients * _gains(z, gain, radius_squared)
+    return _ops.add_modes(context, _mixed(weight.to(base.dtype), filtered), z, radius_squared)
 
 
 def spectral_gate_backward(
@@ -35,35 +46,115 @@ def spectral_gate_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`reference.spectral_gate_backward`; the context is computed again, not saved."""
     wide, scaled = weight.to(base.dtype), (weight * base).to(weight.dtype)
-    gains = _gains(coefficients, gain, radius_squared)
+    gains = _gains(z, gain, radius_squared)
     filtered = coefficients * gains
-    context = _ops.add_modes(pointwise(z, scaled, bias), _mixed(wide, filtered), None, radius_squared)
-    c = modes.like(grad * z, z)
+    context = _ops.add_modes(_pointwise_like(z, scaled, bias, z), _mixed(wide, filtered), None, radius_squared)
+    return _gate_gradients(modes.like(grad, z), z, context, coefficients, filtered, wide, scaled, base, gains, len(gain), radius_squared)
+
+
+def _gate_gradients(
+    grad: Tensor,
+    z: Tensor,
+    context: Tensor,
+    coefficients: Tensor,
+    filtered: Tensor,
+    wide: Tensor,
+    scaled: Tensor,
+    base: Tensor,
+    gains: Tensor,
+    shells: int,
+    radius_squared: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of the gate to z, weight, bias, base, gain. context is overwritten."""
+    c = grad * z
     c_modes = _ops.mode_coefficients(c, radius_squared)
-    back = _mixed(wide.T, c_modes)
-    z_grad = modes.like(grad, z) * context + pointwise(c, scaled.T)
+    back = _mixed(wide.mT, c_modes)
+    z_grad = context.mul_(grad).add_(_pointwise_like(c, scaled.mT, None, z))
     z_grad = _ops.add_modes(z_grad, back * gains, None, radius_squared)
-    product = torch.einsum("bohw,bchw->oc", c, z).to(base.dtype)
-    weight_grad = product * base + torch.einsum("bohw,bchw->oc", c_modes, filtered)
+    product = _channel_product(c, z).to(base.dtype)
+    weight_grad = product * base + _channel_product(c_modes, filtered)
     shell = modes.shell_map(z.shape[2], z.shape[3], radius_squared, z.device).flatten()
-    by_shell = base.new_zeros(gain.shape[0] + 1, gain.shape[1])
-    by_shell.index_add_(0, shell, (coefficients * back).sum(0).flatten(1).T)
-    return (
-        z_grad,
-        weight_grad.to(weight.dtype),
-        c.sum((0, 2, 3), dtype=base.dtype).to(bias.dtype),
-        (wide * product).sum(0),
-        by_shell[:-1],
-    )
+    gain_grad = base.new_zeros(shells + 1, len(base)).index_add_(0, shell, (coefficients * back).sum(0).flatten(1).T)
+    dtype = scaled.dtype
+    return z_grad, weight_grad.to(dtype), c.sum((0, 2, 3), dtype=base.dtype).to(dtype), (wide * product).sum(0), gain_grad[:-1]
 
 
-def _gains(coefficients: Tensor, gain: Tensor, radius_squared: int) -> Tensor:
+def _gains(z: Tensor, gain: Tensor, radius_squared: int) -> Tensor:
     """(C, A_H, A_W) gain of every mode, 0 outside the disc."""
-    height, width = coefficients.shape[2:]
-    shell = modes.shell_map(height, width, radius_squared, gain.device)
+    shell = modes.shell_map(z.shape[2], z.shape[3], radius_squared, gain.device)
     return torch.cat([gain, gain.new_zeros(1, gain.shape[1])])[shell].permute(2, 0, 1)
 
 
 def _mixed(weight: Tensor, coefficients: Tensor) -> Tensor:
     """weight applied to the channels of coefficients."""
-    return (weight @ coefficients.flatten(2)).view_as(coefficients)
+    mixed = coefficients.flatten(2).transpose(0, 1).flatten(1)  # one product for the whole batch
+    return (weight @ mixed).unflatten(1, (len(coefficients), -1)).transpose(0, 1).contiguous().view_as(coefficients)
+
+
+def _channel_product(c: Tensor, z: Tensor) -> Tensor:
+    """sum over images and positions of c z^T, (C, C)."""
+    return c.flatten(2).mT.flatten(0, 1).mT @ z.flatten(2).mT.flatten(0, 1)
+
+
+def spectral_mixer(
+    x: Tensor,
+    in_weight: Tensor,
+    in_bias: Tensor,
+    row_weight: Tensor,
+    row_bias: Tensor,
+    column_weight: Tensor,
+    column_bias: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    base: Tensor,
+    gain: Tensor,
+    out_weight: Tensor,
+    out_bias: Tensor,
+    radius_squared: int,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`reference.spectral_mixer`; keep returns t, z and the coefficients of z for the gradients, else they are empty."""
+    t = pointwise(x, in_weight, in_bias)
+    z, coefficients = _ops.axial_conv(t, row_weight, row_bias, column_weight, column_bias, radius_squared)
+    y = _ops.spectral_gate(z, coefficients, weight, bias, base, gain, radius_squared)
+    out = _pointwise_like(y, out_weight, out_bias, x)
+    if keep:
+        return out, t, z, coefficients
+    return out, x.new_empty(0), x.new_empty(0), base.new_empty(0)
+
+
+def spectral_mixer_backward(
+    grad: Tensor,
+    x: Tensor,
+    t: Tensor,
+    z: Tensor,
+    coefficients: Tensor,
+    in_weight: Tensor,
+    row_weight: Tensor,
+    row_bias: Tensor,
+    column_weight: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    base: Tensor,
+    gain: Tensor,
+    out_weight: Tensor,
+    radius_squared: int,
+) -> tuple[Tensor, ...]:
+    """Gradients of `spectral_mixer` to x and, in its order, to every weight and bias, base and gain. y and its context are not saved."""
+    wide, scaled = weight.to(base.dtype), (weight * base).to(weight.dtype)
+    gains = _gains(z, gain, radius_squared)
+    filtered = coefficients * gains
+    context = _ops.add_modes(pointwise(z, scaled, bias), _mixed(wide, filtered), None, radius_squared)
+    y_grad = pointwise(grad, out_weight.mT)
+    out_weight_grad = _channel_product(grad, z * context)
+    z_grad, *gate_grads = _gate_gradients(y_grad, z, context, coefficients, filtered, wide, scaled, base, gains, len(gain), radius_squared)
+    t_grad, *conv_grads = _ops.axial_conv_backward(z_grad, t, row_weight, row_bias, column_weight)
+    return (
+        _pointwise_like(t_grad, in_weight.mT, None, x),
+        _channel_product(t_grad, x),
+        t_grad.sum((0, 2, 3), dtype=base.dtype).to(x.dtype),
+        *conv_grads,
+        *gate_grads,
+        out_weight_grad,
+        grad.sum((0, 2, 3), dtype=base.dtype).to(x.dtype),
+    )

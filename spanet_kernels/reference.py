@@ -7,6 +7,8 @@ without a kernel of its own. Correctness, not speed, is the purpose; fp64 throug
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -161,3 +163,45 @@ def spectral_gate_backward(
         y = spectral_gate(z, coefficients, weight, bias, base, gain, radius_squared)
     z_grad, weight_grad, bias_grad, base_grad, gain_grad = torch.autograd.grad(y, inputs, grad)
     return modes.like(z_grad, z), weight_grad, bias_grad, base_grad, gain_grad
+
+
+def spectral_mixer(
+    x: Tensor,
+    in_weight: Tensor,
+    in_bias: Tensor,
+    row_weight: Tensor,
+    row_bias: Tensor,
+    column_weight: Tensor,
+    column_bias: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    base: Tensor,
+    gain: Tensor,
+    out_weight: Tensor,
+    out_bias: Tensor,
+    radius_squared: int,
+    keep: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """proj_out(gate(axial_conv(proj_in(x)))), proj_in and proj_out being 1x1 convolutions; and what its gradients need, or nothing."""
+    t = torch.einsum("oc,bchw->bohw", in_weight, x) + in_bias[:, None, None]
+    z, coefficients = axial_conv(t, row_weight, row_bias, column_weight, column_bias, radius_squared)
+    y = spectral_gate(z, coefficients, weight, bias, base, gain, radius_squared)
+    out = modes.like(torch.einsum("oc,bchw->bohw", out_weight, y) + out_bias[:, None, None], x)
+    return (out, t, z, coefficients) if keep else (out, x.new_empty(0), x.new_empty(0), base.new_empty(0))
+
+
+def spectral_mixer_backward(grad: Tensor, x: Tensor, t: Tensor, z: Tensor, coefficients: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    """Gradients of <grad, spectral_mixer(x, ...)>: to x, then in its order to all weights, biases, base and gain."""
+    in_weight, row_weight, row_bias, column_weight, weight, bias, base, gain, out_weight, radius_squared = args
+    zero = torch.zeros_like
+    args = (in_weight, zero(bias), row_weight, row_bias, column_weight, zero(row_bias), weight, bias, base, gain, out_weight, zero(bias))
+    with torch.enable_grad():
+        inputs = [a.detach().requires_grad_() for a in (x, *args)]
+        # the hidden tensors depend on two biases that the gradients do not: take both from t and z as they were
+        hidden = torch.einsum("oc,bchw->bohw", inputs[1], inputs[0]) + inputs[2][:, None, None]
+        hidden = hidden + (t - hidden).detach()
+        moved, _ = axial_conv(hidden, inputs[3], inputs[4], inputs[5], inputs[6], -1)
+        moved = moved + (z - moved).detach()
+        y = spectral_gate(moved, coefficients, inputs[7], inputs[8], inputs[9], inputs[10], radius_squared)
+        out = torch.einsum("oc,bchw->bohw", inputs[11], y) + inputs[12][:, None, None]
+    return torch.autograd.grad(out, inputs, grad)

@@ -73,7 +73,7 @@ def by_composition(operator: Any, gradient: Any, gradients: Callable[..., Any], 
 
     operator: its first output is differentiated, others are by-products.
     gradient: the operator of the first derivative.
-    gradients: (gradient of the first output, args) to one gradient, or None, for each of args; it calls `gradient`.
+    gradients: (gradient of the first output, tuple of by-products, args) to one gradient, or None, for each of args; it calls `gradient`.
     composition: the outputs in differentiable PyTorch; it serves every further derivative, forward mode and torch.func.
     """
 
@@ -85,20 +85,21 @@ def by_composition(operator: Any, gradient: Any, gradients: Callable[..., Any], 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
             _, *args = inputs
+            by_products = output[1:] if isinstance(output, tuple) else ()
             ctx.others = [None if isinstance(arg, Tensor) else arg for arg in args]
-            ctx.save_for_backward(*(arg if isinstance(arg, Tensor) else None for arg in args))
+            ctx.save_for_backward(*(arg if isinstance(arg, Tensor) else None for arg in args), *by_products)
             ctx.set_materialize_grads(False)
-            if isinstance(output, tuple):
-                ctx.mark_non_differentiable(*output[1:])
+            ctx.mark_non_differentiable(*by_products)
 
         @staticmethod
         def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
             needed = ctx.needs_input_grad[1:]
             if grad is None:
                 return (None,) * (1 + len(needed))
-            args = [other if tensor is None else tensor for tensor, other in zip(ctx.saved_tensors, ctx.others, strict=True)]
+            saved, by_products = ctx.saved_tensors[: len(needed)], ctx.saved_tensors[len(needed) :]
+            args = [other if tensor is None else tensor for tensor, other in zip(saved, ctx.others, strict=True)]
             if not torch.is_grad_enabled():
-                return None, *gradients(grad, *args)
+                return None, *gradients(grad, by_products, *args)
             # aliases in place of the arguments, so that each has a gradient of its own
             wanted = {index: args[index].view_as(args[index]) for index, need in enumerate(needed) if need}
             y = composition(*(wanted.get(index, arg) for index, arg in enumerate(args)))

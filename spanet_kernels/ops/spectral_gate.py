@@ -61,7 +61,7 @@ def spectral_gate(
     return y
 
 
-def _gradients(grad: Tensor, z: Tensor, coefficients: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
+def _gradients(grad: Tensor, by_products: Any, z: Tensor, coefficients: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
     z_grad, *grads = _gradient(grad, z, coefficients, *args)
     return z_grad, None, *grads, None
 

@@ -1,0 +1,124 @@
+"""The spectral mixer: proj_in, axial convolution, spectral gate and proj_out as one operator."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from .. import modes
+from .autograd import by_composition
+from .axial_conv import axial_conv, coefficients_fake
+from .checks import PROFILE_DTYPE, check_input, check_parameter, check_radius
+from .spectral_gate import spectral_gate
+
+_mixer = torch.ops.spanet_kernels.spectral_mixer.default
+_gradient = torch.ops.spanet_kernels.spectral_mixer_backward.default
+
+
+def spectral_mixer(
+    x: Tensor,
+    in_weight: Tensor,
+    in_bias: Tensor | None,
+    row_weight: Tensor,
+    row_bias: Tensor | None,
+    column_weight: Tensor,
+    column_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    base: Tensor,
+    gain: Tensor,
+    radius: float | None,
+    out_weight: Tensor,
+    out_bias: Tensor | None,
+) -> Tensor:
+    """Mix the positions of x: the whole token mixer of SPANet.
+
+    z = axial_conv(W_in x + b_in),  y = W_out (z o (W F(z) + b)) + b_out. Channels stay adjacent from the first product to the last,
+    for either layout of x. For gradients t = W_in x + b_in, z and the coefficients of z are kept; the context is computed again.
+
+    Args:
+        x: (B, C, H, W), float64, float32, float16 or bfloat16; under autocast it is cast to autocast's dtype.
+        in_weight, weight, out_weight: (C, C), any floating dtype; computed with in the dtype of x, like the biases (C,) or None.
+        row_weight, row_bias, column_weight, column_bias: as for `axial_conv`.
+        base, gain, radius: as for `radial_filter`; a radius of None is an empty disc, with gain of shape (0, C).
+
+    Returns:
+        y, of the shape of x, channels_last if the channels of x are adjacent, else contiguous; differentiable to any order in everything.
+
+    Raises:
+        TypeError: an argument is no tensor or has the wrong dtype, or radius is no number.
+        ValueError: a wrong rank, shape or device, an even k, an empty plane, a negative or NaN radius.
+
+    Source: arXiv 2308.11568, section 3.3.
+    """
+    check_input("spectral_mixer", x)
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    squared = -1 if radius is None else modes.squared_radius(check_radius("spectral_mixer", radius))
+    channels, wide = x.shape[1], PROFILE_DTYPE[x.dtype]
+    size = row_weight.shape[-1] if isinstance(row_weight, Tensor) and row_weight.dim() else 0
+    if size % 2 == 0:
+        came = tuple(row_weight.shape) if isinstance(row_weight, Tensor) else type(row_weight).__name__
+        raise ValueError(f"spectral_mixer: row_weight must have shape (C, 1, 1, k) with an odd k, got {came}")
+    square, flat = (channels, channels), (channels,)
+    args = [
+        check_parameter("spectral_mixer", name, value, shape, x).to(dtype)
+        for name, value, shape, dtype in (
+            ("in_weight", in_weight, square, x.dtype),
+            ("in_bias", in_bias, flat, x.dtype),
+            ("row_weight", row_weight, (channels, 1, 1, size), wide),
+            ("row_bias", row_bias, flat, wide),
+            ("column_weight", column_weight, (channels, 1, size, 1), wide),
+            ("column_bias", column_bias, flat, wide),
+            ("weight", weight, square, x.dtype),
+            ("bias", bias, flat, x.dtype),
+            ("base", base, flat, wide),
+            ("gain", gain, (len(modes.shells(squared)), channels), wide),
+            ("out_weight", out_weight, square, x.dtype),
+            ("out_bias", out_bias, flat, x.dtype),
+        )
+    ]
+    args[2], args[4] = args[2].flatten(1), args[4].flatten(1)
+    keep = torch.is_grad_enabled() and any(arg.requires_grad for arg in (x, *args))
+    y: Tensor = _call(x, *args, squared, keep)[0]
+    return y
+
+
+def _gradients(grad: Tensor, kept: tuple[Tensor, ...], x: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
+    in_weight, _, row_weight, row_bias, column_weight, _, weight, bias, base, gain, out_weight, _, radius_squared, keep = args
+    if not keep:
+        raise RuntimeError("spectral_mixer: the operator must be called with keep=True where gradients are wanted")
+    grads = _gradient(grad, x, *kept, in_weight, row_weight, row_bias, column_weight, weight, bias, base, gain, out_weight, radius_squared)
+    return *grads, None, None
+
+
+def _composition(x: Tensor, in_weight: Tensor, in_bias: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    row_weight, row_bias, column_weight, column_bias, weight, bias, base, gain, out_weight, out_bias, squared, _ = args
+    radius = None if squared < 0 else squared**0.5
+    t = functional.conv2d(x, in_weight[:, :, None, None], in_bias)
+    z, coefficients = axial_conv(t, row_weight[:, None, None], row_bias, column_weight[:, None, :, None], column_bias, radius)
+    y = spectral_gate(z, weight, bias, base, gain, radius, coefficients)
+    return (modes.like(functional.conv2d(y, out_weight[:, :, None, None], out_bias), x),)
+
+
+_call = by_composition(_mixer, _gradient, _gradients, _composition)
+
+
+@torch.library.register_fake("spanet_kernels::spectral_mixer")
+def _mixer_fake(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *_, radius_squared, keep = args
+    y = torch.empty_like(x, memory_format=modes.memory_format(x))
+    if not keep:
+        return y, x.new_empty(0), x.new_empty(0), x.new_empty(0, dtype=modes.profile_dtype(x.dtype))
+    t = torch.empty_like(x, memory_format=torch.channels_last)
+    return y, t, torch.empty_like(t), coefficients_fake(x, radius_squared)
+
+
+@torch.library.register_fake("spanet_kernels::spectral_mixer_backward")
+def _gradient_fake(grad: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    *_, in_weight, row_weight, row_bias, column_weight, weight, bias, base, gain, out_weight, _ = args
+    likes = (in_weight, bias, row_weight, row_bias, column_weight, row_bias, weight, bias, base, gain, out_weight, bias)
+    return torch.empty_like(x, memory_format=modes.memory_format(x)), *(like.new_empty(like.shape) for like in likes)
