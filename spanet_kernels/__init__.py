@@ -5,16 +5,33 @@ spectral_pool(x, lam, radius, boundary)      the spectral pooling filter of SPAN
 SPF(lam, radius, boundary, learnable)        the same as a module
 axial_conv(x, weights and biases, radius)    depthwise 1 x k and k x 1 in one pass, with Fourier coefficients
 spectral_gate(z, weight, bias, ...)          modulation by a context of filtered channels
-SPAM(dim, kernel_size, lams, radius, ...)    the token mixer of SPANet
+spectral_mixer(x, ...)                       proj_in, axial_conv, spectral_gate and proj_out as one operator
+SPG, SPAM                                    the gate and the token mixer of SPANet as modules
+accelerate(model)                            put SPAM in place of the published layer, in a model of any making
 backends()                                   which implementation serves which operator on which device
 """
 
 from . import modes, reference
 from .backends import backends, use
-from .nn import SPAM, SPF
+from .nn import SPAM, SPF, SPG, accelerate
 from .ops.axial_conv import axial_conv
 from .ops.radial_filter import radial_filter, spectral_pool
 from .ops.spectral_gate import spectral_gate
+from .ops.spectral_mixer import spectral_mixer
 
 __version__ = "0.1.0"
-__all__ = ["SPAM", "SPF", "axial_conv", "backends", "modes", "radial_filter", "reference", "spectral_gate", "spectral_pool", "use"]
+__all__ = [
+    "SPAM",
+    "SPF",
+    "SPG",
+    "accelerate",
+    "axial_conv",
+    "backends",
+    "modes",
+    "radial_filter",
+    "reference",
+    "spectral_gate",
+    "spectral_mixer",
+    "spectral_pool",
+    "use",
+]

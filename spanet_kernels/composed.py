@@ -18,8 +18,7 @@ _ops = torch.ops.spanet_kernels
 
 def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """The 1x1 convolution of x, as channels_last."""
-    batch, _, height, width = x.shape
-    return functional.linear(x.flatten(2).mT, weight, bias).mT.unflatten(2, (height, width))
+    return functional.linear(x.flatten(2).mT, weight, bias).mT.unflatten(2, x.shape[2:])
 
 
 def _pointwise_like(x: Tensor, weight: Tensor, bias: Tensor | None, like: Tensor) -> Tensor:
@@ -32,9 +31,7 @@ def _pointwise_like(x: Tensor, weight: Tensor, bias: Tensor | None, like: Tensor
     return y.unflatten(2, x.shape[2:])
 
 
-def spectral_gate(
-    z: Tensor, coefficients: Tensor, weight: Tensor, bias: Tensor, base: Tensor, gain: Tensor, radius_squared: int
-) -> Tensor:
+def spectral_gate(z: Tensor, coefficients: Tensor, weight: Tensor, bias: Tensor, base: Tensor, gain: Tensor, radius_squared: int) -> Tensor:
     """`reference.spectral_gate`, the filter as an addition of modes to the matrix product."""
     context = _pointwise_like(z, (weight * base).to(weight.dtype), bias, z)
     filtered = coefficients * _gains(z, gain, radius_squared)

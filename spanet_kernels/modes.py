@@ -51,6 +51,12 @@ def squared_radius(radius: float) -> int:
 
 
 @constant
+def radius_of(radius_squared: int) -> float | None:
+    """A radius with this `squared_radius`; None for the empty disc, -1."""
+    return None if radius_squared < 0 else math.nextafter(math.sqrt(radius_squared), math.inf)
+
+
+@constant
 def on_circle(radius: float) -> bool:
     """Whether integer frequencies can lie on the circle d = radius itself: radius^2 is an integer."""
     return radius != math.inf and (Fraction(radius) ** 2).denominator == 1
@@ -134,14 +140,41 @@ def pooling_profile(lam: Tensor, radius: float, boundary: float | None, height: 
     return base, (lam - base).expand(inside, -1), shells(squared)[inside - 1]
 
 
-@functools.lru_cache(maxsize=256)
-def constant_pooling_profile(
-    lam: float, radius: float, boundary: float | None, height: int, width: int, channels: int, dtype: torch.dtype, device: torch.device
+def chunks(channels: int, gates: int) -> list[int]:
+    """Sizes of the chunks of channels, as `torch.chunk` makes them: all alike but the last, fewer than gates if they run out."""
+    size = -(-channels // gates)
+    return [min(size, channels - start) for start in range(0, channels, size)]
+
+
+def chunked_profile(
+    lams: Tensor, channels: int, radius: float, boundary: float | None, height: int, width: int
 ) -> tuple[Tensor, Tensor, int]:
-    """`pooling_profile` of one lam for every channel, computed in fp64, cached as tensors of the given dtype on the device."""
+    """`pooling_profile` of (gates,) lams, one for each chunk of the channels; without gates, base 1 on an empty disc (-1)."""
+    if not len(lams):
+        return lams.new_ones(channels), lams.new_empty(0, channels), -1
+    sizes = chunks(channels, len(lams))
+    per_channel = torch.cat([lam.expand(size) for lam, size in zip(lams, sizes, strict=True)])
+    return pooling_profile(per_channel, radius, boundary, height, width)
+
+
+@functools.lru_cache(maxsize=256)
+def constant_profile(
+    lams: tuple[float, ...],
+    channels: int,
+    radius: float,
+    boundary: float | None,
+    height: int,
+    width: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[Tensor, Tensor, int]:
+    """`chunked_profile` of constant lams, computed in fp64, cached as tensors of the given dtype on the device."""
     with torch.inference_mode(False), torch.no_grad():
-        base, gain, squared = pooling_profile(torch.tensor([lam], dtype=torch.float64), radius, boundary, height, width)
-        return base.to(device, dtype).expand(channels), gain.to(device, dtype).expand(-1, channels), squared
+        if len(lams) == 1:  # the same for every channel: one value, repeated by stride
+            base, gain, squared = pooling_profile(torch.tensor(lams, dtype=torch.float64), radius, boundary, height, width)
+            return base.to(device, dtype).expand(channels), gain.to(device, dtype).expand(-1, channels), squared
+        base, gain, squared = chunked_profile(torch.tensor(lams, dtype=torch.float64), channels, radius, boundary, height, width)
+        return base.to(device, dtype), gain.to(device, dtype).contiguous(), squared
 
 
 def profile_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -1,17 +1,18 @@
-"""Modules: the spectral pooling filter `SPF`, and the mixer `SPAM`, all of SPANet that is not standard."""
+"""Modules: the spectral pooling filter `SPF`, the gate `SPG`, the mixer `SPAM`, and `accelerate` for models of other making."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import cast
+import math
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from . import modes
-from .ops.axial_conv import axial_conv
+from . import modes, reference
 from .ops.radial_filter import spectral_pool
-from .ops.spectral_gate import spectral_gate
+from .ops.spectral_mixer import spectral_mixer
 
 
 class SPF(nn.Module):
@@ -49,11 +50,28 @@ class SPF(nn.Module):
         return f"lam={lam}, radius={self.radius}, boundary={self.boundary}, learnable={isinstance(self.lam, nn.Parameter)}"
 
 
+class SPG(nn.Sequential):
+    """Spectral pooling gate: the filter of some channels, mixed into all: W SPF(x) + b (arXiv 2308.11568, eq. 19).
+
+    Args:
+        in_channels, out_channels: of the 1x1 convolution.
+        lam, radius, boundary, learnable: as for `SPF`.
+
+    Shape: (B, in_channels, H, W) to (B, out_channels, H, W). In `SPAM` all gates are one matrix product and no filter is computed.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, lam: float, radius: float, boundary: float | None = None, learnable: bool = False
+    ) -> None:
+        super().__init__(SPF(lam, radius, boundary, learnable), nn.Conv2d(in_channels, out_channels, 1))
+
+
 class SPAM(nn.Module):
     """Spectral pooling aggregation modulation, the token mixer of SPANet (arXiv 2308.11568, section 3.3).
 
     z = conv_kx1(conv_1xk(proj_in(x))),  out = proj_out(z o sum_i W_i SPF_i(z_i) + b_i), z_i the i-th channel chunk of z.
-    The function and the parameter names of the published layer; its masks are a function of lams, radius and boundary.
+    The function of the published layer under its parameter names. Its masks are a function of lams, radius and boundary: a state
+    dict that has them must agree with this module, and then they are not kept. Runs as one `spectral_mixer`.
 
     Args:
         dim: channels.
@@ -61,9 +79,13 @@ class SPAM(nn.Module):
         lams: weight of the low frequencies of each gate; its length is the number of gates. Empty: one gate without a filter.
         radius: of the low-pass disc, in cycles per image.
         boundary: weight on the circle d == radius; the published code's 1/3, or None for the paper's 1 - lam.
-        learnable: make lams a parameter.
+        learnable: make lams a parameter, (gates,).
 
     Shape: (B, dim, H, W) to the same, any size, dtype and layout.
+
+    Raises:
+        ValueError: an even kernel_size, fewer channels than gates; on loading, masks that disagree, a key that is missing or of
+            another shape (before anything is changed).
     """
 
     def __init__(
@@ -78,42 +100,183 @@ class SPAM(nn.Module):
         super().__init__()
         if kernel_size % 2 == 0:
             raise ValueError(f"SPAM: kernel_size must be odd, got {kernel_size}")
+        chunks = modes.chunks(dim, max(len(lams), 1))
+        if len(chunks) < len(lams):
+            raise ValueError(f"SPAM: dim must give each of {len(lams)} gates a channel, got {dim}")
         self.radius = radius
         self.boundary = boundary
         self.lams = nn.Parameter(torch.tensor(lams)) if learnable else tuple(lams)
-        self.proj_in = nn.Conv2d(dim, dim, 1)
         pad = kernel_size // 2
+        self.proj_in = nn.Conv2d(dim, dim, 1)
         self.conv = nn.Sequential(
             nn.Conv2d(dim, dim, (1, kernel_size), padding=(0, pad), groups=dim),
             nn.Conv2d(dim, dim, (kernel_size, 1), padding=(pad, 0), groups=dim),
         )
-        chunks = torch.empty(dim).chunk(max(len(lams), 1))
-        if len(lams) > len(chunks):
-            raise ValueError(f"SPAM: dim must give each of {len(lams)} gates a channel, got {dim}")
-        self.pws = nn.ModuleList(nn.Conv2d(len(chunk), dim, 1) for chunk in chunks)
+        self.pws = nn.ModuleList(nn.Conv2d(chunk, dim, 1) for chunk in chunks)
         self.proj_out = nn.Conv2d(dim, dim, 1)
+        self.register_load_state_dict_pre_hook(_check_loaded)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.proj_in(x)
-        base, gain, squared = self._profile(x)
         row, column = cast(tuple[nn.Conv2d, nn.Conv2d], tuple(self.conv))
-        pws = cast(list[nn.Conv2d], list(self.pws))
-        radius = None if squared < 0 else squared**0.5
-        z, coefficients = axial_conv(x, row.weight, row.bias, column.weight, column.bias, radius)
-        weight = torch.cat([pw.weight for pw in pws], 1)[:, :, 0, 0]
-        bias = torch.stack([pw.bias for pw in pws if pw.bias is not None]).sum(0)
-        y: Tensor = self.proj_out(spectral_gate(z, weight.to(z.dtype), bias.to(z.dtype), base, gain, radius, coefficients))
-        return y
+        weight, bias = self._gates()
+        base, gain, squared = self._profile(x)
+        return spectral_mixer(
+            x,
+            self.proj_in.weight[:, :, 0, 0],
+            self.proj_in.bias,
+            row.weight,
+            row.bias,
+            column.weight,
+            column.bias,
+            weight,
+            bias,
+            base,
+            gain,
+            modes.radius_of(squared),
+            self.proj_out.weight[:, :, 0, 0],
+            self.proj_out.bias,
+        )
+
+    def _gates(self) -> tuple[Tensor, Tensor | None]:
+        """The 1x1 convolutions of all gates as one: weights side by side, biases summed."""
+        gates = [cast(nn.Conv2d, pw) for pw in self.pws]
+        biases = [pw.bias for pw in gates if pw.bias is not None]
+        weight = gates[0].weight if len(gates) == 1 else torch.cat([pw.weight for pw in gates], 1)
+        return weight[:, :, 0, 0], torch.stack(biases).sum(0) if biases else None
 
     def _profile(self, x: Tensor) -> tuple[Tensor, Tensor, int]:
-        """base (C,), gain (S, C) and squared radius of all gates' filters together; -1 without filters."""
-        dtype, channels = modes.profile_dtype(x.dtype), x.shape[1]
+        """base (C,), gain (S, C) and squared radius of all filters together; -1 without filters."""
+        channels, height, width = x.shape[1:]
+        dtype = modes.profile_dtype(x.dtype)
+        if isinstance(self.lams, tuple) and not torch.compiler.is_compiling():
+            return modes.constant_profile(self.lams, channels, self.radius, self.boundary, height, width, dtype, x.device)
         lams = torch.as_tensor(self.lams, dtype=dtype, device=x.device)
-        if not len(lams):
-            return x.new_ones(channels, dtype=dtype), x.new_empty(0, channels, dtype=dtype), -1
-        sizes = [cast(nn.Conv2d, pw).in_channels for pw in self.pws]
-        per_channel = torch.cat([lam.expand(size) for lam, size in zip(lams, sizes, strict=True)])
-        return modes.pooling_profile(per_channel, self.radius, self.boundary, x.shape[2], x.shape[3])
+        return modes.chunked_profile(lams, channels, self.radius, self.boundary, height, width)
+
+    def published_state(self, height: int, width: int) -> dict[str, Tensor]:
+        """The state dict of the published layer for maps of this size: the module's own and the masks (1, height, width).
+
+        Raises ValueError where the published layer has no such form: learned lams, no filter.
+        """
+        if not isinstance(self.lams, tuple) or not self.lams:
+            raise ValueError(f"SPAM.published_state: the published layer needs constant lams, got {self.lams}")
+        return self.state_dict() | {
+            f"sps.{i}.filter": _mask(lam, self.radius, self.boundary, height, width) for i, lam in enumerate(self.lams)
+        }
 
     def extra_repr(self) -> str:
         return f"lams={self.lams}, radius={self.radius}, boundary={self.boundary}"
+
+
+def _mask(lam: float, radius: float, boundary: float | None, height: int, width: int) -> Tensor:
+    """(1, H, W) mask of the published layer: the constant mode in the centre."""
+    return torch.fft.fftshift(reference.spectral_mask(lam, radius, boundary, height, width))[None].float()
+
+
+def _check_loaded(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Mapping[str, Any], strict: bool, *_: list[str]) -> None:
+    """Refuse a state that does not fit, before anything is copied; drop the masks of one that does."""
+    layer = cast(SPAM, module)
+    for name, own in layer.state_dict().items():
+        given = state.get(prefix + name)
+        if given is None and strict:
+            raise ValueError(f"SPAM: the state lacks {prefix + name}")
+        if given is not None and given.shape != own.shape:
+            raise ValueError(f"SPAM: {prefix + name} must have shape {tuple(own.shape)}, got {tuple(given.shape)}")
+    for key in [key for key in state if key.startswith(f"{prefix}sps.") and key.endswith(".filter")]:
+        index, mask = key.removeprefix(f"{prefix}sps.").removesuffix(".filter"), state[key]
+        lams = layer.lams if isinstance(layer.lams, tuple) else tuple(layer.lams.tolist())
+        if not index.isdigit() or int(index) >= len(lams):
+            raise ValueError(f"SPAM: {key} is the mask of a gate that a layer of {len(lams)} gates does not have")
+        if isinstance(layer.lams, tuple):
+            expected = _mask(lams[int(index)], layer.radius, layer.boundary, *mask.shape[-2:])
+            if mask.shape != expected.shape or not torch.allclose(mask.cpu().float(), expected, atol=1e-3):
+                raise ValueError(
+                    f"SPAM: {key}, {tuple(mask.shape)}, is not the mask of lam={lams[int(index)]}, radius={layer.radius}, "
+                    f"boundary={layer.boundary}"
+                )
+        del state[key]
+
+
+def accelerate(model: nn.Module) -> list[str]:
+    """Replace, in place, every layer of the published SPAM's structure by a `SPAM` that shares its parameters.
+
+    A layer has that structure if it has proj_in, conv, sps, pws and proj_out; lams, radius and boundary are read from its masks,
+    and the replacement must reproduce its output on random maps of the masks' size. Training state, layouts, dtypes and devices stay.
+
+    Args:
+        model: any module; when it is itself such a layer there is nothing to put the replacement into, which is an error.
+
+    Returns:
+        the names of the replaced layers.
+
+    Raises:
+        ValueError: the model has no such layer, or one that does not fit, and why; then nothing is changed.
+    """
+    found = {name: layer for name, layer in model.named_modules() if all(hasattr(layer, part) for part in _PUBLISHED_PARTS)}
+    if not found:
+        raise ValueError(f"accelerate: {type(model).__name__} has no layer with {', '.join(_PUBLISHED_PARTS)}")
+    if "" in found:
+        raise ValueError("accelerate: model is itself the layer; give the model that holds it")
+    twins = {name: _twin(name, layer) for name, layer in found.items()}
+    for name, twin in twins.items():
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, twin)
+    return list(twins)
+
+
+_PUBLISHED_PARTS = ("proj_in", "conv", "sps", "pws", "proj_out")
+
+
+def _twin(name: str, layer: Any) -> SPAM:
+    """The `SPAM` that shares the convolutions of a published layer and computes the same."""
+    try:
+        masks = [torch.as_tensor(sp.filter).detach().squeeze(0) for sp in layer.sps]
+        lams, radii, boundaries = zip(*(_mask_parameters(mask) for mask in masks), strict=True)
+        if len(set(radii)) > 1 or len(set(boundaries)) > 1:
+            raise ValueError(f"its gates differ in radius {radii} or boundary {boundaries}")
+        with torch.device("meta"):
+            twin = SPAM(layer.proj_in.in_channels, max(layer.conv[0].kernel_size), lams, radii[0], boundaries[0])
+        for part in ("proj_in", "conv", "pws", "proj_out"):
+            for key, own in getattr(twin, part).named_modules():
+                theirs = getattr(layer, part).get_submodule(key)
+                if isinstance(own, nn.Conv2d) and own.extra_repr() != theirs.extra_repr():
+                    raise ValueError(f"{part}.{key} is Conv2d({theirs.extra_repr()}), not Conv2d({own.extra_repr()})")
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"accelerate: {name} does not fit: {error}") from None
+    for part in ("proj_in", "conv", "pws", "proj_out"):
+        setattr(twin, part, getattr(layer, part))
+    weight = layer.proj_in.weight
+    probe = torch.randn(1, weight.shape[1], *masks[0].shape, generator=torch.Generator().manual_seed(0)).to(weight.device)
+    with torch.no_grad():
+        # in float32: the published layer computes in no 16-bit dtype
+        theirs, ours = (
+            torch.func.functional_call(module, {key: value.float() for key, value in module.state_dict().items()}, probe)
+            for module in (layer, twin)
+        )
+    if theirs.shape != ours.shape or not torch.allclose(theirs, ours, rtol=1e-3, atol=1e-4 * float(theirs.abs().max())):
+        raise ValueError(f"accelerate: {name} does not fit: it computes something else from the same parameters")
+    return twin.train(layer.training)
+
+
+def _mask_parameters(mask: Tensor) -> tuple[float, float, float | None]:
+    """lam, radius and boundary of a centred (H, W) mask; on the circle a value of its own, or the circle is not in the disc."""
+    height, width = mask.shape
+    squared = torch.fft.fftshift(reference.squared_frequencies(height, width)).flatten().tolist()
+    values = dict(zip(squared, mask.flatten().tolist(), strict=True))
+    shells = sorted(values)
+    lam = values[0]
+    inside = [shell for shell in shells if abs(values[shell] - lam) < 1e-6]
+    edge = next((shell for shell in shells if shell not in inside), None)
+    if edge is None:
+        raise ValueError(f"its masks hold {lam:g} at every frequency")
+    boundary = None if abs(values[edge] - (1 - lam)) < 1e-6 else values[edge]
+    radius = math.sqrt(edge) if math.isqrt(edge) ** 2 == edge or boundary is not None else math.sqrt((inside[-1] + edge) / 2)
+    if not torch.allclose(mask.cpu().float(), _mask(lam, radius, boundary, height, width)[0], atol=1e-5):
+        raise ValueError("its masks are not radial, with 1 - lam outside the disc")
+    return _tidy(lam), radius, None if boundary is None else _tidy(boundary)
+
+
+def _tidy(value: float) -> float:
+    """The fraction with a small denominator that a float32 stands for, or the value."""
+    near = float(Fraction(value).limit_denominator(1000))
+    return near if abs(near - value) < 1e-6 else value

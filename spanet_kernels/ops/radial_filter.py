@@ -87,7 +87,7 @@ def spectral_pool(x: Tensor, lam: float | Tensor, radius: float, boundary: float
     elif torch.compiler.is_compiling():
         lams = torch.full((channels,), lam, dtype=dtype, device=x.device)
     else:
-        return _apply(x, *modes.constant_pooling_profile(lam, radius, boundary, height, width, channels, dtype, x.device))
+        return _apply(x, *modes.constant_profile((lam,), channels, radius, boundary, height, width, dtype, x.device))
     return _apply(x, *modes.pooling_profile(lams, radius, boundary, height, width))
 
 

@@ -97,7 +97,7 @@ def _gradients(grad: Tensor, kept: tuple[Tensor, ...], x: Tensor, *args: Any) ->
 
 def _composition(x: Tensor, in_weight: Tensor, in_bias: Tensor, *args: Any) -> tuple[Tensor, ...]:
     row_weight, row_bias, column_weight, column_bias, weight, bias, base, gain, out_weight, out_bias, squared, _ = args
-    radius = None if squared < 0 else squared**0.5
+    radius = modes.radius_of(squared)
     t = functional.conv2d(x, in_weight[:, :, None, None], in_bias)
     z, coefficients = axial_conv(t, row_weight[:, None, None], row_bias, column_weight[:, None, :, None], column_bias, radius)
     y = spectral_gate(z, weight, bias, base, gain, radius, coefficients)
