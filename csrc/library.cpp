@@ -17,7 +17,7 @@ STABLE_TORCH_LIBRARY(spanet_kernels, m) {
       " -> Tensor");
   m.def(
       "spectral_gate_backward(Tensor grad, Tensor z, Tensor coefficients, Tensor weight, Tensor bias, Tensor base, Tensor gain,"
-      " int radius_squared) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      " int radius_squared, bool profile_learns) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "spectral_mixer(Tensor x, Tensor in_weight, Tensor in_bias, Tensor row_weight, Tensor row_bias, Tensor column_weight,"
       " Tensor column_bias, Tensor weight, Tensor bias, Tensor base, Tensor gain, Tensor out_weight, Tensor out_bias,"
@@ -25,5 +25,5 @@ STABLE_TORCH_LIBRARY(spanet_kernels, m) {
   m.def(
       "spectral_mixer_backward(Tensor grad, Tensor x, Tensor t, Tensor z, Tensor coefficients, Tensor in_weight, Tensor row_weight,"
       " Tensor row_bias, Tensor column_weight, Tensor weight, Tensor bias, Tensor base, Tensor gain, Tensor out_weight,"
-      " int radius_squared) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+      " int radius_squared, bool profile_learns) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }

@@ -8,11 +8,13 @@ spectral_gate(z, weight, bias, ...)          modulation by a context of filtered
 spectral_mixer(x, ...)                       proj_in, axial_conv, spectral_gate and proj_out as one operator
 SPG, SPAM                                    the gate and the token mixer of SPANet as modules
 accelerate(model)                            put SPAM in place of the published layer, in a model of any making
+decompositions()                             for export to runtimes without these operators: ONNX and others
 backends()                                   which implementation serves which operator on which device
 """
 
 from . import modes, reference
 from .backends import backends, use
+from .decompositions import decompositions
 from .nn import SPAM, SPF, SPG, accelerate
 from .ops.axial_conv import axial_conv
 from .ops.radial_filter import radial_filter, spectral_pool
@@ -27,6 +29,7 @@ __all__ = [
     "accelerate",
     "axial_conv",
     "backends",
+    "decompositions",
     "modes",
     "radial_filter",
     "reference",

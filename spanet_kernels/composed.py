@@ -7,6 +7,10 @@ its first matrix product to its last, whatever the layout of its input: a matrix
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -14,6 +18,23 @@ from torch.nn import functional
 from . import modes
 
 _ops = torch.ops.spanet_kernels
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def exact(function: Callable[P, T]) -> Callable[P, T]:
+    """Every product in the dtypes that it is given, also under autocast."""
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        x = args[0]
+        assert isinstance(x, Tensor)
+        if not torch.is_autocast_enabled(x.device.type):
+            return function(*args, **kwargs)
+        with torch.autocast(x.device.type, enabled=False):
+            return function(*args, **kwargs)
+
+    return call
 
 
 def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -31,6 +52,7 @@ def _pointwise_like(x: Tensor, weight: Tensor, bias: Tensor | None, like: Tensor
     return y.unflatten(2, x.shape[2:])
 
 
+@exact
 def spectral_gate(z: Tensor, coefficients: Tensor, weight: Tensor, bias: Tensor, base: Tensor, gain: Tensor, radius_squared: int) -> Tensor:
     """`reference.spectral_gate`, the filter as an addition of modes to the matrix product."""
     context = _pointwise_like(z, (weight * base).to(weight.dtype), bias, z)
@@ -38,42 +60,58 @@ def spectral_gate(z: Tensor, coefficients: Tensor, weight: Tensor, bias: Tensor,
     return _ops.add_modes(context, _mixed(weight.to(base.dtype), filtered), z, radius_squared)
 
 
+@exact
 def spectral_gate_backward(
-    grad: Tensor, z: Tensor, coefficients: Tensor, weight: Tensor, bias: Tensor, base: Tensor, gain: Tensor, radius_squared: int
+    grad: Tensor,
+    z: Tensor,
+    coefficients: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    base: Tensor,
+    gain: Tensor,
+    radius_squared: int,
+    profile_learns: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`reference.spectral_gate_backward`; the context is computed again, not saved."""
-    wide, scaled = weight.to(base.dtype), (weight * base).to(weight.dtype)
-    gains = _gains(z, gain, radius_squared)
-    filtered = coefficients * gains
-    context = _ops.add_modes(_pointwise_like(z, scaled, bias, z), _mixed(wide, filtered), None, radius_squared)
-    return _gate_gradients(modes.like(grad, z), z, context, coefficients, filtered, wide, scaled, base, gains, len(gain), radius_squared)
+    filtered, context = _context(z, weight, bias, base, gain, radius_squared)
+    return _gate_gradients(modes.like(grad, z), z, filtered, context, weight, base, gain, radius_squared, profile_learns)
+
+
+def _context(z: Tensor, weight: Tensor, bias: Tensor, base: Tensor, gain: Tensor, radius_squared: int) -> tuple[Tensor, Tensor]:
+    """F(z), which the gradient of the weight needs as it is, and W F(z) + b."""
+    filtered = _filter(z, base, gain, radius_squared)
+    return filtered, _pointwise_like(filtered, weight, bias, z)
 
 
 def _gate_gradients(
     grad: Tensor,
     z: Tensor,
-    context: Tensor,
-    coefficients: Tensor,
     filtered: Tensor,
-    wide: Tensor,
-    scaled: Tensor,
+    context: Tensor,
+    weight: Tensor,
     base: Tensor,
-    gains: Tensor,
-    shells: int,
+    gain: Tensor,
     radius_squared: int,
+    profile_learns: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of the gate to z, weight, bias, base, gain. context is overwritten."""
+    """Gradients of the gate to z, weight, bias, base, gain: grad o ctx + F(W^T c), c F(z)^T, c and the profile's, with c = grad o z."""
     c = grad * z
-    c_modes = _ops.mode_coefficients(c, radius_squared)
-    back = _mixed(wide.mT, c_modes)
-    z_grad = context.mul_(grad).add_(_pointwise_like(c, scaled.mT, None, z))
-    z_grad = _ops.add_modes(z_grad, back * gains, None, radius_squared)
-    product = _channel_product(c, z).to(base.dtype)
-    weight_grad = product * base + _channel_product(c_modes, filtered)
-    shell = modes.shell_map(z.shape[2], z.shape[3], radius_squared, z.device).flatten()
-    gain_grad = base.new_zeros(shells + 1, len(base)).index_add_(0, shell, (coefficients * back).sum(0).flatten(1).T)
-    dtype = scaled.dtype
-    return z_grad, weight_grad.to(dtype), c.sum((0, 2, 3), dtype=base.dtype).to(dtype), (wide * product).sum(0), gain_grad[:-1]
+    mixed = _pointwise_like(c, weight.mT, None, z)
+    z_grad = _filter(mixed, base, gain, radius_squared).addcmul_(grad, context)
+    bias_grad = c.sum((0, 2, 3), dtype=base.dtype).to(weight.dtype)
+    profile_grads = base.new_empty(0), gain.new_empty(0)
+    if profile_learns and radius_squared >= 0:
+        profile_grads = _ops.radial_filter_backward(mixed, z, radius_squared)
+    elif profile_learns:
+        profile_grads = (mixed * z).sum((0, 2, 3), dtype=base.dtype), torch.zeros_like(gain)
+    return z_grad, _channel_product(c, filtered), bias_grad, *profile_grads
+
+
+def _filter(x: Tensor, base: Tensor, gain: Tensor, radius_squared: int) -> Tensor:
+    if radius_squared >= 0:
+        filtered: Tensor = _ops.radial_filter(x, base, gain, radius_squared)
+        return filtered
+    return modes.like((x * base[:, None, None]).to(x.dtype), x)
 
 
 def _gains(z: Tensor, gain: Tensor, radius_squared: int) -> Tensor:
@@ -85,7 +123,8 @@ def _gains(z: Tensor, gain: Tensor, radius_squared: int) -> Tensor:
 def _mixed(weight: Tensor, coefficients: Tensor) -> Tensor:
     """weight applied to the channels of coefficients."""
     mixed = coefficients.flatten(2).transpose(0, 1).flatten(1)  # one product for the whole batch
-    return (weight @ mixed).unflatten(1, (len(coefficients), -1)).transpose(0, 1).contiguous().view_as(coefficients)
+    count = coefficients.shape[2] * coefficients.shape[3]
+    return (weight @ mixed).unflatten(1, (len(coefficients), count)).transpose(0, 1).contiguous().view_as(coefficients)
 
 
 def _channel_product(c: Tensor, z: Tensor) -> Tensor:
@@ -93,6 +132,7 @@ def _channel_product(c: Tensor, z: Tensor) -> Tensor:
     return c.flatten(2).mT.flatten(0, 1).mT @ z.flatten(2).mT.flatten(0, 1)
 
 
+@exact
 def spectral_mixer(
     x: Tensor,
     in_weight: Tensor,
@@ -120,6 +160,7 @@ def spectral_mixer(
     return out, x.new_empty(0), x.new_empty(0), base.new_empty(0)
 
 
+@exact
 def spectral_mixer_backward(
     grad: Tensor,
     x: Tensor,
@@ -136,15 +177,13 @@ def spectral_mixer_backward(
     gain: Tensor,
     out_weight: Tensor,
     radius_squared: int,
+    profile_learns: bool,
 ) -> tuple[Tensor, ...]:
     """Gradients of `spectral_mixer` to x and, in its order, to every weight and bias, base and gain. y and its context are not saved."""
-    wide, scaled = weight.to(base.dtype), (weight * base).to(weight.dtype)
-    gains = _gains(z, gain, radius_squared)
-    filtered = coefficients * gains
-    context = _ops.add_modes(pointwise(z, scaled, bias), _mixed(wide, filtered), None, radius_squared)
+    filtered, context = _context(z, weight, bias, base, gain, radius_squared)
     y_grad = pointwise(grad, out_weight.mT)
     out_weight_grad = _channel_product(grad, z * context)
-    z_grad, *gate_grads = _gate_gradients(y_grad, z, context, coefficients, filtered, wide, scaled, base, gains, len(gain), radius_squared)
+    z_grad, *gate_grads = _gate_gradients(y_grad, z, filtered, context, weight, base, gain, radius_squared, profile_learns)
     t_grad, *conv_grads = _ops.axial_conv_backward(z_grad, t, row_weight, row_bias, column_weight)
     return (
         _pointwise_like(t_grad, in_weight.mT, None, x),

@@ -22,6 +22,7 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import ParamSpec, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -74,11 +75,11 @@ def shells(radius_squared: int) -> tuple[int, ...]:
     if radius_squared > MAX_RADIUS**2:
         raise ValueError(f"radius must be at most {MAX_RADIUS}, got {math.sqrt(radius_squared):g}")
     top = math.isqrt(radius_squared)
-    squares = torch.arange(top + 1) ** 2
-    present = torch.zeros(radius_squared + 1, dtype=torch.bool)
+    squares = np.arange(top + 1) ** 2
+    present = np.zeros(radius_squared + 1, dtype=bool)
     for square in squares.tolist():
         present[square + squares[: math.isqrt(radius_squared - square) + 1]] = True
-    return tuple(present.nonzero().flatten().tolist())
+    return tuple(present.nonzero()[0].tolist())
 
 
 def functions(n: int, radius_squared: int) -> int:

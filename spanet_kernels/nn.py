@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
-from fractions import Fraction
 from typing import Any, cast
 
 import torch
@@ -146,6 +146,8 @@ class SPAM(nn.Module):
 
     def _profile(self, x: Tensor) -> tuple[Tensor, Tensor, int]:
         """base (C,), gain (S, C) and squared radius of all filters together; -1 without filters."""
+        if x.dim() != 4:
+            raise ValueError(f"SPAM: x must have shape (B, C, H, W), got {tuple(x.shape)}")
         channels, height, width = x.shape[1:]
         dtype = modes.profile_dtype(x.dtype)
         if isinstance(self.lams, tuple) and not torch.compiler.is_compiling():
@@ -158,6 +160,8 @@ class SPAM(nn.Module):
 
         Raises ValueError where the published layer has no such form: learned lams, no filter.
         """
+        if height < 1 or width < 1:
+            raise ValueError(f"SPAM.published_state: height and width must be at least 1, got {height} and {width}")
         if not isinstance(self.lams, tuple) or not self.lams:
             raise ValueError(f"SPAM.published_state: the published layer needs constant lams, got {self.lams}")
         return self.state_dict() | {
@@ -253,7 +257,8 @@ def _twin(name: str, layer: Any) -> SPAM:
             torch.func.functional_call(module, {key: value.float() for key, value in module.state_dict().items()}, probe)
             for module in (layer, twin)
         )
-    if theirs.shape != ours.shape or not torch.allclose(theirs, ours, rtol=1e-3, atol=1e-4 * float(theirs.abs().max())):
+    tolerance = 1e-4 + float(torch.finfo(masks[0].dtype).eps)  # of masks that were cast with their model
+    if theirs.shape != ours.shape or float((theirs - ours).abs().max()) > tolerance * float(theirs.abs().max()):
         raise ValueError(f"accelerate: {name} does not fit: it computes something else from the same parameters")
     return twin.train(layer.training)
 
@@ -261,22 +266,22 @@ def _twin(name: str, layer: Any) -> SPAM:
 def _mask_parameters(mask: Tensor) -> tuple[float, float, float | None]:
     """lam, radius and boundary of a centred (H, W) mask; on the circle a value of its own, or the circle is not in the disc."""
     height, width = mask.shape
+    rounding = float(torch.finfo(mask.dtype).eps)  # a mask is cast with its model
     squared = torch.fft.fftshift(reference.squared_frequencies(height, width)).flatten().tolist()
-    values = dict(zip(squared, mask.flatten().tolist(), strict=True))
+    values = {shell: _tidy(value, rounding) for shell, value in zip(squared, mask.flatten().tolist(), strict=True)}
     shells = sorted(values)
-    lam = values[0]
-    inside = [shell for shell in shells if abs(values[shell] - lam) < 1e-6]
+    inside = [shell for shell in shells if values[shell] == values[0]]
     edge = next((shell for shell in shells if shell not in inside), None)
     if edge is None:
-        raise ValueError(f"its masks hold {lam:g} at every frequency")
-    boundary = None if abs(values[edge] - (1 - lam)) < 1e-6 else values[edge]
+        raise ValueError(f"its masks hold {values[0]:g} at every frequency")
+    boundary = None if abs(values[edge] - (1 - values[0])) <= rounding else values[edge]
     radius = math.sqrt(edge) if math.isqrt(edge) ** 2 == edge or boundary is not None else math.sqrt((inside[-1] + edge) / 2)
-    if not torch.allclose(mask.cpu().float(), _mask(lam, radius, boundary, height, width)[0], atol=1e-5):
+    if not torch.allclose(mask.cpu().float(), _mask(values[0], radius, boundary, height, width)[0], atol=rounding, rtol=0):
         raise ValueError("its masks are not radial, with 1 - lam outside the disc")
-    return _tidy(lam), radius, None if boundary is None else _tidy(boundary)
+    return values[0], radius, boundary
 
 
-def _tidy(value: float) -> float:
-    """The fraction with a small denominator that a float32 stands for, or the value."""
-    near = float(Fraction(value).limit_denominator(1000))
-    return near if abs(near - value) < 1e-6 else value
+def _tidy(value: float, rounding: float) -> float:
+    """The number of fewest digits, or else the fraction of least denominator, that rounds to value."""
+    candidates = itertools.chain((round(value, digits) for digits in range(5)), (round(value * d) / d for d in range(1, 100)))
+    return next((near for near in candidates if abs(near - value) <= rounding * abs(value) / 2), value)

@@ -139,25 +139,39 @@ def axial_conv_backward(
     grad: Tensor, x: Tensor, row_weight: Tensor, row_bias: Tensor, column_weight: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of <grad, axial_conv(x, ...)>: to x, row_weight, row_bias, column_weight, column_bias."""
-    with torch.enable_grad():
-        column_bias = torch.zeros_like(row_bias)
-        inputs = [a.detach().requires_grad_() for a in (x, row_weight, row_bias, column_weight, column_bias)]
-        z, _ = axial_conv(inputs[0], inputs[1], inputs[2], inputs[3], inputs[4], -1)
-    x_grad, row_weight_grad, row_bias_grad, column_weight_grad, column_bias_grad = torch.autograd.grad(z, inputs, grad)
-    return modes.like(x_grad, x), row_weight_grad, row_bias_grad, column_weight_grad, column_bias_grad
+    channels, size = row_weight.shape
+    wide, pad = x.to(row_weight.dtype), size // 2
+
+    def gradients(grad: Tensor, x: Tensor, weight: Tensor, padding: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+        convolution = [1, 1], padding, [1, 1], False, [0, 0], channels
+        found: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.convolution_backward(grad, x, weight, [channels], *convolution, [True] * 3)
+        return found
+
+    hidden = functional.conv2d(wide, row_weight[:, None, None], row_bias, padding=(0, pad), groups=channels)
+    hidden_grad, column_grad, column_bias_grad = gradients(grad.to(wide.dtype), hidden, column_weight[:, None, :, None], [pad, 0])
+    x_grad, row_grad, row_bias_grad = gradients(hidden_grad, wide, row_weight[:, None, None], [0, pad])
+    return modes.like(x_grad.to(x.dtype), x), row_grad.flatten(1), row_bias_grad, column_grad.flatten(1), column_bias_grad
 
 
 def spectral_gate(z: Tensor, coefficients: Tensor, weight: Tensor, bias: Tensor, base: Tensor, gain: Tensor, radius_squared: int) -> Tensor:
     """z o (W F(z) + b), F the radial filter of base and gain, W (C, C) a 1x1 convolution; coefficients are those of z."""
-    filtered = radial_filter(z, base, gain, radius_squared)
+    filtered = radial_filter(z.to(base.dtype), base, gain, radius_squared).to(z.dtype)  # FFTs refuse most 16-bit sizes
     context = torch.einsum("oc,bchw->bohw", weight, filtered) + bias[:, None, None]
     return modes.like(z * context, z)
 
 
 def spectral_gate_backward(
-    grad: Tensor, z: Tensor, coefficients: Tensor, weight: Tensor, bias: Tensor, base: Tensor, gain: Tensor, radius_squared: int
+    grad: Tensor,
+    z: Tensor,
+    coefficients: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    base: Tensor,
+    gain: Tensor,
+    radius_squared: int,
+    profile_learns: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of <grad, spectral_gate(z, ...)>: to z, weight, bias, base, gain."""
+    """Gradients of <grad, spectral_gate(z, ...)>: to z, weight, bias, and base and gain, which may be empty if they do not learn."""
     with torch.enable_grad():
         z, weight, bias, base, gain = inputs = [a.detach().requires_grad_() for a in (z, weight, bias, base, gain)]
         y = spectral_gate(z, coefficients, weight, bias, base, gain, radius_squared)
@@ -192,7 +206,7 @@ def spectral_mixer(
 
 def spectral_mixer_backward(grad: Tensor, x: Tensor, t: Tensor, z: Tensor, coefficients: Tensor, *args: Any) -> tuple[Tensor, ...]:
     """Gradients of <grad, spectral_mixer(x, ...)>: to x, then in its order to all weights, biases, base and gain."""
-    in_weight, row_weight, row_bias, column_weight, weight, bias, base, gain, out_weight, radius_squared = args
+    in_weight, row_weight, row_bias, column_weight, weight, bias, base, gain, out_weight, radius_squared, _ = args
     zero = torch.zeros_like
     args = (in_weight, zero(bias), row_weight, row_bias, column_weight, zero(row_bias), weight, bias, base, gain, out_weight, zero(bias))
     with torch.enable_grad():

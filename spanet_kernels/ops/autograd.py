@@ -73,7 +73,8 @@ def by_composition(operator: Any, gradient: Any, gradients: Callable[..., Any], 
 
     operator: its first output is differentiated, others are by-products.
     gradient: the operator of the first derivative.
-    gradients: (gradient of the first output, tuple of by-products, args) to one gradient, or None, for each of args; it calls `gradient`.
+    gradients: (gradient of the first output, which args need one, by-products, args) to one gradient, or None, for each of args;
+        it calls `gradient`.
     composition: the outputs in differentiable PyTorch; it serves every further derivative, forward mode and torch.func.
     """
 
@@ -99,7 +100,7 @@ def by_composition(operator: Any, gradient: Any, gradients: Callable[..., Any], 
             saved, by_products = ctx.saved_tensors[: len(needed)], ctx.saved_tensors[len(needed) :]
             args = [other if tensor is None else tensor for tensor, other in zip(saved, ctx.others, strict=True)]
             if not torch.is_grad_enabled():
-                return None, *gradients(grad, by_products, *args)
+                return None, *gradients(grad, needed, by_products, *args)
             # aliases in place of the arguments, so that each has a gradient of its own
             wanted = {index: args[index].view_as(args[index]) for index, need in enumerate(needed) if need}
             y = composition(*(wanted.get(index, arg) for index, arg in enumerate(args)))

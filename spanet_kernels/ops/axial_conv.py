@@ -72,7 +72,7 @@ def _described(value: Any) -> str:
 
 
 def _gradients(
-    grad: Tensor, by_products: Any, x: Tensor, row_weight: Tensor, row_bias: Tensor, column_weight: Tensor, column_bias: Tensor, _: int
+    grad: Tensor, needed: Any, by_products: Any, x: Tensor, row_weight: Tensor, row_bias: Tensor, column_weight: Tensor, *_: Any
 ) -> tuple[Tensor | None, ...]:
     return *_gradient(grad, x, row_weight, row_bias, column_weight), None
 

@@ -61,9 +61,10 @@ def spectral_gate(
     return y
 
 
-def _gradients(grad: Tensor, by_products: Any, z: Tensor, coefficients: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
-    z_grad, *grads = _gradient(grad, z, coefficients, *args)
-    return z_grad, None, *grads, None
+def _gradients(grad: Tensor, needed: Any, by_products: Any, z: Tensor, coefficients: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
+    profile_learns = needed[4] or needed[5]
+    z_grad, *grads, base_grad, gain_grad = _gradient(grad, z, coefficients, *args, profile_learns)
+    return z_grad, None, *grads, *((base_grad, gain_grad) if profile_learns else (None, None)), None
 
 
 def _composition(z: Tensor, coefficients: Tensor, weight: Tensor, bias: Tensor, base: Tensor, gain: Tensor, radius_squared: int) -> Tensor:
@@ -81,7 +82,7 @@ def _gate_fake(z: Tensor, *_: Any) -> Tensor:
 
 
 @torch.library.register_fake("spanet_kernels::spectral_gate_backward")
-def _gradient_fake(
-    grad: Tensor, z: Tensor, coefficients: Tensor, weight: Tensor, bias: Tensor, base: Tensor, gain: Tensor, radius_squared: int
-) -> tuple[Tensor, ...]:
-    return torch.empty_like(z, memory_format=modes.memory_format(z)), *(x.new_empty(x.shape) for x in (weight, bias, base, gain))
+def _gradient_fake(grad: Tensor, z: Tensor, coefficients: Tensor, weight: Tensor, bias: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    base, gain, _, profile_learns = args
+    z_grad = torch.empty_like(z, memory_format=modes.memory_format(z))
+    return z_grad, *(x.new_empty(x.shape) for x in (weight, bias)), *(x.new_empty(x.shape if profile_learns else 0) for x in (base, gain))

@@ -87,12 +87,14 @@ def spectral_mixer(
     return y
 
 
-def _gradients(grad: Tensor, kept: tuple[Tensor, ...], x: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
+def _gradients(grad: Tensor, needed: Any, kept: tuple[Tensor, ...], x: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
     in_weight, _, row_weight, row_bias, column_weight, _, weight, bias, base, gain, out_weight, _, radius_squared, keep = args
     if not keep:
         raise RuntimeError("spectral_mixer: the operator must be called with keep=True where gradients are wanted")
-    grads = _gradient(grad, x, *kept, in_weight, row_weight, row_bias, column_weight, weight, bias, base, gain, out_weight, radius_squared)
-    return *grads, None, None
+    learns = needed[9] or needed[10]
+    given = (in_weight, row_weight, row_bias, column_weight, weight, bias, base, gain, out_weight)
+    *grads, base_grad, gain_grad, out_weight_grad, out_bias_grad = _gradient(grad, x, *kept, *given, radius_squared, learns)
+    return *grads, *((base_grad, gain_grad) if learns else (None, None)), out_weight_grad, out_bias_grad, None, None
 
 
 def _composition(x: Tensor, in_weight: Tensor, in_bias: Tensor, *args: Any) -> tuple[Tensor, ...]:
@@ -119,6 +121,11 @@ def _mixer_fake(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 @torch.library.register_fake("spanet_kernels::spectral_mixer_backward")
 def _gradient_fake(grad: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    *_, in_weight, row_weight, row_bias, column_weight, weight, bias, base, gain, out_weight, _ = args
-    likes = (in_weight, bias, row_weight, row_bias, column_weight, row_bias, weight, bias, base, gain, out_weight, bias)
-    return torch.empty_like(x, memory_format=modes.memory_format(x)), *(like.new_empty(like.shape) for like in likes)
+    *_, in_weight, row_weight, row_bias, column_weight, weight, bias, base, gain, out_weight, _, learns = args
+    before = (in_weight, bias, row_weight, row_bias, column_weight, row_bias, weight, bias)
+    return (
+        torch.empty_like(x, memory_format=modes.memory_format(x)),
+        *(like.new_empty(like.shape) for like in before),
+        *(like.new_empty(like.shape if learns else 0) for like in (base, gain)),
+        *(like.new_empty(like.shape) for like in (out_weight, bias)),
+    )
