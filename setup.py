@@ -27,6 +27,7 @@ if X86:
     # GCC takes the intrinsics' own undefined registers for uninitialised variables
     avx512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mprefer-vector-width=512"
     SIMD["avx512"] = f"-DSIMD_BYTES=64 {avx512} -Wno-uninitialized -Wno-maybe-uninitialized"
+CPU_KERNELS = ("radial_filter", "axial_conv")
 ARCHITECTURES = "8.0;9.0;10.0;12.0+PTX"  # 8.6 and 8.9 run the code for 8.0
 
 
@@ -94,8 +95,8 @@ class Build(build_ext):
         if name == "_cpu":
             rules = [link_rule(compiler), rule("cxx", f"{cxx} {stable}")]
             rules += [rule(simd, f"{cxx} {csrc} -DSIMD_NAME={simd} {flags}") for simd, flags in SIMD.items()]
-            objects = [("library.cpp", "cxx"), ("cpu/radial_filter.cpp", "cxx")]
-            objects += [("cpu/radial_filter_kernel.cpp", simd) for simd in SIMD]
+            objects = [("library.cpp", "cxx"), *((f"cpu/{op}.cpp", "cxx") for op in CPU_KERNELS)]
+            objects += [(f"cpu/{op}_kernel.cpp", simd) for op in CPU_KERNELS for simd in SIMD]
             self.ninja(name, path, rules, objects, libraries)
         elif name == "_native":
             include = f"-isystem {pybind11_include(torch_folder)} -isystem {sysconfig.get_path('include')}"

@@ -201,6 +201,28 @@ template <class T> SIMD_INLINE Vec<T> sum_lanes(Vec<T>* v) {
   return v[0];
 }
 
+// v[i] lane l becomes v[l] lane i: square blocks of S lanes change places, S = 1, 2, 4, ...
+template <class T, int S = 1> SIMD_INLINE void transpose(Vec<T>* v) {
+  constexpr int64_t vl = lanes_of<T>;
+  if constexpr (S < vl) {
+    using Index = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+    typedef Index Mask __attribute__((vector_size(SIMD_BYTES)));
+    Mask low, high;
+    for (int64_t l = 0; l < vl; ++l) {
+      low[l] = Index(l & S ? vl + l - S : l);
+      high[l] = Index(l & S ? vl + l : l + S);
+    }
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < vl; ++i)
+      if ((i & S) == 0) {
+        const Vec<T> a = v[i], b = v[i + S];
+        v[i] = __builtin_shuffle(a, b, low);
+        v[i + S] = __builtin_shuffle(a, b, high);
+      }
+    transpose<T, 2 * S>(v);
+  }
+}
+
 // A store past the caches; p must be aligned to its own size.
 template <class T, class IO> SIMD_INLINE void store_streaming(IO* p, Vec<T> v) {
   const auto bits = narrow<IO, T>(v);

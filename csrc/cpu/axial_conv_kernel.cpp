@@ -1,0 +1,443 @@
+// Axial convolution on the CPU, for the instruction set this file is compiled for (simd.h).
+//
+//   t[i,j] = row_bias + sum_m row_weight[m] x[i, j+m-p]         z[i,j] = column_bias + sum_m column_weight[m] t[i+m-p, j]
+//   gt = flipped columns of g,  x_grad = flipped rows of gt,  column_weight_grad[m] = sum g[i+m'-p, j] t[i,j],  m' = k-1-m,
+//   row_weight_grad[m] = sum gt[i, j+m'-p] x[i,j]:  each weight gradient needs the taps that the flipped convolution just read
+//
+// Lanes are channels: up to a vector of planes side by side, a chunk, is worked on at a time, so that a pixel is a vector,
+// taps are whole vectors apart along both axes, and every sum stays in its lane. Channels that are not adjacent in memory
+// are brought into lanes by transposing squares of VL pixels of VL planes, on the way in and out.
+// Rows run through in strips: x (or the gradient), widened and with zeros at both ends -> its convolution along one axis in
+// a window of the last 2p rows and a strip -> the convolution along the other -> out; the coefficients of z by the steps of
+// the radial filter (tiles.h), rows as they leave. All of it stays in the first two cache levels.
+// Weights go through in groups of 7, 5, 3 and 1 taps held in registers; any odd k is a few such groups.
+// Every output is owned by one unit of image and chunk, weight gradients are summed row by row, then over rows, then over
+// images in fp64, in an order that depends on nothing else: bit-equal for any number of threads.
+// Memory: x read once and z written once forward; g and x read once and x_grad written once backward.
+
+#include "cpu/axial_conv_kernel.h"
+
+#include "cpu/tiles.h"
+
+namespace spanet {
+namespace SIMD_NAME {
+namespace {
+
+template <class T> void zero(T* p, int64_t elements) { std::memset(p, 0, elements * sizeof(T)); }
+
+// f(first, J) for groups of J = 7, 5, 3 or 1 taps that make up `size`.
+template <class F> SIMD_INLINE void for_taps(int64_t size, F f) {
+  for (int64_t first = 0; first < size;) {
+    const auto group = [&](auto taps) {
+      f(first, taps);
+      first += taps();
+    };
+    if (size - first >= 7) group(std::integral_constant<int, 7>());
+    else if (size - first >= 5) group(std::integral_constant<int, 5>());
+    else if (size - first >= 3) group(std::integral_constant<int, 3>());
+    else group(std::integral_constant<int, 1>());
+  }
+}
+
+// Rows of w pixels in lanes: pixel j of row i is the vector at data + i row + j VL.
+template <class T> struct Pixels {
+  T* data;
+  int64_t row, w;
+  SIMD_MEMBER T* at(int64_t i, int64_t j) const { return data + i * row + j * lanes_of<T>; }
+};
+
+// n adjacent pixels of each lane's plane, from pixel 0 of `to` on.
+template <class T, class IO> void load_run(const IO* from, int64_t c_stride, int64_t lanes, int64_t n, Pixels<T> to) {
+  constexpr int64_t vl = lanes_of<T>;
+  for (int64_t block = 0; block < n; block += vl) {
+    const int64_t first = n < vl || n - block >= vl ? block : n - vl, count = n < vl ? n : vl;  // the last one is moved back
+    Vec<T> v[vl];
+#pragma GCC unroll 16
+    for (int64_t l = 0; l < vl; ++l) {
+      const IO* p = from + l * c_stride + first;
+      v[l] = l >= lanes ? Vec<T>{} : count == vl ? load<T>(p) : load_part<T>(p, count);
+    }
+    transpose<T>(v);
+    int64_t i = first / to.w, j = first % to.w;
+    for (int64_t e = 0; e < count; ++e) {
+      store<T>(to.at(i, j), v[e]);
+      if (++j == to.w) j = 0, ++i;
+    }
+  }
+}
+
+template <class T, class IO> void store_run(Pixels<const T> from, IO* to, int64_t c_stride, int64_t lanes, int64_t n) {
+  constexpr int64_t vl = lanes_of<T>;
+  for (int64_t block = 0; block < n; block += vl) {
+    const int64_t first = n < vl || n - block >= vl ? block : n - vl, count = n < vl ? n : vl;
+    Vec<T> v[vl] = {};
+    int64_t i = first / from.w, j = first % from.w;
+    for (int64_t e = 0; e < count; ++e) {
+      v[e] = load_raw<Vec<T>>(from.at(i, j));
+      if (++j == from.w) j = 0, ++i;
+    }
+    transpose<T>(v);
+#pragma GCC unroll 16
+    for (int64_t l = 0; l < vl; ++l) {
+      IO* p = to + l * c_stride + first;
+      if (l >= lanes) break;
+      if (count == vl) store<T>(p, v[l]);
+      else store_part<T>(p, v[l], count);
+    }
+  }
+}
+
+// `rows` rows of the planes of up to a vector of channels, into lanes; lanes without a channel are zeros.
+template <class T, class IO> void load_rows(Planes<const IO> from, int64_t lanes, int64_t rows, Pixels<T> to) {
+  constexpr int64_t vl = lanes_of<T>;
+  if (from.c == 1) {
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t j = 0; j < to.w; ++j) {
+        const IO* p = from.data + i * from.h + j * from.w;
+        store<T>(to.at(i, j), lanes == vl ? load<T>(p) : load_part<T>(p, lanes));
+      }
+  } else if (from.w == 1 && (from.h == to.w || rows == 1)) {
+    load_run(from.data, from.c, lanes, rows * to.w, to);
+  } else if (from.w == 1) {
+    for (int64_t i = 0; i < rows; ++i) load_run(from.data + i * from.h, from.c, lanes, to.w, Pixels<T>{to.at(i, 0), to.row, to.w});
+  } else {
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t j = 0; j < to.w; ++j)
+        for (int64_t l = 0; l < vl; ++l) to.at(i, j)[l] = l < lanes ? T(widen(from.data[i * from.h + j * from.w + l * from.c])) : T(0);
+  }
+}
+
+// The way back, to planes that are contiguous or whose channels are adjacent.
+template <class T, class IO> void store_rows(Pixels<const T> from, int64_t lanes, int64_t rows, Planes<IO> to) {
+  if (to.c != 1) return store_run(from, to.data, to.c, lanes, rows * from.w);
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < from.w; ++j) {
+      IO* p = to.data + i * to.h + j * to.w;
+      const Vec<T> v = load_raw<Vec<T>>(from.at(i, j));
+      if (lanes == lanes_of<T>) store<T>(p, v);
+      else store_part<T>(p, v, lanes);
+    }
+}
+
+// Which vectors a convolution runs over: `along` of them in the direction of the taps, `across` in the other.
+struct Extent {
+  int64_t along, across;
+};
+struct Steps {
+  int64_t along, across;
+};
+
+// out[a, b] = start + sum_m weight[m] s[a + m, b] for M outputs a at a time, which share what they read; start is the bias,
+// or (bias == nullptr) what out holds.
+template <int J, int M, class T>
+SIMD_INLINE void conv_block(const T* weights, const T* bias, const T* s, Steps from, T* out, Steps to, int64_t across) {
+  constexpr int64_t vl = lanes_of<T>;
+  Vec<T> weight[J];
+  UNROLL
+  for (int m = 0; m < J; ++m) weight[m] = load_raw<Vec<T>>(weights + m * vl);
+  for (int64_t b = 0; b < across; ++b, s += from.across, out += to.across) {
+    Vec<T> sum[M];
+    UNROLL
+    for (int a = 0; a < M; ++a) sum[a] = load_raw<Vec<T>>(bias ? bias : out + a * to.along);
+#pragma GCC unroll 16
+    for (int tap = 0; tap < J + M - 1; ++tap) {
+      const Vec<T> v = load_raw<Vec<T>>(s + tap * from.along);
+      UNROLL
+      for (int a = 0; a < M; ++a)
+        if (tap >= a && tap - a < J) sum[a] += weight[tap - a] * v;
+    }
+    UNROLL
+    for (int a = 0; a < M; ++a) store<T>(out + a * to.along, sum[a]);
+  }
+}
+
+template <class T>
+void conv(int64_t size, const T* weight, const T* bias, const T* s, Steps from, T* out, Steps to, Extent extent) {
+  for_taps(size, [&](int64_t first, auto taps) {
+    for (int64_t a = 0; a < extent.along;) {
+      const auto block = [&](auto m) {
+        conv_block<taps(), m()>(weight + first * lanes_of<T>, first ? nullptr : bias, s + (a + first) * from.along, from, out + a * to.along, to,
+                                extent.across);
+        a += m();
+      };
+      const int64_t left = extent.along - a;
+      if (left >= 4) block(std::integral_constant<int, 4>());
+      else if (left == 3) block(std::integral_constant<int, 3>());
+      else if (left == 2) block(std::integral_constant<int, 2>());
+      else block(std::integral_constant<int, 1>());
+    }
+  });
+}
+
+// For a run of n pixels: out = sum_m weight[m] s[m], sums[m] += sum other s[m], sums[size] += sum of s in the centre,
+// taps m being `tap` elements apart in s.
+template <class T>
+void conv_backward(int64_t size, const T* weights, const T* s, int64_t tap, const T* other, T* out, int64_t n, T* sums) {
+  constexpr int64_t vl = lanes_of<T>, most = 64;  // short sums, for accuracy
+  for (; n > most; n -= most, s += most * vl, other += most * vl, out += most * vl)
+    conv_backward(size, weights, s, tap, other, out, most, sums);
+  const auto add = [](T* sum, Vec<T> v) { store<T>(sum, load_raw<Vec<T>>(sum) + v); };
+  for_taps(size, [&](int64_t first, auto taps) {
+    constexpr int J = taps();
+    Vec<T> weight[J], sum[J];
+    UNROLL
+    for (int m = 0; m < J; ++m) {
+      weight[m] = load_raw<Vec<T>>(weights + (first + m) * vl);
+      sum[m] = Vec<T>{};
+    }
+    for (int64_t i = 0; i < n; ++i) {
+      const Vec<T> factor = load_raw<Vec<T>>(other + i * vl);
+      Vec<T> result = first ? load_raw<Vec<T>>(out + i * vl) : Vec<T>{};
+      UNROLL
+      for (int m = 0; m < J; ++m) {
+        const Vec<T> v = load_raw<Vec<T>>(s + (first + m) * tap + i * vl);
+        result += weight[m] * v;
+        sum[m] += factor * v;
+      }
+      store<T>(out + i * vl, result);
+    }
+    UNROLL
+    for (int m = 0; m < J; ++m) add(sums + (first + m) * vl, sum[m]);
+  });
+  Vec<T> total{};
+  for (int64_t i = 0; i < n; ++i) total += load_raw<Vec<T>>(s + size / 2 * tap + i * vl);
+  add(sums + size * vl, total);
+}
+
+// Rounds pixels to what memory will hold of them.
+template <class IO, class T> void round_to(T* p, int64_t elements) {
+  for (int64_t i = 0; i < elements; i += lanes_of<T>) {
+    const auto bits = narrow<IO, T>(load_raw<Vec<T>>(p + i));
+    IO stored[lanes_of<T>];
+    std::memcpy(stored, &bits, sizeof bits);
+    store<T>(p + i, load<T>(static_cast<const IO*>(stored)));
+  }
+}
+
+// Where a chunk of one image's channels is.
+struct Unit {
+  int64_t image, chunk, first, lanes;
+};
+
+// The memory that a thread works in, for `size` taps and planes of h x w. Rows of x and of the result enter and leave in
+// strips; the window slides down over rows -p .. h + p of what the columns are taken from, zeros outside the plane.
+template <class T> struct Work {
+  static constexpr int64_t vl = lanes_of<T>, cached = 65536;
+  int64_t p, h, w, strip, capacity, first = 0, ready = 0;
+  T *memory, *next;
+  T *row_weight, *row_bias, *column_weight, *column_bias, *row_flipped;
+  Pixels<T> window, padded, middle, out;
+  T *u, *z, *coefficients;
+
+  Work(const AxialConv<T>& op) : p(op.size / 2), h(op.h), w(op.w) {
+    strip = 128 / w < 4 ? 4 : 128 / w;
+    if (strip > h) strip = h;
+    const int64_t fits = cached / (w * vl * static_cast<int64_t>(sizeof(T)));
+    capacity = fits < h + 2 * p ? fits : h + 2 * p;
+    if (capacity < strip + 2 * p) capacity = strip + 2 * p;
+    const int64_t pad = (strip + p) * (w + p) + p, modes = op.rows.count() * op.columns.count();
+    const int64_t total = op.sums() + op.size + capacity * w + 2 * pad + strip * w + h * op.columns.count() + 2 * modes;
+    memory = next = static_cast<T*>(thread_scratch(total * vl * sizeof(T)));
+    row_weight = take(op.size);
+    row_bias = take(1);
+    column_weight = take(op.size);
+    column_bias = take(1);
+    row_flipped = take(op.size);
+    window = {take(capacity * w), w * vl, w};
+    padded = {take_zeros(pad) + p * vl, (w + p) * vl, w};
+    middle = {take_zeros(pad) + p * vl, (w + p) * vl, w};
+    out = {take(strip * w), w * vl, w};
+    u = take(h * op.columns.count());
+    z = take(modes);
+    coefficients = take(modes);
+  }
+  T* take(int64_t pixels) {
+    T* part = next;
+    next += pixels * vl;
+    return part;
+  }
+  T* take_zeros(int64_t pixels) {
+    zero(next, pixels * vl);
+    return take(pixels);
+  }
+
+  void load_parameters(const AxialConv<T>& op, const Unit& unit) {
+    const auto load = [&](Planes<const T> from, int64_t n, T* to) {
+      from.data += unit.first * from.c;
+      load_rows(from, unit.lanes, 1, Pixels<T>{to, 0, n});
+    };
+    load(op.row_weight, op.size, row_weight);
+    load(op.row_bias, 1, row_bias);
+    load(op.column_weight, op.size, column_weight);
+    load(op.column_bias, 1, column_bias);
+  }
+
+  T* row(int64_t i) const { return window.at(i - first, 0); }
+
+  void start_plane() {
+    first = -p;
+    ready = 0;
+    zero(row(-p), p * window.row);
+  }
+  // Makes rows begin - p .. end + p stand in the window: fill(i, n) puts rows i .. i + n of the plane there.
+  template <class F> void advance(int64_t begin, int64_t end, F fill) {
+    if (end + p - first > capacity) {
+      std::memmove(window.data, row(begin - p), (ready - begin + p) * window.row * sizeof(T));
+      first = begin - p;
+    }
+    const int64_t inside = end + p < h ? end + p : h;
+    if (inside > ready) {
+      fill(ready, inside - ready);
+      ready = inside;
+    }
+    if (end + p > ready) {
+      zero(row(ready), (end + p - ready) * window.row);
+      ready = end + p;
+    }
+  }
+};
+
+// Image by image where the channels of a pixel share cache lines, else chunk by chunk, which keeps the parameters.
+template <class T> Unit unit_of(const AxialConv<T>& op, int64_t i, bool by_image) {
+  const int64_t vl = lanes_of<T>, chunks = (op.channels + vl - 1) / vl;
+  const int64_t image = by_image ? i / chunks : i % op.images, chunk = by_image ? i % chunks : i / op.images;
+  const int64_t first = chunk * vl, left = op.channels - first;
+  return {image, chunk, first, left < vl ? left : vl};
+}
+
+// The planes of a unit, from row i on.
+template <class IO> Planes<IO> part(Planes<IO> all, const Unit& unit, int64_t i) {
+  all.data += unit.image * all.b + unit.first * all.c + i * all.h;
+  return all;
+}
+
+// The number that the a-th function 1, cos 1, sin 1, cos 2, ... has in an axis.
+template <class T> int64_t place(const Axis<T>& axis, int64_t a) { return a % 2 || a == 0 ? (a + 1) / 2 : axis.nc + a / 2 - 1; }
+
+template <class T> void store_coefficients(const AxialConv<T>& op, Work<T>& s, const Unit& unit, Planes<T> to) {
+  constexpr int64_t vl = lanes_of<T>;
+  const int64_t rows = op.rows.count(), columns = op.columns.count();
+  reduce(op.rows, s.u, columns * vl, columns * vl, false, s.z, columns * vl);
+  for (int64_t a = 0; a < rows; ++a)
+    for (int64_t b = 0; b < columns; ++b) {
+      const T* from = s.z + (place(op.rows, a) * columns + place(op.columns, b)) * vl;
+      store<T>(s.coefficients + (a * columns + b) * vl, load_raw<Vec<T>>(from) * T(op.row_norm[a] * op.column_norm[b]));
+    }
+  store_rows(Pixels<const T>{s.coefficients, 0, rows * columns}, unit.lanes, 1, part(to, unit, 0));
+}
+
+template <class T, class IO>
+void forward(const AxialConv<T>& op, Planes<const IO> x, Planes<IO> z, Planes<T> coefficients, int64_t begin, int64_t end) {
+  constexpr int64_t vl = lanes_of<T>;
+  const int64_t columns = op.columns.count();
+  Work<T> s(op);
+  int64_t prepared = -1;
+  for (int64_t i = begin; i < end; ++i) {
+    const Unit unit = unit_of(op, i, x.c == 1);
+    if (prepared != unit.chunk) s.load_parameters(op, unit);
+    prepared = unit.chunk;
+    s.start_plane();
+    for (int64_t top = 0; top < op.h; top += s.strip) {
+      const int64_t bottom = top + s.strip < op.h ? top + s.strip : op.h, rows = bottom - top;
+      s.advance(top, bottom, [&](int64_t row, int64_t count) {
+        load_rows(part(x, unit, row), unit.lanes, count, s.padded);
+        conv(op.size, s.row_weight, s.row_bias, s.padded.at(0, -s.p), {vl, s.padded.row}, s.row(row), {vl, s.window.row}, {op.w, count});
+      });
+      conv(op.size, s.column_weight, s.column_bias, s.row(top - s.p), {s.window.row, vl}, s.out.data, {s.out.row, vl}, {rows, op.w});
+      if (columns > 0) {
+        if constexpr (!std::is_same_v<T, IO>) round_to<IO>(s.out.data, rows * s.out.row);
+        for (int64_t row = 0; row < rows; ++row)
+          reduce(op.columns, s.out.at(row, 0), vl, vl, false, s.u + (top + row) * columns * vl, vl);
+      }
+      store_rows(Pixels<const T>{s.out.data, s.out.row, op.w}, unit.lanes, rows, part(z, unit, top));
+    }
+    if (columns > 0) store_coefficients(op, s, unit, coefficients);
+  }
+}
+
+// The vectors of a kernel of `size` taps, in reverse order.
+template <class T> void flip(T* weight, int64_t size) {
+  constexpr int64_t vl = lanes_of<T>;
+  for (int64_t m = 0; m < size / 2; ++m) {
+    const Vec<T> a = load_raw<Vec<T>>(weight + m * vl), b = load_raw<Vec<T>>(weight + (size - 1 - m) * vl);
+    store<T>(weight + m * vl, b);
+    store<T>(weight + (size - 1 - m) * vl, a);
+  }
+}
+
+template <class T, class IO>
+void backward(const AxialConv<T>& op, Planes<const IO> grad, Planes<const IO> x, Planes<IO> x_grad, T* partial, int64_t begin, int64_t end) {
+  constexpr int64_t vl = lanes_of<T>;
+  Work<T> s(op);
+  int64_t prepared = -1;
+  for (int64_t i = begin; i < end; ++i) {
+    const Unit unit = unit_of(op, i, x.c == 1);
+    if (prepared != unit.chunk) {
+      s.load_parameters(op, unit);
+      std::memcpy(s.row_flipped, s.row_weight, op.size * vl * sizeof(T));
+      flip(s.row_flipped, op.size);
+      flip(s.column_weight, op.size);
+    }
+    prepared = unit.chunk;
+    T* row_sums = partial + (unit.chunk * op.images + unit.image) * op.sums() * vl;
+    T* column_sums = row_sums + (op.size + 1) * vl;
+    zero(row_sums, op.sums() * vl);
+    s.start_plane();
+    for (int64_t top = 0; top < op.h; top += s.strip) {
+      const int64_t bottom = top + s.strip < op.h ? top + s.strip : op.h, rows = bottom - top;
+      s.advance(top, bottom, [&](int64_t row, int64_t count) {
+        load_rows(part(grad, unit, row), unit.lanes, count, Pixels<T>{s.row(row), s.window.row, op.w});
+      });
+      load_rows(part(x, unit, top), unit.lanes, rows, s.padded);
+      conv(op.size, s.row_weight, s.row_bias, s.padded.at(0, -s.p), {vl, s.padded.row}, s.out.data, {vl, s.out.row}, {op.w, rows});
+      for (int64_t row = 0; row < rows; ++row) {
+        T* middle = s.middle.at(row, 0);
+        conv_backward(op.size, s.column_weight, s.row(top + row - s.p), s.window.row, s.out.at(row, 0), middle, op.w, column_sums);
+        conv_backward(op.size, s.row_flipped, middle - s.p * vl, vl, s.padded.at(row, 0), s.out.at(row, 0), op.w, row_sums);
+      }
+      store_rows(Pixels<const T>{s.out.data, s.out.row, op.w}, unit.lanes, rows, part(x_grad, unit, top));
+    }
+  }
+}
+
+template <class T>
+void sum_images(const AxialConv<T>& op, const T* partial, Planes<T> row_weight, Planes<T> row_bias, Planes<T> column_weight,
+                Planes<T> column_bias, int64_t begin, int64_t end) {
+  constexpr int64_t vl = lanes_of<T>;
+  T* sums = static_cast<T*>(thread_scratch(op.sums() * vl * sizeof(T)));
+  for (int64_t chunk = begin; chunk < end; ++chunk) {
+    for (int64_t k = 0; k < op.sums(); ++k) {
+      double total[vl] = {};
+      for (int64_t b = 0; b < op.images; ++b) {
+        const T* from = partial + ((chunk * op.images + b) * op.sums() + k) * vl;
+        for (int64_t l = 0; l < vl; ++l) total[l] += from[l];
+      }
+      for (int64_t l = 0; l < vl; ++l) sums[k * vl + l] = T(total[l]);
+    }
+    const int64_t first = chunk * vl, left = op.channels - first;
+    const T* from = sums;
+    const auto store = [&](int64_t n, Planes<T> to) {
+      to.data += first * to.c;
+      store_rows(Pixels<const T>{from, 0, n}, left < vl ? left : vl, 1, to);
+      from += n * vl;
+    };
+    flip(sums, op.size);
+    flip(sums + (op.size + 1) * vl, op.size);
+    store(op.size, row_weight);
+    store(1, row_bias);
+    store(op.size, column_weight);
+    store(1, column_bias);
+  }
+}
+
+template <class T, class IO> constexpr AxialConvKernels<T, IO> kernels{forward<T, IO>, backward<T, IO>, sum_images<T>, lanes_of<T>};
+
+}  // namespace
+
+extern const AxialConvKernels<float, float> axial_conv_f32 = kernels<float, float>;
+extern const AxialConvKernels<float, Bf16> axial_conv_bf16 = kernels<float, Bf16>;
+extern const AxialConvKernels<float, Half> axial_conv_f16 = kernels<float, Half>;
+extern const AxialConvKernels<double, double> axial_conv_f64 = kernels<double, double>;
+
+}  // namespace SIMD_NAME
+}  // namespace spanet

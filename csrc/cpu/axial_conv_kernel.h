@@ -1,0 +1,42 @@
+// What the host function hands to the kernels of one instruction set; see axial_conv_kernel.cpp.
+#pragma once
+
+#include "cpu/radial_filter_kernel.h"
+
+namespace spanet {
+
+// The size of a call, and its parameters as planes: (C, k) is a plane of one row per channel, (C,) one of a single pixel.
+template <class T> struct AxialConv {
+  int64_t images, channels, h, w, size;
+  Planes<const T> row_weight, row_bias, column_weight, column_bias;
+  // for the coefficients; without any functions if none are wanted
+  Axis<T> rows, columns;
+  const double *row_norm, *column_norm;
+
+  // Sums that backward leaves for an image and a channel: k row weights, the row bias, k column weights, the column bias.
+  int64_t sums() const { return 2 * size + 2; }
+};
+
+template <class T, class IO> struct AxialConvKernels {
+  // units [begin, end) of image and chunk, a chunk being up to `lanes` adjacent channels
+  void (*forward)(const AxialConv<T>&, Planes<const IO> x, Planes<IO> z, Planes<T> coefficients, int64_t begin, int64_t end);
+  // the same; partial is (chunks, images, sums, lanes)
+  void (*backward)(const AxialConv<T>&, Planes<const IO> grad, Planes<const IO> x, Planes<IO> x_grad, T* partial, int64_t begin, int64_t end);
+  // the sums over images of chunks [begin, end)
+  void (*sum_images)(const AxialConv<T>&, const T* partial, Planes<T> row_weight, Planes<T> row_bias, Planes<T> column_weight,
+                     Planes<T> column_bias, int64_t begin, int64_t end);
+  int64_t lanes;
+};
+
+#define SPANET_DECLARE_AXIAL_CONV(SIMD)                        \
+  namespace SIMD {                                             \
+  extern const AxialConvKernels<float, float> axial_conv_f32;  \
+  extern const AxialConvKernels<float, Bf16> axial_conv_bf16;  \
+  extern const AxialConvKernels<float, Half> axial_conv_f16;   \
+  extern const AxialConvKernels<double, double> axial_conv_f64; \
+  }
+SPANET_DECLARE_AXIAL_CONV(plain)
+SPANET_DECLARE_AXIAL_CONV(avx2)
+SPANET_DECLARE_AXIAL_CONV(avx512)
+
+}  // namespace spanet
