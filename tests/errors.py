@@ -25,6 +25,7 @@ def assert_as_accurate(ours: Tensor, same_dtype: Tensor, exact: Tensor, units: f
         return
     widened = 1 + 3 / exact.numel() ** 0.5 if alike else 1.0
     slack = units * torch.finfo(torch.float32).eps * largest
-    assert error.max() <= 1.25 * (1.2 if alike else 1.0) * widened * bound.max() + slack, f"max error {error.max():.3g}, reference {bound.max():.3g}, slack {slack:.3g}"
+    most = (1.5 if alike else 1.25) * widened * bound.max() + slack
+    assert error.max() <= most, f"max error {error.max():.3g}, reference {bound.max():.3g}, slack {slack:.3g}"
     rms, bound_rms = error.square().mean().sqrt(), bound.square().mean().sqrt()
     assert rms <= widened * bound_rms + slack / 4, f"rms error {rms:.3g}, reference {bound_rms:.3g}, slack {slack / 4:.3g}"
