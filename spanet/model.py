@@ -226,16 +226,18 @@ class SPANet(nn.Module, PyTorchModelHubMixin, library_name="spanet", license="ap
         Raises:
             ValueError: a missing, unexpected (only if strict) or wrongly shaped tensor, or a mask of another radius, lam or boundary.
         """
-        state = checkpoint_filter_fn(state_dict, self)
         own = self.state_dict()
+        state = _fitted(checkpoint_filter_fn(state_dict), own)
         masks = {key: state[key] for key in state if ".sps." in key}
         missing, unexpected = own.keys() - state.keys(), state.keys() - own.keys() - masks.keys()
         if strict and (missing or unexpected):
             lists = [f"{what} {', '.join(_first(keys))}" for what, keys in (("lacks", missing), ("has", unexpected)) if keys]
             raise ValueError(f"SPANet: the state {' and '.join(lists)}, unlike this model")
-        for key in own.keys() & state.keys():
-            if own[key].shape != state[key].shape:
-                raise ValueError(f"SPANet: {key} must have shape {tuple(own[key].shape)}, got {tuple(state[key].shape)}")
+        for key in sorted(own.keys() & state.keys()):
+            shape = getattr(state[key], "shape", None)
+            if shape != own[key].shape:
+                came = type(state[key]).__name__ if shape is None else tuple(shape)
+                raise ValueError(f"SPANet: {key} must have shape {tuple(own[key].shape)}, got {came}")
         super().load_state_dict(own | masks)  # every mixer checks its masks, and takes what it has
         return super().load_state_dict(state, strict, assign)
 
@@ -270,18 +272,21 @@ def _first(keys: set[str], count: int = 4) -> list[str]:
     return [*sorted(keys)[:count], *([f"{len(keys) - count} more"] if len(keys) > count else [])]
 
 
-def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: SPANet) -> dict[str, Any]:
-    """A state of any published layout under the keys of model: flat, under `state_dict` or `model`, after `module.` or `backbone.`.
-
-    Parts of a whole SPANet that model goes without (head, norms, stages of a pruned backbone) are left out. Norms of dense features
-    that a classifier's state does not have stay as they are. Masks are kept, for the mixers to check.
-    """
+def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module | None = None) -> dict[str, Any]:
+    """The flat state of any published layout: flat, under `state_dict` or `model`, after `module.` or `backbone.`."""
     state = dict(state_dict)
     for nest in ("state_dict", "model"):
         state = dict(state[nest]) if isinstance(state.get(nest), Mapping) else state
     for prefix in ("module.", "backbone."):
         state = {key.removeprefix(prefix): state[key] for key in state if key.startswith(prefix)} or state
-    own = model.state_dict()
+    return state
+
+
+def _fitted(state: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """state without the parts of a whole SPANet that own goes without: head, norms, stages of a pruned backbone.
+
+    The norms of dense features that a classifier's state does not have stay as they are.
+    """
     whole = {"norm", "head", *(f"norm{i}" for i in range(0, 8, 2)), *(f"network.{i}" for i in range(7))}
     left_out = whole - {_part(key) for key in own}
     dense_norms = {key: own[key] for key in own if key.startswith("norm") and not key.startswith("norm.")}

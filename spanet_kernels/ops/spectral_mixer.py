@@ -55,7 +55,7 @@ def spectral_mixer(
     Source: arXiv 2308.11568, section 3.3.
     """
     check_input("spectral_mixer", x)
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))
     squared = -1 if radius is None else modes.squared_radius(check_radius("spectral_mixer", radius))
     channels, wide = x.shape[1], PROFILE_DTYPE[x.dtype]

@@ -1,0 +1,118 @@
+"""Checkpoints of SPANet: files of the published code in, the same and safetensors out.
+
+Nothing but tensors is read from a file, a file that does not fit changes nothing, and a file is written whole or not at all.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from timm.models import load_state_dict
+from torch import Tensor, nn
+
+from spanet_kernels import SPAM
+
+from .model import SPANet, checkpoint_filter_fn
+
+
+def read_state(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors or PyTorch file under flat names, averaged weights if it has any; code in a file is not run.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is truncated, holds more than tensors and plain values, or no state dict.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        state = checkpoint_filter_fn(load_state_dict(str(path), weights_only=True))
+    except Exception as error:  # every reader has its own kinds
+        raise ValueError(
+            f"{path} cannot be read as a checkpoint: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        ) from error
+    if not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{path} holds no state dict: it has {', '.join(map(str, list(state)[:4])) or 'nothing'}")
+    return state
+
+
+def load_checkpoint(model: nn.Module, path: str | Path) -> None:
+    """Load a file into a SPANet, or into the SPANet inside of another module, if all of it fits; otherwise nothing is changed.
+
+    Raises:
+        what `read_state` and `SPANet.load_state_dict` raise, with the name of the file.
+    """
+    state = read_state(path)
+    try:
+        backbone_of(model).load_state_dict(state)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def backbone_of(model: nn.Module) -> SPANet:
+    """The first SPANet of a module: itself, or the one in timm's feature extractor, a wrapper or a task's model."""
+    for module in model.modules():
+        if isinstance(module, SPANet):
+            return module
+    raise ValueError(f"{type(model).__name__} holds no SPANet")
+
+
+def model_of(state: Mapping[str, Tensor]) -> SPANet:
+    """A SPANet with the weights of a state, of the sizes that its tensors tell; radii and lams are the published ones.
+
+    Raises:
+        ValueError: it is no state of a SPANet; what `SPANet.load_state_dict` raises.
+    """
+    try:
+        first = [f"network.{i}.0." for i in (0, 2, 4, 6)]
+        model = SPANet(
+            depths=[len({key.split(".")[2] for key in state if key.startswith(f"network.{i}.")}) for i in (0, 2, 4, 6)],
+            dims=[len(state[f"{block}norm1.weight"]) for block in first],
+            kernel_size=state[f"{first[0]}token_mixer.conv.0.weight"].shape[-1],
+            in_chans=state["patch_embed.proj.weight"].shape[1],
+            num_classes=len(state.get("head.weight", ())),
+            dense="norm0.weight" in state,
+        )
+    except KeyError as error:
+        raise ValueError(f"the state is not of a SPANet: it lacks {error.args[0]}") from None
+    model.load_state_dict(state)
+    return model
+
+
+def published_state(model: SPANet) -> dict[str, Tensor]:
+    """The state dict as the published code has it for 224 x 224 images: with masks (1, h, w), h = w = 56, 28, 14 and 7."""
+    state = model.state_dict()
+    for info in model.feature_info:
+        for name, layer in model.get_submodule(info["module"]).named_modules(prefix=info["module"]):
+            if isinstance(layer, SPAM):
+                size = 224 // info["reduction"]
+                state |= {f"{name}.{key}": value for key, value in layer.published_state(size, size).items()}
+    return state
+
+
+def save_checkpoint(model: nn.Module, path: str | Path) -> None:
+    """Write the SPANet of a module: to *.safetensors its own state, to any other name the published one, flat, masks included."""
+    model = backbone_of(model)
+    with written(path) as draft:
+        if Path(path).suffix == ".safetensors":
+            safetensors.torch.save_file({key: value.contiguous() for key, value in model.state_dict().items()}, draft)
+        else:
+            torch.save(published_state(model), draft)
+
+
+@contextmanager
+def written(path: str | Path) -> Iterator[Path]:
+    """A file to write to, which takes the place of path when the block ends, and is removed when the block raises."""
+    path = Path(path)
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield draft
+        with open(draft, "rb+") as file:
+            os.fsync(file.fileno())
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
