@@ -11,8 +11,8 @@
 // a window of the last 2p rows and a strip -> the convolution along the other -> out; the coefficients of z by the steps of
 // the radial filter (tiles.h), rows as they leave. All of it stays in the first two cache levels.
 // Weights go through in groups of 7, 5, 3 and 1 taps held in registers; any odd k is a few such groups.
-// Every output is owned by one unit of image and chunk, weight gradients are summed row by row, then over rows, then over
-// images in fp64, in an order that depends on nothing else: bit-equal for any number of threads.
+// Every output is owned by one unit of image and chunk, weight gradients are summed row by row, over a strip, then in
+// fp64 over strips and images, in an order that depends on nothing else: bit-equal for any number of threads.
 // Memory: x read once and z written once forward; g and x read once and x_grad written once backward.
 
 #include "cpu/axial_conv_kernel.h"
@@ -262,7 +262,7 @@ template <class T, class IO> struct Work {
   static constexpr int64_t vl = lanes_of<T>, cached = 65536;
   int64_t p, h, w, strip, capacity, first = 0, ready = 0;
   T *memory, *next;
-  T *row_weight, *row_bias, *column_weight, *column_bias, *row_flipped;
+  T *row_weight, *row_bias, *column_weight, *column_bias, *row_flipped, *sums;
   Pixels<T> window, padded, middle, out;
   Pixels<IO> rounded;
   T *u, *z, *coefficients;
@@ -274,13 +274,14 @@ template <class T, class IO> struct Work {
     capacity = fits < h + 2 * p ? fits : h + 2 * p;
     if (capacity < strip + 2 * p) capacity = strip + 2 * p;
     const int64_t pad = (strip + p) * (w + p) + p, modes = op.rows.count() * op.columns.count();
-    const int64_t total = op.sums() + op.size + capacity * w + 2 * pad + 2 * strip * w + h * op.columns.count() + 2 * modes;
+    const int64_t total = 2 * op.sums() + op.size + capacity * w + 2 * pad + 2 * strip * w + h * op.columns.count() + 2 * modes;
     memory = next = static_cast<T*>(thread_scratch(total * vl * sizeof(T)));
     row_weight = take(op.size);
     row_bias = take(1);
     column_weight = take(op.size);
     column_bias = take(1);
     row_flipped = take(op.size);
+    sums = take(op.sums());
     window = {take(capacity * w), w * vl, w};
     padded = {take_zeros(pad) + p * vl, (w + p) * vl, w};
     middle = {take_zeros(pad) + p * vl, (w + p) * vl, w};
@@ -420,7 +421,7 @@ template <class T> void flip(T* weight, int64_t size) {
 }
 
 template <class T, class IO>
-void backward(const AxialConv<T>& op, Planes<const IO> grad, Planes<const IO> x, Planes<IO> x_grad, T* partial, int64_t begin, int64_t end) {
+void backward(const AxialConv<T>& op, Planes<const IO> grad, Planes<const IO> x, Planes<IO> x_grad, double* partial, int64_t begin, int64_t end) {
   constexpr int64_t vl = lanes_of<T>;
   Work<T, IO> s(op);
   int64_t prepared = -1;
@@ -433,9 +434,8 @@ void backward(const AxialConv<T>& op, Planes<const IO> grad, Planes<const IO> x,
       flip(s.column_weight, op.size);
     }
     prepared = unit.chunk;
-    T* row_sums = partial + (unit.chunk * op.images + unit.image) * op.sums() * vl;
-    T* column_sums = row_sums + (op.size + 1) * vl;
-    zero(row_sums, op.sums() * vl);
+    double* total = partial + (unit.chunk * op.images + unit.image) * op.sums() * vl;
+    zero(total, op.sums() * vl);
     s.start_plane();
     for (int64_t top = 0; top < op.h; top += s.strip) {
       const int64_t bottom = top + s.strip < op.h ? top + s.strip : op.h, rows = bottom - top;
@@ -444,18 +444,21 @@ void backward(const AxialConv<T>& op, Planes<const IO> grad, Planes<const IO> x,
       });
       load_rows(part(x, unit, top), unit.lanes, rows, s.padded);
       conv(op.size, s.row_weight, s.row_bias, s.padded.at(0, -s.p), {vl, s.padded.row}, s.out.data, {vl, s.out.row}, {op.w, rows});
+      zero(s.sums, op.sums() * vl);
       for (int64_t row = 0; row < rows; ++row) {
         T* middle = s.middle.at(row, 0);
-        conv_backward(op.size, s.column_weight, s.row(top + row - s.p), s.window.row, s.out.at(row, 0), middle, op.w, column_sums);
-        conv_backward(op.size, s.row_flipped, middle - s.p * vl, vl, s.padded.at(row, 0), s.out.at(row, 0), op.w, row_sums);
+        conv_backward(op.size, s.column_weight, s.row(top + row - s.p), s.window.row, s.out.at(row, 0), middle, op.w,
+                      s.sums + (op.size + 1) * vl);
+        conv_backward(op.size, s.row_flipped, middle - s.p * vl, vl, s.padded.at(row, 0), s.out.at(row, 0), op.w, s.sums);
       }
+      for (int64_t k = 0; k < op.sums() * vl; ++k) total[k] += s.sums[k];
       store_rows<T>(round_rows(s.out, rows, s.rounded), unit.lanes, rows, part(x_grad, unit, top));
     }
   }
 }
 
 template <class T>
-void sum_images(const AxialConv<T>& op, const T* partial, Planes<T> row_weight, Planes<T> row_bias, Planes<T> column_weight,
+void sum_images(const AxialConv<T>& op, const double* partial, Planes<T> row_weight, Planes<T> row_bias, Planes<T> column_weight,
                 Planes<T> column_bias, int64_t begin, int64_t end) {
   constexpr int64_t vl = lanes_of<T>;
   T* sums = static_cast<T*>(thread_scratch(op.sums() * vl * sizeof(T)));
@@ -463,7 +466,7 @@ void sum_images(const AxialConv<T>& op, const T* partial, Planes<T> row_weight, 
     for (int64_t k = 0; k < op.sums(); ++k) {
       double total[vl] = {};
       for (int64_t b = 0; b < op.images; ++b) {
-        const T* from = partial + ((chunk * op.images + b) * op.sums() + k) * vl;
+        const double* from = partial + ((chunk * op.images + b) * op.sums() + k) * vl;
         for (int64_t l = 0; l < vl; ++l) total[l] += from[l];
       }
       for (int64_t l = 0; l < vl; ++l) sums[k * vl + l] = T(total[l]);
