@@ -183,8 +183,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> axial_conv_backward(const Ten
       const AxialConv<T> op = problem<T>(x, row_weight, row_bias, column_weight, row_bias);
       const int64_t chunks = (channels + kernel.lanes - 1) / kernel.lanes;
       const Tensor partial =
-          torch::stable::empty({chunks, images, op.sums(), kernel.lanes}, parameter_dtype(x), std::nullopt, x.device());
-      T* sums = static_cast<T*>(partial.data_ptr());
+          torch::stable::empty({chunks, images, op.sums(), kernel.lanes}, ScalarType::Double, std::nullopt, x.device());
+      double* sums = static_cast<double*>(partial.data_ptr());
       parallel(images * chunks, h * w * kernel.lanes, [&](int64_t begin, int64_t end) {
         kernel.backward(op, planes<const IO>(grad), planes<const IO>(x), planes<IO>(x_grad), sums, begin, end);
       });

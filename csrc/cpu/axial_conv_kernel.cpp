@@ -11,8 +11,8 @@
 // a window of the last 2p rows and a strip -> the convolution along the other -> out; the coefficients of z by the steps of
 // the radial filter (tiles.h), rows as they leave. All of it stays in the first two cache levels.
 // Weights go through in groups of 7, 5, 3 and 1 taps held in registers; any odd k is a few such groups.
-// Every output is owned by one unit of image and chunk, weight gradients are summed row by row, then over rows, then over
-// images in fp64, in an order that depends on nothing else: bit-equal for any number of threads.
+// Every output is owned by one unit of image and chunk, weight gradients are summed row by row, over a strip, then in
+// fp64 over strips and images, in an order that depends on nothing else: bit-equal for any number of threads.
 // Memory: x read once and z written once forward; g and x read once and x_grad written once backward.
 
 #include "cpu/axial_conv_kernel.h"
@@ -22,6 +22,8 @@
 namespace spanet {
 namespace SIMD_NAME {
 namespace {
+
+#define ALL_LANES _Pragma("GCC unroll 16")
 
 template <class T> void zero(T* p, int64_t elements) { std::memset(p, 0, elements * sizeof(T)); }
 
@@ -39,52 +41,84 @@ template <class F> SIMD_INLINE void for_taps(int64_t size, F f) {
   }
 }
 
-// Rows of w pixels in lanes: pixel j of row i is the vector at data + i row + j VL.
-template <class T> struct Pixels {
-  T* data;
+// Rows of w pixels in lanes: pixel j of row i is the vector at data + i row + j VL, in T or as it is in memory.
+template <class IO> struct Pixels {
+  IO* data;
   int64_t row, w;
-  SIMD_MEMBER T* at(int64_t i, int64_t j) const { return data + i * row + j * lanes_of<T>; }
+  SIMD_MEMBER IO* at(int64_t i, int64_t j) const { return data + i * row + j * (sizeof(IO) == 8 ? lanes_of<double> : lanes_of<float>); }
 };
 
-// n adjacent pixels of each lane's plane, from pixel 0 of `to` on.
-template <class T, class IO> void load_run(const IO* from, int64_t c_stride, int64_t lanes, int64_t n, Pixels<T> to) {
-  constexpr int64_t vl = lanes_of<T>;
-  for (int64_t block = 0; block < n; block += vl) {
-    const int64_t first = n < vl || n - block >= vl ? block : n - vl, count = n < vl ? n : vl;  // the last one is moved back
-    Vec<T> v[vl];
-#pragma GCC unroll 16
-    for (int64_t l = 0; l < vl; ++l) {
-      const IO* p = from + l * c_stride + first;
-      v[l] = l >= lanes ? Vec<T>{} : count == vl ? load<T>(p) : load_part<T>(p, count);
-    }
-    transpose<T>(v);
-    int64_t i = first / to.w, j = first % to.w;
-    for (int64_t e = 0; e < count; ++e) {
-      store<T>(to.at(i, j), v[e]);
-      if (++j == to.w) j = 0, ++i;
-    }
+// A run of n adjacent pixels of each lane's plane, cut into squares of vl pixels of vl lanes: f(first pixel, pixels, lanes);
+// the last square is moved back so that it is full too. Full ones have constant sizes.
+template <class T, class F> SIMD_INLINE void for_squares(int64_t n, int64_t lanes, F f) {
+  constexpr std::integral_constant<int64_t, lanes_of<T>> vl;
+  if (n < vl) return f(0, n, lanes);
+  for (int64_t i = 0; i < n; i += vl) {
+    const int64_t first = i + vl <= n ? i : n - vl;
+    if (lanes == vl) f(first, vl, vl);
+    else f(first, n < vl ? n : vl(), lanes);
   }
 }
 
-template <class T, class IO> void store_run(Pixels<const T> from, IO* to, int64_t c_stride, int64_t lanes, int64_t n) {
+template <class T, class IO> void load_run(const IO* from, int64_t c_stride, int64_t lanes, int64_t n, Pixels<T> to) {
   constexpr int64_t vl = lanes_of<T>;
-  for (int64_t block = 0; block < n; block += vl) {
-    const int64_t first = n < vl || n - block >= vl ? block : n - vl, count = n < vl ? n : vl;
+  for_squares<T>(n, lanes, [&](int64_t first, auto pixels, auto lanes) {
+    Vec<T> v[vl];
+    ALL_LANES
+    for (int64_t l = 0; l < vl; ++l)
+      v[l] = l >= lanes ? Vec<T>{} : pixels == vl ? load<T>(from + l * c_stride + first) : load_part<T>(from + l * c_stride + first, pixels);
+    transpose<T>(v);
+    int64_t j = first % to.w;
+    T* p = to.at(first / to.w, j);
+    for (int64_t e = 0; e < pixels; ++e, p += vl) {
+      store<T>(p, v[e]);
+      if (++j == to.w) j = 0, p += to.row - to.w * vl;
+    }
+  });
+}
+
+// Elements as they stand in memory, one to a lane of T: what is only moved is not converted.
+template <class T, class IO> SIMD_INLINE Vec<T> load_bits(const IO* p) {
+  if constexpr (sizeof(IO) == sizeof(T)) return load_raw<Vec<T>>(p);
+  else return (Vec<T>)__builtin_convertvector(load_raw<Simd<float>::U16>(p), Simd<float>::U);
+}
+template <class T, class IO> SIMD_INLINE void store_bits(IO* p, Vec<T> v) {
+  if constexpr (sizeof(IO) == sizeof(T)) {
+    std::memcpy(p, &v, sizeof v);
+  } else {
+    const auto bits = __builtin_convertvector((Simd<float>::U)v, Simd<float>::U16);
+    std::memcpy(p, &bits, sizeof bits);
+  }
+}
+
+template <class T, class IO> void store_run(Pixels<const IO> from, IO* to, int64_t c_stride, int64_t lanes, int64_t n) {
+  constexpr int64_t vl = lanes_of<T>;
+  for_squares<T>(n, lanes, [&](int64_t first, auto pixels, auto lanes) {
     Vec<T> v[vl] = {};
-    int64_t i = first / from.w, j = first % from.w;
-    for (int64_t e = 0; e < count; ++e) {
-      v[e] = load_raw<Vec<T>>(from.at(i, j));
-      if (++j == from.w) j = 0, ++i;
+    int64_t j = first % from.w;
+    const IO* p = from.at(first / from.w, j);
+    ALL_LANES
+    for (int64_t e = 0; e < vl; ++e, p += vl) {
+      if (e >= pixels) break;
+      v[e] = load_bits<T>(p);
+      if (++j == from.w) j = 0, p += from.row - from.w * vl;
     }
     transpose<T>(v);
-#pragma GCC unroll 16
+    ALL_LANES
     for (int64_t l = 0; l < vl; ++l) {
-      IO* p = to + l * c_stride + first;
       if (l >= lanes) break;
-      if (count == vl) store<T>(p, v[l]);
-      else store_part<T>(p, v[l], count);
+      IO* plane = to + l * c_stride + first;
+      if (pixels == vl) {
+        store_bits<T>(plane, v[l]);
+      } else if constexpr (sizeof(IO) == sizeof(T)) {
+        store_part<T>((T*)plane, v[l], pixels);
+      } else {
+        IO part[vl];
+        store_bits<T>(part, v[l]);
+        for (int64_t e = 0; e < pixels; ++e) plane[e] = part[e];
+      }
     }
-  }
+  });
 }
 
 // `rows` rows of the planes of up to a vector of channels, into lanes; lanes without a channel are zeros.
@@ -108,37 +142,35 @@ template <class T, class IO> void load_rows(Planes<const IO> from, int64_t lanes
 }
 
 // The way back, to planes that are contiguous or whose channels are adjacent.
-template <class T, class IO> void store_rows(Pixels<const T> from, int64_t lanes, int64_t rows, Planes<IO> to) {
-  if (to.c != 1) return store_run(from, to.data, to.c, lanes, rows * from.w);
+template <class T, class IO> void store_rows(Pixels<const IO> from, int64_t lanes, int64_t rows, Planes<IO> to) {
+  if (to.c != 1) return store_run<T>(from, to.data, to.c, lanes, rows * from.w);
   for (int64_t i = 0; i < rows; ++i)
     for (int64_t j = 0; j < from.w; ++j) {
       IO* p = to.data + i * to.h + j * to.w;
-      const Vec<T> v = load_raw<Vec<T>>(from.at(i, j));
-      if (lanes == lanes_of<T>) store<T>(p, v);
-      else store_part<T>(p, v, lanes);
+      const IO* pixel = from.at(i, j);
+      if (lanes == lanes_of<T>) store_bits<T>(p, load_bits<T>(pixel));
+      else
+        for (int64_t l = 0; l < lanes; ++l) p[l] = pixel[l];
     }
 }
 
-// Which vectors a convolution runs over: `along` of them in the direction of the taps, `across` in the other.
+// Vectors of a convolution in the direction of the taps and in the other, or the distances between them.
 struct Extent {
   int64_t along, across;
 };
-struct Steps {
-  int64_t along, across;
-};
 
-// out[a, b] = start + sum_m weight[m] s[a + m, b] for M outputs a at a time, which share what they read; start is the bias,
-// or (bias == nullptr) what out holds.
-template <int J, int M, class T>
-SIMD_INLINE void conv_block(const T* weights, const T* bias, const T* s, Steps from, T* out, Steps to, int64_t across) {
+// out[a, b] = start[a, b] + sum_m weight[m] s[a + m, b] for M outputs a at a time, which share what they read; start is the
+// bias, for all of them, or what out holds.
+template <int J, int M, class T, class Out>
+SIMD_INLINE void conv_block(const T* weights, const T* start, Extent from_start, const T* s, Extent from, Out* out, Extent to, int64_t across) {
   constexpr int64_t vl = lanes_of<T>;
   Vec<T> weight[J];
   UNROLL
   for (int m = 0; m < J; ++m) weight[m] = load_raw<Vec<T>>(weights + m * vl);
-  for (int64_t b = 0; b < across; ++b, s += from.across, out += to.across) {
+  for (int64_t b = 0; b < across; ++b, start += from_start.across, s += from.across, out += to.across) {
     Vec<T> sum[M];
     UNROLL
-    for (int a = 0; a < M; ++a) sum[a] = load_raw<Vec<T>>(bias ? bias : out + a * to.along);
+    for (int a = 0; a < M; ++a) sum[a] = load_raw<Vec<T>>(start + a * from_start.along);
 #pragma GCC unroll 16
     for (int tap = 0; tap < J + M - 1; ++tap) {
       const Vec<T> v = load_raw<Vec<T>>(s + tap * from.along);
@@ -151,12 +183,17 @@ SIMD_INLINE void conv_block(const T* weights, const T* bias, const T* s, Steps f
   }
 }
 
-template <class T>
-void conv(int64_t size, const T* weight, const T* bias, const T* s, Steps from, T* out, Steps to, Extent extent) {
+// Out other than T is for kernels of one group of taps.
+template <class T, class Out>
+void conv(int64_t size, const T* weight, const T* bias, const T* s, Extent from, Out* out, Extent to, Extent extent) {
   for_taps(size, [&](int64_t first, auto taps) {
     for (int64_t a = 0; a < extent.along;) {
       const auto block = [&](auto m) {
-        conv_block<taps(), m()>(weight + first * lanes_of<T>, first ? nullptr : bias, s + (a + first) * from.along, from, out + a * to.along, to,
+        const T* start = bias;
+        Extent from_start{0, 0};
+        if constexpr (std::is_same_v<T, Out>)
+          if (first) start = out + a * to.along, from_start = to;
+        conv_block<taps(), m()>(weight + first * lanes_of<T>, start, from_start, s + (a + first) * from.along, from, out + a * to.along, to,
                                 extent.across);
         a += m();
       };
@@ -204,13 +241,13 @@ void conv_backward(int64_t size, const T* weights, const T* s, int64_t tap, cons
   add(sums + size * vl, total);
 }
 
-// Rounds pixels to what memory will hold of them.
-template <class IO, class T> void round_to(T* p, int64_t elements) {
-  for (int64_t i = 0; i < elements; i += lanes_of<T>) {
-    const auto bits = narrow<IO, T>(load_raw<Vec<T>>(p + i));
-    IO stored[lanes_of<T>];
-    std::memcpy(stored, &bits, sizeof bits);
-    store<T>(p + i, load<T>(static_cast<const IO*>(stored)));
+// Pixels rounded to what memory will hold of them, in `rounded`; themselves if that is what they are.
+template <class T, class IO> Pixels<const IO> round_rows(Pixels<T> from, int64_t rows, Pixels<IO> rounded) {
+  if constexpr (std::is_same_v<IO, T>) {
+    return {from.data, from.row, from.w};
+  } else {
+    for (int64_t i = 0; i < rows * from.row; i += lanes_of<T>) store<T>(rounded.data + i, load_raw<Vec<T>>(from.data + i));
+    return {rounded.data, rounded.row, rounded.w};
   }
 }
 
@@ -219,14 +256,15 @@ struct Unit {
   int64_t image, chunk, first, lanes;
 };
 
-// The memory that a thread works in, for `size` taps and planes of h x w. Rows of x and of the result enter and leave in
+// The memory that a thread works in. Rows of x and of the result enter and leave in
 // strips; the window slides down over rows -p .. h + p of what the columns are taken from, zeros outside the plane.
-template <class T> struct Work {
+template <class T, class IO> struct Work {
   static constexpr int64_t vl = lanes_of<T>, cached = 65536;
   int64_t p, h, w, strip, capacity, first = 0, ready = 0;
   T *memory, *next;
-  T *row_weight, *row_bias, *column_weight, *column_bias, *row_flipped;
+  T *row_weight, *row_bias, *column_weight, *column_bias, *row_flipped, *sums;
   Pixels<T> window, padded, middle, out;
+  Pixels<IO> rounded;
   T *u, *z, *coefficients;
 
   Work(const AxialConv<T>& op) : p(op.size / 2), h(op.h), w(op.w) {
@@ -236,17 +274,19 @@ template <class T> struct Work {
     capacity = fits < h + 2 * p ? fits : h + 2 * p;
     if (capacity < strip + 2 * p) capacity = strip + 2 * p;
     const int64_t pad = (strip + p) * (w + p) + p, modes = op.rows.count() * op.columns.count();
-    const int64_t total = op.sums() + op.size + capacity * w + 2 * pad + strip * w + h * op.columns.count() + 2 * modes;
+    const int64_t total = 2 * op.sums() + op.size + capacity * w + 2 * pad + 2 * strip * w + h * op.columns.count() + 2 * modes;
     memory = next = static_cast<T*>(thread_scratch(total * vl * sizeof(T)));
     row_weight = take(op.size);
     row_bias = take(1);
     column_weight = take(op.size);
     column_bias = take(1);
     row_flipped = take(op.size);
+    sums = take(op.sums());
     window = {take(capacity * w), w * vl, w};
     padded = {take_zeros(pad) + p * vl, (w + p) * vl, w};
     middle = {take_zeros(pad) + p * vl, (w + p) * vl, w};
     out = {take(strip * w), w * vl, w};
+    rounded = {reinterpret_cast<IO*>(take(strip * w)), w * vl, w};
     u = take(h * op.columns.count());
     z = take(modes);
     coefficients = take(modes);
@@ -314,7 +354,7 @@ template <class IO> Planes<IO> part(Planes<IO> all, const Unit& unit, int64_t i)
 // The number that the a-th function 1, cos 1, sin 1, cos 2, ... has in an axis.
 template <class T> int64_t place(const Axis<T>& axis, int64_t a) { return a % 2 || a == 0 ? (a + 1) / 2 : axis.nc + a / 2 - 1; }
 
-template <class T> void store_coefficients(const AxialConv<T>& op, Work<T>& s, const Unit& unit, Planes<T> to) {
+template <class T, class IO> void store_coefficients(const AxialConv<T>& op, Work<T, IO>& s, const Unit& unit, Planes<T> to) {
   constexpr int64_t vl = lanes_of<T>;
   const int64_t rows = op.rows.count(), columns = op.columns.count();
   reduce(op.rows, s.u, columns * vl, columns * vl, false, s.z, columns * vl);
@@ -323,17 +363,17 @@ template <class T> void store_coefficients(const AxialConv<T>& op, Work<T>& s, c
       const T* from = s.z + (place(op.rows, a) * columns + place(op.columns, b)) * vl;
       store<T>(s.coefficients + (a * columns + b) * vl, load_raw<Vec<T>>(from) * T(op.row_norm[a] * op.column_norm[b]));
     }
-  store_rows(Pixels<const T>{s.coefficients, 0, rows * columns}, unit.lanes, 1, part(to, unit, 0));
+  store_rows<T>(Pixels<const T>{s.coefficients, 0, rows * columns}, unit.lanes, 1, part(to, unit, 0));
 }
 
 template <class T, class IO>
 void forward(const AxialConv<T>& op, Planes<const IO> x, Planes<IO> z, Planes<T> coefficients, int64_t begin, int64_t end) {
   constexpr int64_t vl = lanes_of<T>;
   const int64_t columns = op.columns.count();
-  Work<T> s(op);
+  Work<T, IO> s(op);
   int64_t prepared = -1;
   for (int64_t i = begin; i < end; ++i) {
-    const Unit unit = unit_of(op, i, x.c == 1);
+    const Unit unit = unit_of(op, i, x.c == 1 && op.h * op.w >= 256);
     if (prepared != unit.chunk) s.load_parameters(op, unit);
     prepared = unit.chunk;
     s.start_plane();
@@ -343,13 +383,28 @@ void forward(const AxialConv<T>& op, Planes<const IO> x, Planes<IO> z, Planes<T>
         load_rows(part(x, unit, row), unit.lanes, count, s.padded);
         conv(op.size, s.row_weight, s.row_bias, s.padded.at(0, -s.p), {vl, s.padded.row}, s.row(row), {vl, s.window.row}, {op.w, count});
       });
-      conv(op.size, s.column_weight, s.column_bias, s.row(top - s.p), {s.window.row, vl}, s.out.data, {s.out.row, vl}, {rows, op.w});
-      if (columns > 0) {
-        if constexpr (!std::is_same_v<T, IO>) round_to<IO>(s.out.data, rows * s.out.row);
-        for (int64_t row = 0; row < rows; ++row)
-          reduce(op.columns, s.out.at(row, 0), vl, vl, false, s.u + (top + row) * columns * vl, vl);
+      const Planes<IO> to = part(z, unit, top);
+      const auto column_conv = [&](auto* out, int64_t row, int64_t pixel) {
+        conv(op.size, s.column_weight, s.column_bias, s.row(top - s.p), {s.window.row, vl}, out, {row, pixel}, {rows, op.w});
+      };
+      const auto reduce_rows = [&](const IO* from, int64_t row, int64_t pixel) {
+        for (int64_t i = 0; i < rows && columns > 0; ++i)
+          reduce(op.columns, from + i * row, pixel, vl, false, s.u + (top + i) * columns * vl, vl);
+      };
+      if (to.c == 1 && unit.lanes == vl && op.size <= 7) {
+        column_conv(to.data, to.h, to.w);
+        reduce_rows(to.data, to.h, to.w);
+      } else {
+        Pixels<const IO> out{s.rounded.data, s.rounded.row, op.w};
+        if (op.size <= 7) {
+          column_conv(s.rounded.data, s.rounded.row, vl);
+        } else {
+          column_conv(s.out.data, s.out.row, vl);
+          out = round_rows(s.out, rows, s.rounded);
+        }
+        reduce_rows(out.data, out.row, vl);
+        store_rows<T>(out, unit.lanes, rows, to);
       }
-      store_rows(Pixels<const T>{s.out.data, s.out.row, op.w}, unit.lanes, rows, part(z, unit, top));
     }
     if (columns > 0) store_coefficients(op, s, unit, coefficients);
   }
@@ -366,12 +421,12 @@ template <class T> void flip(T* weight, int64_t size) {
 }
 
 template <class T, class IO>
-void backward(const AxialConv<T>& op, Planes<const IO> grad, Planes<const IO> x, Planes<IO> x_grad, T* partial, int64_t begin, int64_t end) {
+void backward(const AxialConv<T>& op, Planes<const IO> grad, Planes<const IO> x, Planes<IO> x_grad, double* partial, int64_t begin, int64_t end) {
   constexpr int64_t vl = lanes_of<T>;
-  Work<T> s(op);
+  Work<T, IO> s(op);
   int64_t prepared = -1;
   for (int64_t i = begin; i < end; ++i) {
-    const Unit unit = unit_of(op, i, x.c == 1);
+    const Unit unit = unit_of(op, i, x.c == 1 && op.h * op.w >= 256);
     if (prepared != unit.chunk) {
       s.load_parameters(op, unit);
       std::memcpy(s.row_flipped, s.row_weight, op.size * vl * sizeof(T));
@@ -379,9 +434,8 @@ void backward(const AxialConv<T>& op, Planes<const IO> grad, Planes<const IO> x,
       flip(s.column_weight, op.size);
     }
     prepared = unit.chunk;
-    T* row_sums = partial + (unit.chunk * op.images + unit.image) * op.sums() * vl;
-    T* column_sums = row_sums + (op.size + 1) * vl;
-    zero(row_sums, op.sums() * vl);
+    double* total = partial + (unit.chunk * op.images + unit.image) * op.sums() * vl;
+    zero(total, op.sums() * vl);
     s.start_plane();
     for (int64_t top = 0; top < op.h; top += s.strip) {
       const int64_t bottom = top + s.strip < op.h ? top + s.strip : op.h, rows = bottom - top;
@@ -390,18 +444,21 @@ void backward(const AxialConv<T>& op, Planes<const IO> grad, Planes<const IO> x,
       });
       load_rows(part(x, unit, top), unit.lanes, rows, s.padded);
       conv(op.size, s.row_weight, s.row_bias, s.padded.at(0, -s.p), {vl, s.padded.row}, s.out.data, {vl, s.out.row}, {op.w, rows});
+      zero(s.sums, op.sums() * vl);
       for (int64_t row = 0; row < rows; ++row) {
         T* middle = s.middle.at(row, 0);
-        conv_backward(op.size, s.column_weight, s.row(top + row - s.p), s.window.row, s.out.at(row, 0), middle, op.w, column_sums);
-        conv_backward(op.size, s.row_flipped, middle - s.p * vl, vl, s.padded.at(row, 0), s.out.at(row, 0), op.w, row_sums);
+        conv_backward(op.size, s.column_weight, s.row(top + row - s.p), s.window.row, s.out.at(row, 0), middle, op.w,
+                      s.sums + (op.size + 1) * vl);
+        conv_backward(op.size, s.row_flipped, middle - s.p * vl, vl, s.padded.at(row, 0), s.out.at(row, 0), op.w, s.sums);
       }
-      store_rows(Pixels<const T>{s.out.data, s.out.row, op.w}, unit.lanes, rows, part(x_grad, unit, top));
+      for (int64_t k = 0; k < op.sums() * vl; ++k) total[k] += s.sums[k];
+      store_rows<T>(round_rows(s.out, rows, s.rounded), unit.lanes, rows, part(x_grad, unit, top));
     }
   }
 }
 
 template <class T>
-void sum_images(const AxialConv<T>& op, const T* partial, Planes<T> row_weight, Planes<T> row_bias, Planes<T> column_weight,
+void sum_images(const AxialConv<T>& op, const double* partial, Planes<T> row_weight, Planes<T> row_bias, Planes<T> column_weight,
                 Planes<T> column_bias, int64_t begin, int64_t end) {
   constexpr int64_t vl = lanes_of<T>;
   T* sums = static_cast<T*>(thread_scratch(op.sums() * vl * sizeof(T)));
@@ -409,7 +466,7 @@ void sum_images(const AxialConv<T>& op, const T* partial, Planes<T> row_weight, 
     for (int64_t k = 0; k < op.sums(); ++k) {
       double total[vl] = {};
       for (int64_t b = 0; b < op.images; ++b) {
-        const T* from = partial + ((chunk * op.images + b) * op.sums() + k) * vl;
+        const double* from = partial + ((chunk * op.images + b) * op.sums() + k) * vl;
         for (int64_t l = 0; l < vl; ++l) total[l] += from[l];
       }
       for (int64_t l = 0; l < vl; ++l) sums[k * vl + l] = T(total[l]);
@@ -418,7 +475,7 @@ void sum_images(const AxialConv<T>& op, const T* partial, Planes<T> row_weight, 
     const T* from = sums;
     const auto store = [&](int64_t n, Planes<T> to) {
       to.data += first * to.c;
-      store_rows(Pixels<const T>{from, 0, n}, left < vl ? left : vl, 1, to);
+      store_rows<T>(Pixels<const T>{from, 0, n}, left < vl ? left : vl, 1, to);
       from += n * vl;
     };
     flip(sums, op.size);
