@@ -42,4 +42,11 @@ inline std::vector<int32_t> shell_table(int64_t radius_squared) {
   return table;
 }
 
+// S: how many shells there are.
+inline int64_t shell_count(int64_t radius_squared) {
+  int64_t count = 0;
+  for (int32_t shell : shell_table(radius_squared)) count += shell >= 0;
+  return count;
+}
+
 }  // namespace spanet

@@ -22,7 +22,10 @@ for ((shape, radius), dtype, layout) in itertools.product(CASES["radial_filter"]
     squared = modes.squared_radius(radius)
     y = torch.ops.spanet_kernels.radial_filter(x, base, gain, squared)
     grads = torch.ops.spanet_kernels.radial_filter_backward(make_input(shape, dtype, layout, seed=1), x, squared)
-    assert y.isfinite().all() and all(g.isfinite().all() for g in grads)
+    z = torch.ops.spanet_kernels.mode_coefficients(x, squared)
+    modulated = torch.ops.spanet_kernels.add_modes(x, z, make_input(shape, dtype, layout, seed=2), squared)
+    added = torch.ops.spanet_kernels.add_modes(x, z[:, :, :0, :0], None, -1)
+    assert all(t.isfinite().all() for t in (y, *grads, z, modulated, added))
 big = torch.randn(2, 48, 180, 180)  # large enough to be streamed past the caches
 for x in (big, big.contiguous(memory_format=torch.channels_last)):
     for dtype in (torch.float32, torch.bfloat16):

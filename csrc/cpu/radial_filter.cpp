@@ -1,4 +1,4 @@
-// radial_filter and radial_filter_backward on the CPU: the mode tables, the way the work is cut, and the registration.
+// radial_filter, its two halves and radial_filter_backward on the CPU: the way the work is cut, and the registration.
 // The arithmetic is in radial_filter_kernel.cpp, compiled once per instruction set.
 
 #include <torch/csrc/stable/library.h>
@@ -6,15 +6,13 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
-#include <array>
-#include <map>
-#include <memory>
-#include <mutex>
-#include <numbers>
+#include <optional>
+#include <string>
 #include <tuple>
 #include <vector>
 
 #include "cpu/capability.h"
+#include "cpu/mode_table.h"
 #include "cpu/radial_filter_kernel.h"
 #include "modes.h"
 
@@ -37,71 +35,6 @@ constexpr int64_t stream_bytes = int64_t{8} << 20, fresh_bytes = int64_t{32} << 
 // Planes beyond this would leave the second-level cache if they were staged for streaming.
 constexpr int64_t staged_bytes = int64_t{512} << 10;
 
-template <class T> struct AxisTable {
-  std::vector<T> table, functions, once, transposed;
-  Axis<T> axis;
-
-  AxisTable(int64_t n, int64_t radius_squared, int64_t lanes) {
-    const int64_t count = axis_functions(n, radius_squared), nc = count / 2 + 1, ns = count - nc, padded = line_up(count);
-    const int64_t vectors = (n + lanes - 1) / lanes, width = vectors * lanes;
-    functions.resize(count * width);
-    once.resize(count * width);
-    transposed.resize(width * padded);
-    table.resize((n / 2 + 1) * count);
-    for (int64_t k = 0; k < count; ++k) {
-      const int64_t f = k < nc ? k : k - nc + 1;
-      const auto value = [&](int64_t i) {
-        const double angle = 2 * std::numbers::pi / n * (f * i % n);
-        return static_cast<T>(k < nc ? std::cos(angle) : std::sin(angle));
-      };
-      for (int64_t i = 0; i <= n / 2; ++i) table[i * count + k] = value(i);
-      for (int64_t slot = 0; slot < width; ++slot) {
-        const bool moved = n >= lanes && slot / lanes == vectors - 1;
-        const int64_t i = moved ? slot - (width - n) : slot;
-        if (i >= n) continue;
-        functions[k * width + slot] = value(i);
-        if (!moved || i >= slot / lanes * lanes) once[k * width + slot] = transposed[slot * padded + k] = value(i);
-      }
-    }
-    axis = {n, nc, ns, table.data(), functions.data(), once.data(), transposed.data(), width, padded};
-  }
-};
-
-template <class T> struct ModeTable {
-  AxisTable<T> rows, columns;
-  std::vector<Mode> mode;
-  Modes<T> modes;
-
-  ModeTable(int64_t h, int64_t w, int64_t radius_squared, int64_t lanes)
-      : rows(h, radius_squared, lanes), columns(w, radius_squared, lanes) {
-    const std::vector<int32_t> shell_of = shell_table(radius_squared);
-    const auto frequency = [](const Axis<T>& axis, int64_t k) { return k < axis.nc ? k : k - axis.nc + 1; };
-    for (int32_t a = 0; a < rows.axis.count(); ++a)
-      for (int32_t b = 0; b < columns.axis.count(); ++b) {
-        const int64_t u = frequency(rows.axis, a), v = frequency(columns.axis, b), squared = u * u + v * v;
-        const double weight = (u == 0 || 2 * u == h ? 1.0 : 2.0) * (v == 0 || 2 * v == w ? 1.0 : 2.0);
-        if (squared > radius_squared) continue;
-        const int32_t width = static_cast<int32_t>(columns.axis.width);
-        mode.push_back({a, b, shell_of[squared], a * width, b * width, weight / static_cast<double>(h * w)});
-      }
-    int64_t shells = 0;
-    for (int32_t index : shell_of) shells += index >= 0;
-    modes = {rows.axis, columns.axis, mode.data(), static_cast<int64_t>(mode.size()), shells};
-  }
-};
-
-template <class T> std::shared_ptr<const ModeTable<T>> mode_table(int64_t h, int64_t w, int64_t radius_squared, int64_t lanes) {
-  using Key = std::array<int64_t, 4>;
-  static std::mutex mutex;
-  static std::map<Key, std::shared_ptr<const ModeTable<T>>> tables;
-  const Key key{h, w, radius_squared, lanes};
-  const std::lock_guard<std::mutex> lock(mutex);
-  const auto found = tables.find(key);
-  if (found != tables.end()) return found->second;
-  if (tables.size() >= 256) tables.clear();
-  return tables[key] = std::make_shared<const ModeTable<T>>(h, w, radius_squared, lanes);
-}
-
 // The kernels of the best instruction set; the one with vectors half as long if half a vector holds all lanes, but not for
 // 16-bit elements, of which AVX2 cannot load a part of a vector.
 template <class T, class IO>
@@ -122,12 +55,12 @@ const Kernels<T, IO>& pick([[maybe_unused]] int64_t lanes, const Kernels<T, IO>&
 #endif
 
 // Calls f(kernels) with the kernels for the dtype and so many adjacent elements to work on.
-template <class F> void for_dtype(ScalarType dtype, int64_t lanes, F f) {
+template <class F> void for_dtype(const char* op, ScalarType dtype, int64_t lanes, F f) {
   if (dtype == ScalarType::Float) f(SPANET_PICK(f32));
   else if (dtype == ScalarType::BFloat16) f(SPANET_PICK(bf16));
   else if (dtype == ScalarType::Half) f(SPANET_PICK(f16));
   else if (dtype == ScalarType::Double) f(SPANET_PICK(f64));
-  else STD_TORCH_CHECK(false, "radial_filter: x must be float64, float32, float16 or bfloat16");
+  else STD_TORCH_CHECK(false, op, ": x must be float64, float32, float16 or bfloat16");
 }
 
 template <class IO> Planes<IO> planes(const Tensor& t) {
@@ -148,33 +81,104 @@ int64_t lanes_chunk(int64_t lanes, int64_t plane_bytes) {
   return chunk;
 }
 
-Tensor radial_filter(const Tensor& x, const Tensor& base, const Tensor& gain, int64_t radius_squared) {
+bool is_channels_last(const Tensor& x) { return !x.is_contiguous() && x.stride(1) == 1; }
+
+Tensor empty_in_layout_of(const Tensor& x) {
   using torch::headeronly::MemoryFormat;
-  const bool channels_last = !x.is_contiguous() && x.stride(1) == 1;
-  Tensor y = torch::stable::empty(x.sizes(), x.scalar_type(), std::nullopt, x.device(), std::nullopt,
-                                  channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  return torch::stable::empty(x.sizes(), x.scalar_type(), std::nullopt, x.device(), std::nullopt,
+                              is_channels_last(x) ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+}
+
+// The work on the planes of x, cut into units of so many elements.
+struct Plan {
+  Cut cut = Cut::columns;
+  int64_t chunk = 1, units, elements;
+  bool stream;
+
+  Plan(const Tensor& x, int64_t lanes) {
+    const int64_t plane = x.size(2) * x.size(3), bytes = plane * x.element_size(), all_bytes = x.numel() * x.element_size();
+    units = x.size(0) * x.size(1);
+    elements = plane;
+    stream = !is_channels_last(x) && all_bytes >= stream_bytes && all_bytes < fresh_bytes && bytes <= staged_bytes;
+    if (!is_channels_last(x)) return;
+    cut = Cut::lanes;
+    chunk = lanes_chunk(lanes, bytes);
+    units = x.size(0) * chunks_of(x.size(1), chunk);
+    elements *= chunk;
+  }
+};
+
+// Calls f(kernels, modes, plan) for the operator on x.
+template <class F> void for_planes(const char* op, const Tensor& x, int64_t radius_squared, Extent extent, F f) {
+  for_dtype(op, x.scalar_type(), is_channels_last(x) ? x.size(1) : x.size(3), [&]<class T, class IO>(const Kernels<T, IO>& kernel) {
+    const auto table = mode_table<T>(x.size(2), x.size(3), radius_squared, extent, kernel.lanes);
+    f(kernel, table->modes, Plan(x, kernel.lanes));
+  });
+}
+
+Tensor radial_filter(const Tensor& x, const Tensor& base, const Tensor& gain, int64_t radius_squared) {
+  Tensor y = empty_in_layout_of(x);
   if (x.numel() == 0) return y;
-  const int64_t images = x.size(0), channels = x.size(1), h = x.size(2), w = x.size(3);
-  for_dtype(x.scalar_type(), channels_last ? channels : w, [&]<class T, class IO>(const Kernels<T, IO>& kernel) {
-    const auto table = mode_table<T>(h, w, radius_squared, kernel.lanes);
+  const int64_t channels = x.size(1);
+  for_planes("radial_filter", x, radius_squared, Extent::disc,
+             [&]<class T, class IO>(const Kernels<T, IO>& kernel, const Modes<T>& modes, const Plan& plan) {
     STD_TORCH_CHECK(base.scalar_type() == gain.scalar_type() && base.element_size() == sizeof(T) && base.numel() == channels &&
-                        gain.numel() == table->modes.shells * channels,
+                        gain.numel() == modes.shells * channels,
                     "radial_filter: base must have shape (C,) and gain (S, C), in the dtype of the accumulators");
     const Profile<T> profile{static_cast<const T*>(base.data_ptr()), static_cast<const T*>(gain.data_ptr()), base.stride(0), gain.stride(0),
                              gain.stride(1)};
-    const int64_t bytes = h * w * static_cast<int64_t>(sizeof(IO)), lanes = kernel.lanes;
-    const int64_t all_bytes = y.numel() * static_cast<int64_t>(sizeof(IO));
-    Cut cut = Cut::columns;
-    int64_t chunk = 1, units = images * channels, elements = h * w;
-    const bool stream = !channels_last && all_bytes >= stream_bytes && all_bytes < fresh_bytes && bytes <= staged_bytes;
-    if (channels_last) {
-      cut = Cut::lanes;
-      chunk = lanes_chunk(lanes, bytes);
-      units = images * chunks_of(channels, chunk);
-      elements *= chunk;
-    }
-    parallel(units, elements, [&](int64_t begin, int64_t end) {
-      kernel.filter(cut, table->modes, planes<const IO>(x), planes<IO>(y), profile, channels, chunk, stream, begin, end);
+    parallel(plan.units, plan.elements, [&](int64_t begin, int64_t end) {
+      kernel.filter(plan.cut, modes, planes<const IO>(x), planes<IO>(y), profile, channels, plan.chunk, plan.stream, begin, end);
+    });
+  });
+  return y;
+}
+
+Tensor mode_coefficients(const Tensor& x, int64_t radius_squared) {
+  const ScalarType dtype = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  const auto functions = [&](int64_t n) { return radius_squared < 0 ? 0 : axis_functions(n, radius_squared); };
+  const int64_t channels = x.size(1), a_h = functions(x.size(2)), a_w = functions(x.size(3)), count = a_h * a_w;
+  Tensor coefficients = torch::stable::empty({x.size(0), channels, a_h, a_w}, dtype, std::nullopt, x.device());
+  if (coefficients.numel() == 0) return coefficients;
+  for_planes("mode_coefficients", x, radius_squared, Extent::square,
+             [&]<class T, class IO>(const Kernels<T, IO>& kernel, const Modes<T>& modes, const Plan& plan) {
+    const Coefficients<T> out{static_cast<T*>(coefficients.data_ptr()), channels * count, count, 1};
+    parallel(plan.units, plan.elements, [&](int64_t begin, int64_t end) {
+      kernel.mode_coefficients(plan.cut, modes, planes<const IO>(x), out, channels, plan.chunk, begin, end);
+    });
+  });
+  return coefficients;
+}
+
+Tensor add_modes(const Tensor& x, Tensor coefficients, std::optional<Tensor> factor, int64_t radius_squared) {
+  const int64_t images = x.size(0), channels = x.size(1), h = x.size(2), w = x.size(3);
+  const ScalarType dtype = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  if (radius_squared < 0) {  // no modes: a constant of nothing
+    coefficients = torch::stable::empty({images, channels, 1, 1}, dtype, std::nullopt, x.device());
+    torch::stable::zero_(coefficients);
+    radius_squared = 0;
+  }
+  const int64_t a_h = axis_functions(h, radius_squared), a_w = axis_functions(w, radius_squared);
+  STD_TORCH_CHECK(coefficients.scalar_type() == dtype && coefficients.is_cpu() && coefficients.dim() == 4 && coefficients.size(0) == images &&
+                      coefficients.size(1) == channels && coefficients.size(2) == a_h && coefficients.size(3) == a_w,
+                  "add_modes: coefficients must have shape (B, C, ", a_h, ", ", a_w, "), in the dtype of the accumulators");
+  STD_TORCH_CHECK(!factor || (factor->scalar_type() == x.scalar_type() && factor->is_cpu() && factor->dim() == 4 && factor->size(0) == images &&
+                              factor->size(1) == channels && factor->size(2) == h && factor->size(3) == w),
+                  "add_modes: factor must have the shape and dtype of x");
+  Tensor y = empty_in_layout_of(x);
+  if (x.numel() == 0) return y;
+  if (a_h > 1 && a_w > 1 && coefficients.stride(2) != a_w * coefficients.stride(3)) coefficients = torch::stable::contiguous(coefficients);
+  if (factor && factor->stride(is_channels_last(x) ? 1 : 3) != 1) {
+    using torch::headeronly::MemoryFormat;
+    factor = torch::stable::contiguous(*factor, is_channels_last(x) ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  }
+  for_planes("add_modes", x, radius_squared, Extent::square,
+             [&]<class T, class IO>(const Kernels<T, IO>& kernel, const Modes<T>& modes, const Plan& plan) {
+    const Coefficients<const T> in{static_cast<const T*>(coefficients.data_ptr()), coefficients.stride(0), coefficients.stride(1),
+                                   coefficients.stride(a_w > 1 ? 3 : 2)};
+    const Planes<const IO> by = factor ? planes<const IO>(*factor) : Planes<const IO>{};
+    parallel(plan.units, plan.elements, [&](int64_t begin, int64_t end) {
+      kernel.add_modes(plan.cut, modes, planes<const IO>(x), by, planes<IO>(y), in, channels, plan.chunk, plan.stream, begin, end);
     });
   });
   return y;
@@ -183,9 +187,7 @@ Tensor radial_filter(const Tensor& x, const Tensor& base, const Tensor& gain, in
 std::tuple<Tensor, Tensor> radial_filter_backward(const Tensor& grad, const Tensor& x, int64_t radius_squared) {
   const int64_t images = x.size(0), channels = x.size(1), h = x.size(2), w = x.size(3);
   const ScalarType dtype = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  const std::vector<int32_t> shell_of = shell_table(radius_squared);
-  int64_t shells = 0;
-  for (int32_t index : shell_of) shells += index >= 0;
+  const int64_t shells = shell_count(radius_squared);
   const auto zeros = [&](std::vector<int64_t> size) {
     Tensor t = torch::stable::empty(size, dtype, std::nullopt, x.device());
     return torch::stable::zero_(t);
@@ -196,8 +198,8 @@ std::tuple<Tensor, Tensor> radial_filter_backward(const Tensor& grad, const Tens
                       grad.size(3) == w,
                   "radial_filter_backward: grad must have the shape and dtype of x");
   const bool channels_last = grad.stride(1) == 1 && x.stride(1) == 1 && channels > 1;
-  for_dtype(x.scalar_type(), channels_last ? channels : w, [&]<class T, class IO>(const Kernels<T, IO>& kernel) {
-    const auto table = mode_table<T>(h, w, radius_squared, kernel.lanes);
+  for_dtype("radial_filter_backward", x.scalar_type(), channels_last ? channels : w, [&]<class T, class IO>(const Kernels<T, IO>& kernel) {
+    const auto table = mode_table<T>(h, w, radius_squared, Extent::disc, kernel.lanes);
     const Modes<T>& modes = table->modes;
     std::vector<double> sums((modes.inside + 1) * channels);
     Cut cut = Cut::columns;
@@ -215,7 +217,7 @@ std::tuple<Tensor, Tensor> radial_filter_backward(const Tensor& grad, const Tens
     T* to_gain = static_cast<T*>(gain_grad.data_ptr());
     std::vector<double> of_shell(shells * channels);
     for (int64_t k = 0; k < modes.inside; ++k)
-      for (int64_t c = 0; c < channels; ++c) of_shell[modes.mode[k].shell * channels + c] += modes.mode[k].scale * sums[k * channels + c];
+      for (int64_t c = 0; c < channels; ++c) of_shell[modes.mode[k].index * channels + c] += modes.mode[k].scale * sums[k * channels + c];
     for (int64_t i = 0; i < shells * channels; ++i) to_gain[i] = static_cast<T>(of_shell[i]);
     for (int64_t c = 0; c < channels; ++c) to_base[c] = static_cast<T>(sums[modes.inside * channels + c]);
   });
@@ -227,5 +229,7 @@ std::tuple<Tensor, Tensor> radial_filter_backward(const Tensor& grad, const Tens
 
 STABLE_TORCH_LIBRARY_IMPL(spanet_kernels, CPU, m) {
   m.impl("radial_filter", TORCH_BOX(&spanet::radial_filter));
+  m.impl("mode_coefficients", TORCH_BOX(&spanet::mode_coefficients));
+  m.impl("add_modes", TORCH_BOX(&spanet::add_modes));
   m.impl("radial_filter_backward", TORCH_BOX(&spanet::radial_filter_backward));
 }

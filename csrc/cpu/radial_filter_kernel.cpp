@@ -1,8 +1,9 @@
-// Radial filter on the CPU, for the instruction set this file is compiled for (simd.h).
+// Radial filter and its two halves on the CPU, for the instruction set this file is compiled for (simd.h).
 //
 //   Z[a,b] = sum_ij phi[a,i] X[i,j] psi[b,j]         P = G o Z
 //   Y[i,j] = base X[i,j] + sum_ab phi[a,i] P[a,b] psi[b,j]
 //
+// mode_coefficients is the first line, add_modes the second with a given P, times a factor.
 // Both sums run over one axis at a time, always by the same two steps, with vectors along another axis:
 //   reduce   V[a,l] = sum_i phi[a,i] X[i,l]           expand   Y[i,l] = base_l X[i,l] + sum_a phi[a,i] T[a,l]
 // A cosine is even under i -> n - i and a sine odd, so a pair of rows enters as its sum and its difference:
@@ -141,41 +142,42 @@ template <class T, class IO> void columns_expand(const Modes<T>& m, const T* z, 
     }
 }
 
-// Planes go through the steps in groups that stay in the first-level cache: the short steps of one overlap with those of the next.
-template <class T, class IO>
-void filter_columns(const Modes<T>& m, Planes<const IO> x, Planes<IO> y, const Profile<T>& p, int64_t channels, bool stream, int64_t begin,
-                    int64_t end) {
+// Planes [begin, end), in groups that stay in the first-level cache: the short steps of one overlap with those of the next.
+// REDUCE: z are first the coefficients of x, not normalised; between(b, c, z) is what happens to them.
+// OUT: their functions are added to base(c) x, and multiplied with the factor; nothing is written with Out::sum.
+template <bool REDUCE, Out OUT, class T, class IO, class Base, class Between>
+void over_columns(const Modes<T>& m, Planes<const IO> x, Planes<const IO> factor, Planes<IO> y, int64_t channels, bool stream, int64_t begin,
+                  int64_t end, Base base, Between between) {
   constexpr int64_t most = 8, cached = 16384;
   const int64_t h = m.rows.n, w = m.columns.n, width = m.columns.width, bytes = h * w * static_cast<int64_t>(sizeof(IO));
   const int64_t planes = x.w != 1 || bytes * 2 > cached ? 1 : (cached / bytes < most ? cached / bytes : most);
   ColumnsScratch<T, IO> s(m, planes);
-  int64_t b = begin / channels, c = begin % channels;
   for (int64_t first = begin; first < end; first += planes) {
     const int64_t group = end - first < planes ? end - first : planes;
     const IO* plane[most];
-    IO* out[most];
-    int64_t h_stride = x.h, channel[most];
+    int64_t h_stride = x.h, b[most], c[most];
     for (int64_t g = 0; g < group; ++g) {
-      plane[g] = adjacent_columns(x.data + b * x.b + c * x.c, h_stride, x.w, h, w, s.plane[0]);
-      out[g] = y.data + b * y.b + c * y.c;
-      channel[g] = c;
-      if (++c == channels) c = 0, ++b;
-      reduce(m.rows, plane[g], h_stride, w, true, s.v + g * s.rows, width);
+      b[g] = (first + g) / channels;
+      c[g] = (first + g) % channels;
+      plane[g] = adjacent_columns(x.data + b[g] * x.b + c[g] * x.c, h_stride, x.w, h, w, s.plane[0]);
+      if constexpr (REDUCE) reduce(m.rows, plane[g], h_stride, w, true, s.v + g * s.rows, width);
     }
-    for (int64_t g = 0; g < group; ++g) columns_coefficients(m, s.v + g * s.rows, s, s.z + g * s.modes);
-    for (int64_t g = 0; g < group; ++g) {
-      const T* gain = p.gain + channel[g] * p.gain_channel;
-      T* z = s.z + g * s.modes;
-      for (int64_t k = 0; k < m.inside; ++k) z[k] = T(z[k] * (m.mode[k].scale * gain[m.mode[k].shell * p.gain_shell]));
-    }
-    for (int64_t g = 0; g < group; ++g) columns_expand(m, s.z + g * s.modes, s, s.t + g * s.rows);
-    for (int64_t g = 0; g < group; ++g) {
-      for (int64_t j = 0; j < width; ++j) s.base[j] = p.base[channel[g] * p.base_stride];
-      const bool narrow = w < width && width == lanes_of<T>;
-      IO* to = stream || narrow ? s.plane[1] : out[g];
-      expand<true>(m.rows, s.t + g * s.rows, width, w, true, Rows<T, IO>{s.base, plane[g], h_stride, to, narrow ? width : w});
-      if (narrow) compact(s.plane[1], width, out[g], h, w);
-      else if (stream) stream_copy(s.plane[1], out[g], h * w);
+    if constexpr (REDUCE)
+      for (int64_t g = 0; g < group; ++g) columns_coefficients(m, s.v + g * s.rows, s, s.z + g * s.modes);
+    for (int64_t g = 0; g < group; ++g) between(b[g], c[g], s.z + g * s.modes);
+    if constexpr (OUT != Out::sum) {
+      for (int64_t g = 0; g < group; ++g) columns_expand(m, s.z + g * s.modes, s, s.t + g * s.rows);
+      for (int64_t g = 0; g < group; ++g) {
+        for (int64_t j = 0; j < width; ++j) s.base[j] = base(c[g]);
+        const bool narrow = w < width && width == lanes_of<T>;
+        IO* out = y.data + b[g] * y.b + c[g] * y.c;
+        const IO* by = factor.data + b[g] * factor.b + c[g] * factor.c;
+        IO* to = stream || narrow ? s.plane[1] : out;
+        expand<OUT>(m.rows, s.t + g * s.rows, width, w, true,
+                    Rows<T, IO>{s.base, plane[g], h_stride, to, narrow ? width : w, by, factor.h});
+        if (narrow) compact(s.plane[1], width, out, h, w);
+        else if (stream) stream_copy(s.plane[1], out, h * w);
+      }
     }
   }
   if (stream) fence_streaming();
@@ -199,7 +201,7 @@ template <class T> struct LanesScratch {
         scratch((m.rows.n * m.columns.count() + 3 * modes + 8) * line_up(most) + 256) {
     u = scratch.take(m.rows.n * m.columns.count() * most);
     gains = scratch.zeros(modes * most);
-    for (T*& part : z) part = scratch.take(modes * most);
+    for (T*& part : z) part = scratch.zeros(modes * most);
     base = scratch.zeros(most);
     partial = scratch.take(most);
     dots = reinterpret_cast<double*>(scratch.take(2 * most));
@@ -218,9 +220,11 @@ void lanes_coefficients(const Modes<T>& m, const IO* x, int64_t h_stride, int64_
   reduce(m.rows, u, row, row, false, z, row);
 }
 
-template <class T, class IO>
-void filter_lanes(const Modes<T>& m, Planes<const IO> x, Planes<IO> y, const Profile<T>& p, int64_t channels, int64_t chunk, int64_t begin,
-                  int64_t end) {
+// Units [begin, end): chunks of the channels of one image. REDUCE, OUT: as over_columns; between(b, part, wide, z) has z (A_H, A_W, wide).
+// prepare(part, wide, base, gains) is called for each chunk before its first image: base (wide), gains like z, zeros before.
+template <bool REDUCE, Out OUT, class T, class IO, class Prepare, class Between>
+void over_lanes(const Modes<T>& m, Planes<const IO> x, Planes<const IO> factor, Planes<IO> y, int64_t channels, int64_t chunk, int64_t begin,
+                int64_t end, Prepare prepare, Between between) {
   const int64_t columns = m.columns.count(), chunks = chunks_of(channels, chunk);
   LanesScratch<T> s(m, channels, chunk);
   int64_t prepared = -1;
@@ -231,20 +235,18 @@ void filter_lanes(const Modes<T>& m, Planes<const IO> x, Planes<IO> y, const Pro
     if (prepared != part.first) {
       prepared = part.first;
       for (int64_t i = 0; i < m.rows.count() * row; ++i) s.gains[i] = T(0);
-      for (int64_t l = 0; l < part.lanes; ++l) s.base[l] = p.base[(part.first + l) * p.base_stride];
-      for (int64_t k = 0; k < m.inside; ++k)
-        for (int64_t l = 0; l < part.lanes; ++l)
-          s.gains[m.mode[k].row * row + m.mode[k].column * wide + l] =
-              T(m.mode[k].scale * p.gain[m.mode[k].shell * p.gain_shell + (part.first + l) * p.gain_channel]);
+      prepare(part, wide, s.base, s.gains);
     }
     const IO* from = x.data + b * x.b + part.first * x.c;
-    IO* to = y.data + b * y.b + part.first * y.c;
-    lanes_coefficients(m, from, x.h, x.w, part.lanes, wide, s.u, s.z[0]);
-    for (int64_t i = 0; i < m.rows.count() * row; ++i) s.z[0][i] *= s.gains[i];
-    expand<false>(m.rows, s.z[0], row, row, false, Rows<T, T>{s.base, s.u, 0, s.u, row});
-    for (int64_t i = 0; i < m.rows.n; ++i) {
-      const Rows<T, IO> rows{s.base, from + i * x.h, x.w, to + i * y.h, y.w};
-      expand<true>(m.columns, s.u + i * row, wide, part.lanes, false, rows);
+    if constexpr (REDUCE) lanes_coefficients(m, from, x.h, x.w, part.lanes, wide, s.u, s.z[0]);
+    between(b, part, wide, s.z[0], s.gains);
+    if constexpr (OUT != Out::sum) {
+      expand<Out::sum>(m.rows, s.z[0], row, row, false, Rows<T, T>{s.base, s.u, 0, s.u, row, s.u, 0});
+      const IO* by = factor.data + b * factor.b + part.first * factor.c;
+      IO* to = y.data + b * y.b + part.first * y.c;
+      for (int64_t i = 0; i < m.rows.n; ++i)
+        expand<OUT>(m.columns, s.u + i * row, wide, part.lanes, false,
+                    Rows<T, IO>{s.base, from + i * x.h, x.w, to + i * y.h, y.w, by + i * factor.h, factor.w});
     }
   }
 }
@@ -252,8 +254,82 @@ void filter_lanes(const Modes<T>& m, Planes<const IO> x, Planes<IO> y, const Pro
 template <class T, class IO>
 void filter(Cut cut, const Modes<T>& m, Planes<const IO> x, Planes<IO> y, const Profile<T>& p, int64_t channels, int64_t chunk, bool stream,
             int64_t begin, int64_t end) {
-  if (cut == Cut::columns) filter_columns(m, x, y, p, channels, stream, begin, end);
-  else filter_lanes(m, x, y, p, channels, chunk, begin, end);
+  if (cut == Cut::columns) {
+    over_columns<true, Out::scaled>(
+        m, x, x, y, channels, stream, begin, end, [&](int64_t c) { return p.base[c * p.base_stride]; },
+        [&](int64_t, int64_t c, T* z) {
+          const T* gain = p.gain + c * p.gain_channel;
+          for (int64_t k = 0; k < m.inside; ++k) z[k] = T(z[k] * (m.mode[k].scale * gain[m.mode[k].index * p.gain_shell]));
+        });
+    return;
+  }
+  over_lanes<true, Out::scaled>(
+      m, x, x, y, channels, chunk, begin, end,
+      [&](Chunk part, int64_t wide, T* base, T* gains) {
+        for (int64_t l = 0; l < part.lanes; ++l) base[l] = p.base[(part.first + l) * p.base_stride];
+        for (int64_t k = 0; k < m.inside; ++k) {
+          const Mode& mode = m.mode[k];
+          T* to = gains + (mode.row * m.columns.count() + mode.column) * wide;
+          const T* gain = p.gain + mode.index * p.gain_shell + part.first * p.gain_channel;
+          for (int64_t l = 0; l < part.lanes; ++l) to[l] = T(mode.scale * gain[l * p.gain_channel]);
+        }
+      },
+      [&](int64_t, Chunk, int64_t wide, T* z, const T* gains) {
+        for (int64_t i = 0; i < m.rows.count() * m.columns.count() * wide; ++i) z[i] *= gains[i];
+      });
+}
+
+template <class T, class IO>
+void mode_coefficients(Cut cut, const Modes<T>& m, Planes<const IO> x, Coefficients<T> out, int64_t channels, int64_t chunk, int64_t begin,
+                       int64_t end) {
+  const Planes<IO> none{};
+  if (cut == Cut::columns) {
+    over_columns<true, Out::sum>(m, x, x, none, channels, false, begin, end, 0, [&](int64_t b, int64_t c, T* z) {
+      T* to = out.data + b * out.b + c * out.c;
+      for (int64_t k = 0; k < m.inside; ++k) to[m.mode[k].index * out.mode] = T(z[k] * m.mode[k].scale);
+    });
+    return;
+  }
+  over_lanes<true, Out::sum>(
+      m, x, x, none, channels, chunk, begin, end, [](Chunk, int64_t, T*, T*) {},
+      [&](int64_t b, Chunk part, int64_t wide, T* z, const T*) {
+        for (int64_t k = 0; k < m.inside; ++k) {
+          const T* from = z + (m.mode[k].row * m.columns.count() + m.mode[k].column) * wide;
+          T* to = out.data + b * out.b + part.first * out.c + m.mode[k].index * out.mode;
+          for (int64_t l = 0; l < part.lanes; ++l) to[l * out.c] = T(from[l] * m.mode[k].scale);
+        }
+      });
+}
+
+template <Out OUT, class T, class IO>
+void add_modes_as(Cut cut, const Modes<T>& m, Planes<const IO> x, Planes<const IO> factor, Planes<IO> y, Coefficients<const T> in,
+                  int64_t channels, int64_t chunk, bool stream, int64_t begin, int64_t end) {
+  if (cut == Cut::columns) {
+    over_columns<false, OUT>(m, x, factor, y, channels, stream, begin, end, [](int64_t) { return T(1); }, [&](int64_t b, int64_t c, T* z) {
+      const T* from = in.data + b * in.b + c * in.c;
+      for (int64_t k = 0; k < m.inside; ++k) z[k] = T(from[m.mode[k].index * in.mode] * m.mode[k].scale);
+    });
+    return;
+  }
+  over_lanes<false, OUT>(
+      m, x, factor, y, channels, chunk, begin, end,
+      [](Chunk part, int64_t, T* base, T*) {
+        for (int64_t l = 0; l < part.lanes; ++l) base[l] = T(1);
+      },
+      [&](int64_t b, Chunk part, int64_t wide, T* z, const T*) {
+        for (int64_t k = 0; k < m.inside; ++k) {
+          const T* from = in.data + b * in.b + part.first * in.c + m.mode[k].index * in.mode;
+          T* to = z + (m.mode[k].row * m.columns.count() + m.mode[k].column) * wide;
+          for (int64_t l = 0; l < part.lanes; ++l) to[l] = T(from[l * in.c] * m.mode[k].scale);
+        }
+      });
+}
+
+template <class T, class IO>
+void add_modes(Cut cut, const Modes<T>& m, Planes<const IO> x, Planes<const IO> factor, Planes<IO> y, Coefficients<const T> in,
+               int64_t channels, int64_t chunk, bool stream, int64_t begin, int64_t end) {
+  if (factor.data) add_modes_as<Out::modulated>(cut, m, x, factor, y, in, channels, chunk, stream, begin, end);
+  else add_modes_as<Out::scaled>(cut, m, x, x, y, in, channels, chunk, stream, begin, end);
 }
 
 // total[l] += sum over w pixels of <grad, x>, lane by lane; partial sums in T, totals in fp64.
@@ -321,7 +397,7 @@ void backward(Cut cut, const Modes<T>& m, Planes<const IO> grad, Planes<const IO
   else backward_lanes(m, grad, x, sums, images, channels, chunk, begin, end);
 }
 
-template <class T, class IO> constexpr Kernels<T, IO> kernels{filter<T, IO>, backward<T, IO>, lanes_of<T>};
+template <class T, class IO> constexpr Kernels<T, IO> kernels{filter<T, IO>, mode_coefficients<T, IO>, add_modes<T, IO>, backward<T, IO>, lanes_of<T>};
 
 }  // namespace
 

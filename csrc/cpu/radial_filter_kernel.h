@@ -24,14 +24,15 @@ template <class T> struct Axis {
 };
 
 struct Mode {
-  int32_t row, column, shell;
+  int32_t row, column;
+  int32_t index;              // of its shell in the profile, or its own among the coefficients
   int32_t row_at, column_at;  // the same in rows of columns.width elements
-  double scale;  // 1 / squared norm
+  double scale;               // 1 / squared norm, or 1 / norm
 };
 
 template <class T> struct Modes {
   Axis<T> rows, columns;
-  const Mode* mode;  // those inside the disc, by rows
+  const Mode* mode;  // those inside the disc, or all, by rows
   int64_t inside, shells;
 };
 
@@ -46,6 +47,11 @@ template <class T> struct Profile {
   int64_t base_stride, gain_shell, gain_channel;
 };
 
+template <class T> struct Coefficients {  // (B, C, A_H A_W) with strides in elements
+  T* data;
+  int64_t b, c, mode;
+};
+
 // How the work is cut: by columns, one plane after the other, or by lanes, chunks of adjacent channels of one image.
 enum class Cut { columns, lanes };
 
@@ -56,6 +62,11 @@ template <class T, class IO> struct Kernels {
   // forward over units [begin, end): planes (columns) or image x chunk (lanes)
   void (*filter)(Cut, const Modes<T>&, Planes<const IO> x, Planes<IO> y, const Profile<T>&, int64_t channels, int64_t chunk, bool stream,
                  int64_t begin, int64_t end);
+  // the first and the second half of it, with coefficients of their own; factor may be absent
+  void (*mode_coefficients)(Cut, const Modes<T>&, Planes<const IO> x, Coefficients<T> out, int64_t channels, int64_t chunk, int64_t begin,
+                            int64_t end);
+  void (*add_modes)(Cut, const Modes<T>&, Planes<const IO> x, Planes<const IO> factor, Planes<IO> y, Coefficients<const T>,
+                    int64_t channels, int64_t chunk, bool stream, int64_t begin, int64_t end);
   // gradient of the profile over units [begin, end): channels (columns) or chunks (lanes), each over all images;
   // sums is (inside + 1, C): the products of every mode, not normalised, then <grad, x>
   void (*backward)(Cut, const Modes<T>&, Planes<const IO> grad, Planes<const IO> x, double* sums, int64_t images, int64_t channels,

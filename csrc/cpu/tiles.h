@@ -2,7 +2,7 @@
 // the mathematics). Included once by a file that is compiled per instruction set, like simd.h.
 //
 //   reduce    V[a,l] = sum_i phi[a,i] X[i,l]
-//   expand    Y[i,l] = base_l X[i,l] + sum_a phi[a,i] T[a,l]
+//   expand    Y[i,l] = factor[i,l] (base_l X[i,l] + sum_a phi[a,i] T[a,l])
 //   product   C = A B
 //
 // A tile keeps its accumulators in registers while i runs; lanes l are cut into steps of one, two or four vectors.
@@ -164,25 +164,31 @@ void reduce(const Axis<T>& axis, const IO* x, int64_t stride, int64_t lanes, boo
   if (c < axis.nc) block(c, without, one, zero);
 }
 
-// Where expand reads x, if there is one, and writes y: rows of lanes, `stride` elements apart.
+// What expand writes: the sum of the functions alone, that and base x, or both times a factor.
+enum class Out { sum, scaled, modulated };
+
+// Where expand reads x and the factor, if there are any, and writes y: rows of lanes, `stride` elements apart.
 template <class T, class IO> struct Rows {
   const T* base;
   const IO* x;
   int64_t x_stride;
   IO* y;
   int64_t y_stride;
-  Rows operator+(int64_t l) const { return {base + l, x + l, x_stride, y + l, y_stride}; }
+  const IO* factor;
+  int64_t factor_stride;
+  Rows operator+(int64_t l) const { return {base + l, x + l, x_stride, y + l, y_stride, factor + l, factor_stride}; }
 };
 
-// y[row, at] = base x[row, at] + correction, for one vector.
-template <bool SCALED, int NV, class T, class IO>
+// y[row, at] = factor[row, at] (base x[row, at] + correction), for one vector.
+template <Out OUT, int NV, class T, class IO>
 SIMD_INLINE void write_row(const Rows<T, IO>& rows, Step<NV, T> step, int64_t row, int64_t at, Vec<T> scale, Vec<T> correction) {
-  if constexpr (SCALED) correction += scale * step.read(rows.x + row * rows.x_stride + at);
+  if constexpr (OUT != Out::sum) correction += scale * step.read(rows.x + row * rows.x_stride + at);
+  if constexpr (OUT == Out::modulated) correction *= step.read(rows.factor + row * rows.factor_stride + at);
   step.write(rows.y + row * rows.y_stride + at, correction);
 }
 
 // A constant, NC - 1 more cosines and NS sines: their coefficients stay in registers for all rows.
-template <int NC, int NS, bool SCALED, int NV_, class T, class IO>
+template <int NC, int NS, Out OUT, int NV_, class T, class IO>
 SIMD_INLINE void expand_few(const Axis<T>& axis, const T* t, int64_t t_stride, Step<NV_, T> step, Rows<T, IO> rows) {
   constexpr int NV = Step<NV_, T>::vectors;
   Vec<T> even[NC][NV], odd[NS ? NS : 1][NV], scale[NV];
@@ -192,7 +198,7 @@ SIMD_INLINE void expand_few(const Axis<T>& axis, const T* t, int64_t t_stride, S
     for (int k = 0; k < NC; ++k) even[k][v] = load_raw<Vec<T>>(t + k * t_stride + step.slot(v));
     UNROLL
     for (int k = 0; k < NS; ++k) odd[k][v] = load_raw<Vec<T>>(t + (NC + k) * t_stride + step.slot(v));
-    scale[v] = SCALED ? load_raw<Vec<T>>(rows.base + step.slot(v)) : Vec<T>{};
+    scale[v] = OUT != Out::sum ? load_raw<Vec<T>>(rows.base + step.slot(v)) : Vec<T>{};
   }
   const T* table = axis.table;
   const auto single = [&](int64_t i) {
@@ -201,7 +207,7 @@ SIMD_INLINE void expand_few(const Axis<T>& axis, const T* t, int64_t t_stride, S
       Vec<T> sum = even[0][v];
       UNROLL
       for (int k = 1; k < NC; ++k) sum += even[k][v] * table[k];
-      write_row<SCALED>(rows, step, i, step.at(v), scale[v], sum);
+      write_row<OUT>(rows, step, i, step.at(v), scale[v], sum);
     }
   };
   single(0);
@@ -216,8 +222,8 @@ SIMD_INLINE void expand_few(const Axis<T>& axis, const T* t, int64_t t_stride, S
       for (int k = 1; k < NC; ++k) sum += even[k][v] * table[k];
       UNROLL
       for (int k = 0; k < NS; ++k) difference += odd[k][v] * table[NC + k];
-      write_row<SCALED>(rows, step, i, at, scale[v], sum + difference);
-      write_row<SCALED>(rows, step, n - i, at, scale[v], sum - difference);
+      write_row<OUT>(rows, step, i, at, scale[v], sum + difference);
+      write_row<OUT>(rows, step, n - i, at, scale[v], sum - difference);
     }
   }
   if (n % 2 == 0) {
@@ -228,7 +234,7 @@ SIMD_INLINE void expand_few(const Axis<T>& axis, const T* t, int64_t t_stride, S
 
 // Any number of functions: MR pairs of rows (i, n - i) at a time, or with PAIR = false one row that is its own partner.
 // Functions are added up in blocks of eight, for accuracy.
-template <int MR, bool PAIR, bool SCALED, int NV_, class T, class IO>
+template <int MR, bool PAIR, Out OUT, int NV_, class T, class IO>
 SIMD_INLINE void expand_tile(const Axis<T>& axis, int64_t i, const T* t, int64_t t_stride, Step<NV_, T> step, const Rows<T, IO>& rows) {
   constexpr int NV = Step<NV_, T>::vectors;
   const int64_t count = axis.count();
@@ -266,23 +272,23 @@ SIMD_INLINE void expand_tile(const Axis<T>& axis, int64_t i, const T* t, int64_t
     UNROLL
     for (int v = 0; v < NV; ++v) {
       const int64_t at = step.at(v);
-      const Vec<T> scale = SCALED ? load_raw<Vec<T>>(rows.base + step.slot(v)) : Vec<T>{};
-      write_row<SCALED>(rows, step, i + m, at, scale, even[m][v] + odd[m][v]);
-      if constexpr (PAIR) write_row<SCALED>(rows, step, axis.n - i - m, at, scale, even[m][v] - odd[m][v]);
+      const Vec<T> scale = OUT != Out::sum ? load_raw<Vec<T>>(rows.base + step.slot(v)) : Vec<T>{};
+      write_row<OUT>(rows, step, i + m, at, scale, even[m][v] + odd[m][v]);
+      if constexpr (PAIR) write_row<OUT>(rows, step, axis.n - i - m, at, scale, even[m][v] - odd[m][v]);
     }
 }
 
-// Y[i,l] = base[l] X[i,l] + sum_a phi[a,i] T[a,l] for all i; SCALED = false leaves out the first term.
+// Y[i,l] = factor[i,l] (base[l] X[i,l] + sum_a phi[a,i] T[a,l]) for all i.
 // `slots`: t and base are scratch laid out in slots, and rows of y have room for a whole vector.
-template <bool SCALED, class T, class IO>
+template <Out OUT, class T, class IO>
 void expand(const Axis<T>& axis, const T* t, int64_t t_stride, int64_t lanes, bool slots, const Rows<T, IO>& all) {
   const bool few = axis.nc == axis.ns + 1 && axis.ns <= 2;
   if (few) {
     for_lanes<T, max_vectors / 2>(lanes, [&](auto nv, int64_t l, int64_t last) {
       const Step<nv(), T> step{last, slots};
-      if (axis.ns == 0) expand_few<1, 0, SCALED>(axis, t + l, t_stride, step, all + l);
-      else if (axis.ns == 1) expand_few<2, 1, SCALED>(axis, t + l, t_stride, step, all + l);
-      else expand_few<3, 2, SCALED>(axis, t + l, t_stride, step, all + l);
+      if (axis.ns == 0) expand_few<1, 0, OUT>(axis, t + l, t_stride, step, all + l);
+      else if (axis.ns == 1) expand_few<2, 1, OUT>(axis, t + l, t_stride, step, all + l);
+      else expand_few<3, 2, OUT>(axis, t + l, t_stride, step, all + l);
     });
     return;
   }
@@ -291,11 +297,11 @@ void expand(const Axis<T>& axis, const T* t, int64_t t_stride, int64_t lanes, bo
     const Step<nv(), T> step{last, slots};
     const int64_t n = axis.n, pairs = axis.pairs();
     const Rows<T, IO> rows = all + l;
-    expand_tile<1, false, SCALED>(axis, 0, t + l, t_stride, step, rows);
+    expand_tile<1, false, OUT>(axis, 0, t + l, t_stride, step, rows);
     int64_t i = 1;
-    for (; i + block - 1 <= pairs; i += block) expand_tile<block, true, SCALED>(axis, i, t + l, t_stride, step, rows);
-    for (; i <= pairs; ++i) expand_tile<1, true, SCALED>(axis, i, t + l, t_stride, step, rows);
-    if (n % 2 == 0) expand_tile<1, false, SCALED>(axis, n / 2, t + l, t_stride, step, rows);
+    for (; i + block - 1 <= pairs; i += block) expand_tile<block, true, OUT>(axis, i, t + l, t_stride, step, rows);
+    for (; i <= pairs; ++i) expand_tile<1, true, OUT>(axis, i, t + l, t_stride, step, rows);
+    if (n % 2 == 0) expand_tile<1, false, OUT>(axis, n / 2, t + l, t_stride, step, rows);
   });
 }
 

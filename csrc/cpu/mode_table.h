@@ -1,0 +1,87 @@
+// The tables behind `Modes`: the functions of each axis and the list of modes, made once for a size, a radius and a vector.
+#pragma once
+
+#include <map>
+#include <memory>
+#include <mutex>
+#include <numbers>
+#include <tuple>
+#include <vector>
+
+#include "cpu/radial_filter_kernel.h"
+#include "modes.h"
+
+namespace spanet {
+
+template <class T> struct AxisTable {
+  std::vector<T> table, functions, once, transposed;
+  Axis<T> axis;
+
+  AxisTable(int64_t n, int64_t radius_squared, int64_t lanes) {
+    const int64_t count = axis_functions(n, radius_squared), nc = count / 2 + 1, ns = count - nc, padded = line_up(count);
+    const int64_t vectors = (n + lanes - 1) / lanes, width = vectors * lanes;
+    functions.resize(count * width);
+    once.resize(count * width);
+    transposed.resize(width * padded);
+    table.resize((n / 2 + 1) * count);
+    for (int64_t k = 0; k < count; ++k) {
+      const int64_t f = k < nc ? k : k - nc + 1;
+      const auto value = [&](int64_t i) {
+        const double angle = 2 * std::numbers::pi / n * (f * i % n);
+        return static_cast<T>(k < nc ? std::cos(angle) : std::sin(angle));
+      };
+      for (int64_t i = 0; i <= n / 2; ++i) table[i * count + k] = value(i);
+      for (int64_t slot = 0; slot < width; ++slot) {
+        const bool moved = n >= lanes && slot / lanes == vectors - 1;
+        const int64_t i = moved ? slot - (width - n) : slot;
+        if (i >= n) continue;
+        functions[k * width + slot] = value(i);
+        if (!moved || i >= slot / lanes * lanes) once[k * width + slot] = transposed[slot * padded + k] = value(i);
+      }
+    }
+    axis = {n, nc, ns, table.data(), functions.data(), once.data(), transposed.data(), width, padded};
+  }
+};
+
+// Which modes the separable functions make: those inside the disc, or all products of them.
+enum class Extent { disc, square };
+
+template <class T> struct ModeTable {
+  AxisTable<T> rows, columns;
+  std::vector<Mode> mode;
+  Modes<T> modes;
+
+  ModeTable(int64_t h, int64_t w, int64_t radius_squared, Extent extent, int64_t lanes)
+      : rows(h, radius_squared, lanes), columns(w, radius_squared, lanes) {
+    const std::vector<int32_t> shell_of = shell_table(radius_squared);
+    const auto frequency = [](const Axis<T>& axis, int64_t k) { return k < axis.nc ? k : k - axis.nc + 1; };
+    for (int32_t a = 0; a < rows.axis.count(); ++a)
+      for (int32_t b = 0; b < columns.axis.count(); ++b) {
+        const int64_t u = frequency(rows.axis, a), v = frequency(columns.axis, b), squared = u * u + v * v;
+        const double weight = (u == 0 || 2 * u == h ? 1.0 : 2.0) * (v == 0 || 2 * v == w ? 1.0 : 2.0);
+        const int32_t width = static_cast<int32_t>(columns.axis.width);
+        const double scale = weight / static_cast<double>(h * w);
+        // the place of a function among 1, cos 1, sin 1, ...
+        const auto place = [](const Axis<T>& axis, int64_t k, int64_t f) { return k < axis.nc ? (f ? 2 * f - 1 : 0) : 2 * f; };
+        const int64_t index = place(rows.axis, a, u) * columns.axis.count() + place(columns.axis, b, v);
+        if (extent == Extent::square) mode.push_back({a, b, static_cast<int32_t>(index), a * width, b * width, std::sqrt(scale)});
+        else if (squared <= radius_squared) mode.push_back({a, b, shell_of[squared], a * width, b * width, scale});
+      }
+    modes = {rows.axis, columns.axis, mode.data(), static_cast<int64_t>(mode.size()), shell_count(radius_squared)};
+  }
+};
+
+template <class T>
+std::shared_ptr<const ModeTable<T>> mode_table(int64_t h, int64_t w, int64_t radius_squared, Extent extent, int64_t lanes) {
+  using Key = std::tuple<int64_t, int64_t, int64_t, Extent, int64_t>;
+  static std::mutex mutex;
+  static std::map<Key, std::shared_ptr<const ModeTable<T>>> tables;
+  const Key key{h, w, radius_squared, extent, lanes};
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = tables.find(key);
+  if (found != tables.end()) return found->second;
+  if (tables.size() >= 256) tables.clear();
+  return tables[key] = std::make_shared<const ModeTable<T>>(h, w, radius_squared, extent, lanes);
+}
+
+}  // namespace spanet
