@@ -1,0 +1,55 @@
+"""Accuracy of a classifier over a folder of images, shared by any number of processes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+from .data import Images
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Shares of the images whose class is the first, or among the first five; mean cross entropy; images read and broken ones."""
+
+    top1: float
+    top5: float
+    loss: float
+    images: int
+    broken: int
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, images: Images, batch_size: int, device: torch.device, amp: bool = False, workers: int = 0) -> Accuracy:
+    """Evaluate model on all images; broken ones are counted and left out. The model is left in evaluation mode.
+
+    Where processes are connected, each takes its share and all get the result. They run the same number of batches, of which
+    the last may repeat images that do not count, because a sharded model needs all of them at every step.
+    """
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    shares = range(rank, -(-len(images) // world) * world, world)
+    batches = [shares[place : place + batch_size] for place in range(0, len(shares), batch_size)]
+    keys = [[(0, place % len(images)) for place in batch] for batch in batches]
+    loader = DataLoader(images, batch_sampler=keys, num_workers=workers, pin_memory=device.type == "cuda")
+    totals = torch.zeros(5, dtype=torch.float64, device=device)
+    model.eval()
+    for batch, (pixels, targets, broken) in zip(batches, loader, strict=True):
+        mine = torch.tensor(batch) < len(images)
+        counted = (mine & (broken < 0)).to(device)
+        targets = targets.to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+            logits = model(pixels.to(device, memory_format=torch.channels_last)).float()
+        hits = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
+        losses = F.cross_entropy(logits, targets, reduction="none")
+        rows = torch.stack([hits[:, 0], hits.any(1), losses, torch.ones_like(losses)]).double()
+        totals[:4] += torch.where(counted, rows, 0).sum(1)
+        totals[4] += (mine & (broken >= 0)).sum()
+    if world > 1:
+        dist.all_reduce(totals)
+    top1, top5, loss, read, lost = totals.tolist()
+    return Accuracy(top1 / max(read, 1), top5 / max(read, 1), loss / max(read, 1), int(read), int(lost))
