@@ -253,8 +253,10 @@ def _shard(network: nn.Module, device: torch.device) -> None:
     """Give every process a part of each parameter; the units gathered as one are the members of the network's sequences."""
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     sequences = [module for module in network.modules() if isinstance(module, nn.Sequential | nn.ModuleList)]
-    for block in [block for sequence in sequences for block in sequence if any(block.children())]:
-        fully_shard(block, mesh=mesh)
+    for sequence in reversed(sequences):  # inner ones first
+        for block in sequence:
+            if any(block.children()):
+                fully_shard(block, mesh=mesh)
     fully_shard(network, mesh=mesh)
 
 
