@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import timm.data
 import torch
 from PIL import Image
+from timm.data.config import resolve_data_config
+from timm.data.transforms_factory import create_transform
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
@@ -101,7 +102,7 @@ def training_transform(recipe: Recipe, model: nn.Module) -> Callable[[Image.Imag
     """Random crop, flip, augmentation, normalisation and erasing of a recipe, with the model's mean, std and interpolation."""
     config = _data_config(recipe.image_size, model)
     del config["crop_pct"], config["crop_mode"]
-    return timm.data.create_transform(
+    return create_transform(
         **config,
         is_training=True,
         scale=(recipe.crop_scale, 1.0),
@@ -115,11 +116,11 @@ def training_transform(recipe: Recipe, model: nn.Module) -> Callable[[Image.Imag
 
 def evaluation_transform(image_size: int, model: nn.Module) -> Callable[[Image.Image], Tensor]:
     """Resize and centre crop by the model's own share, and normalisation."""
-    return timm.data.create_transform(**_data_config(image_size, model))
+    return create_transform(**_data_config(image_size, model))
 
 
 def _data_config(image_size: int, model: nn.Module) -> dict[str, Any]:
-    return timm.data.resolve_data_config({"img_size": image_size}, model=model)
+    return resolve_data_config({"img_size": image_size}, model=model)
 
 
 class Chunks(Sampler[list[Key]]):

@@ -38,8 +38,12 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
-        raise OSError(f"could not write {path}: {error.strerror}; {'the one before it is intact' if path.exists() else ''}") from error
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__  # torch.save, closing its archive, hides what stopped it
+        if not isinstance(cause, OSError):
+            raise
+        kept = "; the one before it is intact" if path.exists() else ""
+        raise OSError(f"could not write {path}: {cause.strerror}{kept}") from cause
     finally:
         temporary.unlink(missing_ok=True)
 

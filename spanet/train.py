@@ -19,10 +19,10 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from timm.data import Mixup
-from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
-from timm.utils import ModelEmaV3
+from timm.data.mixup import Mixup
+from timm.optim import create_optimizer_v2  # type: ignore[attr-defined]
+from timm.scheduler.scheduler_factory import create_scheduler_v2
+from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -96,6 +96,7 @@ def fit(
     fsdp: bool = False,
     compiled: bool = False,
     resume: bool = False,
+    show: bool = True,
 ) -> Accuracy:
     """Train model in place, evaluate it after every epoch; returns the accuracy of the best one, whose weights are in OUT.
 
@@ -108,6 +109,7 @@ def fit(
         fsdp: shard parameters, gradients and moments over the processes, instead of a copy in each.
         compiled: by torch.compile.
         resume: continue the run in out.
+        show: a progress bar.
 
     Raises:
         ValueError: the recipe fits neither the images nor the run; FileExistsError, FileNotFoundError: out holds a run, or none;
@@ -123,7 +125,7 @@ def fit(
         best, broken = Accuracy(**run.state["best"]), set(run.state["broken"])
     chunks.start = run.start
     losses: list[Tensor] = []
-    with progress_bar(rank) as bar:
+    with progress_bar(show and rank == 0) as bar:
         task = bar.add_task("", total=chunks.steps, completed=run.start)
 
         def reported(batch: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -276,10 +278,10 @@ def _union_over_processes(indices: set[int]) -> set[int]:
     return set().union(*gathered)
 
 
-def progress_bar(rank: int = 0) -> Progress:
-    """On the standard error of the first process."""
+def progress_bar(show: bool = True) -> Progress:
+    """On the standard error."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=Console(stderr=True), disable=rank != 0)
+    return Progress(*columns, console=Console(stderr=True), disable=not show)
 
 
 @contextmanager
