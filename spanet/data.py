@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from timm.data.config import resolve_data_config
@@ -20,17 +19,9 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 
-from .recipe import Recipe
+from .recipe import Recipe, seed_all
 
 Key = tuple[int, int]  # epoch, index
-
-
-def seed_all(*key: int | str) -> None:
-    """Make the random state of python, numpy and torch (every device) a function of key."""
-    bits = random.Random(repr(key)).getrandbits(32)
-    random.seed(bits)
-    np.random.seed(bits)  # noqa: NPY002  what timm draws from
-    torch.manual_seed(bits)
 
 
 class Images(Dataset[tuple[Tensor, int, int]]):
@@ -114,12 +105,12 @@ def training_transform(recipe: Recipe, model: nn.Module) -> Callable[[Image.Imag
     )
 
 
-def evaluation_transform(image_size: int, model: nn.Module) -> Callable[[Image.Image], Tensor]:
-    """Resize and centre crop by the model's own share, and normalisation."""
+def evaluation_transform(image_size: int | None, model: nn.Module) -> Callable[[Image.Image], Tensor]:
+    """Resize, centre crop by the model's own share, and normalisation; without a size, to the model's own."""
     return create_transform(**_data_config(image_size, model))
 
 
-def _data_config(image_size: int, model: nn.Module) -> dict[str, Any]:
+def _data_config(image_size: int | None, model: nn.Module) -> dict[str, Any]:
     return resolve_data_config({"img_size": image_size}, model=model)
 
 

@@ -31,9 +31,9 @@ from torchvision.transforms import InterpolationMode
 
 import spanet_kernels
 
-from .data import Images, seed_all
+from .data import Images
 from .model import SPANet
-from .recipe import Recipe, load_recipe
+from .recipe import Recipe, load_recipe, seed_all
 from .runs import replacing
 from .train import fit, progress_bar
 

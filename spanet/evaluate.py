@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
 
+import safetensors
+import timm
 import torch
 import torch.distributed as dist
+from timm.models import load_checkpoint
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from .data import Images
+from .data import Images, evaluation_transform, find_images
+from .recipe import Recipe, build
 
 
 @dataclass(frozen=True)
@@ -53,3 +59,44 @@ def evaluate(model: nn.Module, images: Images, batch_size: int, device: torch.de
         dist.all_reduce(totals)
     top1, top5, loss, read, lost = totals.tolist()
     return Accuracy(top1 / max(read, 1), top5 / max(read, 1), loss / max(read, 1), int(read), int(lost))
+
+
+def evaluate_checkpoint(
+    checkpoint: Path,
+    data: Path,
+    device: torch.device,
+    model: str | None = None,
+    batch_size: int = 128,
+    amp: bool = False,
+    workers: int = 4,
+) -> Accuracy:
+    """Accuracy on DATA/CLASS/*.jpg of the best weights of a run, or of any checkpoint of a registered model, at its own image size.
+
+    Raises:
+        FileNotFoundError: no such file or images; ValueError: the file does not tell its model and none is given, it does not fit
+        the model, or the classes are not those of the model.
+    """
+    if not checkpoint.is_file():
+        raise FileNotFoundError(f"checkpoint: there is no file {checkpoint}")
+    network: nn.Module
+    if model:
+        network, classes, size = timm.create_model(model, checkpoint_path=str(checkpoint)), None, None
+    else:
+        recipe, classes = _told_by(checkpoint)
+        network, size = build(replace(recipe, weights=None), len(classes)), recipe.image_size
+        load_checkpoint(network, str(checkpoint))
+    samples, found = find_images(data, classes)
+    if len(found) != network.num_classes:
+        raise ValueError(f"data: {data} must hold {network.num_classes} classes, those of the model, got {len(found)}")
+    images = Images(samples, evaluation_transform(size, network))
+    return evaluate(network.to(device, memory_format=torch.channels_last), images, batch_size, device, amp, workers)  # type: ignore[call-overload]
+
+
+def _told_by(checkpoint: Path) -> tuple[Recipe, list[str]]:
+    """Recipe and classes in the metadata of the best weights of a run."""
+    try:
+        with safetensors.safe_open(checkpoint, "pt") as file:
+            facts = file.metadata()
+        return Recipe(**json.loads(facts["recipe"])), json.loads(facts["classes"])
+    except Exception:  # of many kinds: other formats, other metadata, none
+        raise ValueError(f"checkpoint: {checkpoint} does not tell its model, give its name") from None

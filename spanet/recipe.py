@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import difflib
+import random
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import timm
+import torch
 import yaml
+from torch import nn
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -26,7 +31,7 @@ class Recipe:
     model_args: dict[str, Any] = field(default_factory=dict)
     """further arguments of the model"""
     weights: str | None = None
-    """checkpoint to start from; a head of another size is left out"""
+    """checkpoint to start from; its head is kept if both have as many classes as the model by default"""
     drop_path_rate: float = 0.1
     image_size: int = 224
 
@@ -124,3 +129,26 @@ def _typed(key: str, value: Any) -> Any:
     if type(value) is not wanted:
         raise ValueError(f"recipe: {key} must be a {wanted.__name__}, got {value!r}")
     return value
+
+
+def build(recipe: Recipe, num_classes: int) -> nn.Module:
+    """The recipe's model, initialised from its seed or from its weights file, which may lack a head of this size.
+
+    Raises:
+        ValueError: no registered model has this name.
+    """
+    if not timm.is_model(recipe.model):
+        raise ValueError(f"recipe: model must be a registered name, got {recipe.model}")
+    arguments = {"num_classes": num_classes, "drop_path_rate": recipe.drop_path_rate, **recipe.model_args}
+    if recipe.weights:
+        arguments |= {"pretrained": True, "pretrained_cfg_overlay": {"file": recipe.weights}}
+    seed_all(recipe.seed, "weights")
+    return timm.create_model(recipe.model, **arguments)
+
+
+def seed_all(*key: int | str) -> None:
+    """Make the random state of python, numpy and torch (every device) a function of key."""
+    bits = random.Random(repr(key)).getrandbits(32)
+    random.seed(bits)
+    np.random.seed(bits)  # noqa: NPY002  what timm draws from
+    torch.manual_seed(bits)

@@ -14,7 +14,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
-import timm
 import torch
 import torch.distributed as dist
 from rich.console import Console
@@ -37,9 +36,9 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from .data import Chunks, Images, evaluation_transform, find_images, seed_all, training_transform
+from .data import Chunks, Images, evaluation_transform, find_images, training_transform
 from .evaluate import Accuracy, evaluate
-from .recipe import Recipe
+from .recipe import Recipe, build, seed_all
 from .runs import Run, State
 
 LOG_STEPS = 20  # between reads of the loss, each of which waits for the device
@@ -67,21 +66,6 @@ def train(
     training = Images(samples, training_transform(recipe, model), recipe.seed)
     validation = Images(held_out, evaluation_transform(recipe.image_size, model))
     return fit(recipe, model, training, validation, classes, out, device, workers, fsdp, compiled, resume)
-
-
-def build(recipe: Recipe, num_classes: int) -> nn.Module:
-    """The recipe's model, initialised from its seed or from its weights file, which may lack a head of this size.
-
-    Raises:
-        ValueError: no registered model has this name.
-    """
-    if not timm.is_model(recipe.model):
-        raise ValueError(f"recipe: model must be a registered name, got {recipe.model}")
-    arguments = {"num_classes": num_classes, "drop_path_rate": recipe.drop_path_rate, **recipe.model_args}
-    if recipe.weights:
-        arguments |= {"pretrained": True, "pretrained_cfg_overlay": {"file": recipe.weights}}
-    seed_all(recipe.seed, "weights")
-    return timm.create_model(recipe.model, **arguments)
 
 
 def fit(

@@ -22,14 +22,15 @@ from torch import nn
 
 from spanet.data import Chunks, Images, find_images
 from spanet.evaluate import evaluate
-from spanet.recipe import Recipe, load_recipe, recipe_names
+from spanet.recipe import Recipe, build, load_recipe, recipe_names
 from spanet.runs import Run
-from spanet.train import build, fit, train
+from spanet.train import fit, train
 
 CPU = torch.device("cpu")
 # everything random is on: augmentation, erasing, mixup, cutmix, drop path; averaged weights too
 RECIPE = """
-model: test_convnext
+model: spanet_small
+model_args: {depths: [1, 1, 1], dims: [12, 24, 36], radii: [2, 1, 1]}
 image_size: 32
 epochs: 3
 batch_size: 12
