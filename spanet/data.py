@@ -35,7 +35,7 @@ class Images(Dataset[tuple[Tensor, int, int]]):
         seed: of these.
 
     Raises:
-        RuntimeError: TRIES images in a row are broken.
+        OSError: TRIES images in a row are broken.
     """
 
     TRIES = 20
@@ -58,7 +58,7 @@ class Images(Dataset[tuple[Tensor, int, int]]):
                 continue
             seed_all(self.seed, epoch, index)
             return self.transform(image), target, -1 if place == index else index
-        raise RuntimeError(f"data: {self.TRIES} broken images in a row, from {self.samples[index][0]} on")
+        raise OSError(f"data: {self.TRIES} broken images in a row, from {self.samples[index][0]} on")
 
 
 def _decode(source: str | Image.Image) -> Image.Image:

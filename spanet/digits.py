@@ -139,6 +139,13 @@ def last_accuracies(result: dict[str, Any]) -> dict[str, list[float]]:
     return found
 
 
+def check(result: dict[str, Any]) -> None:
+    """Raises ValueError where a training of the first variant has not learned."""
+    lowest = min(next(iter(last_accuracies(result).values())))
+    if lowest < WANTED:
+        raise ValueError(f"digits: test accuracy must reach {WANTED:.0%}, got {lowest:.2%}")
+
+
 def table(result: dict[str, Any]) -> Table:
     """One row per variant: accuracy after the last epoch (mean of the seeds, and each), errors of 360, seconds."""
     shown = Table(title=f"Digits: test accuracy after {result['recipe']['epochs']} epochs, 360 images")

@@ -208,7 +208,7 @@ def test_broken_images_are_reported_and_counted(data, tmp_path, capsys):
     assert said.count("cut.png") == said.count("text.png") == 1
     assert "2 of 36 training images are broken" in said
     assert [row["broken"] for row in csv.DictReader((tmp_path / "run" / "epochs.csv").open())] == ["2", "2", "2"]
-    with pytest.raises(RuntimeError, match=r"20 broken images in a row, from .*text.png"):
+    with pytest.raises(OSError, match=r"20 broken images in a row, from .*text.png"):
         Images([samples[20]] * 30, resized)[0, 0]
 
 
