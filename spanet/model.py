@@ -326,7 +326,7 @@ default_cfgs = generate_default_cfgs(
 _NARROW, _WIDE = (64, 128, 320, 512), (96, 192, 384, 768)
 
 
-def _create(variant: str, depths: Sequence[int], dims: Sequence[int], pretrained: bool, **kwargs: Any) -> nn.Module:
+def _create(variant: str, depths: Sequence[int], dims: Sequence[int], pretrained: bool, /, **kwargs: Any) -> nn.Module:
     return cast(
         nn.Module,
         build_model_with_cfg(

@@ -1,0 +1,154 @@
+"""A training recipe: every choice that the result depends on, as a flat YAML file. The defaults are the ImageNet recipe of SPANet-S."""
+
+from __future__ import annotations
+
+import difflib
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+import yaml
+from torch import nn
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model is trained. Numbers of the machine (workers, devices) are not part of it.
+
+    One step sees `batch_size` images, cut into chunks of `micro_batch`, which the processes share evenly: two processes, or one
+    that accumulates two chunks, do the same arithmetic. Source of the values: arXiv 2308.11568, section 4.1.
+    """
+
+    model: str = "spanet_small"
+    """registered name, of spanet or of timm"""
+    model_args: dict[str, Any] = field(default_factory=dict)
+    """further arguments of the model"""
+    weights: str | None = None
+    """checkpoint to start from; its head is kept if both have as many classes as the model by default"""
+    drop_path_rate: float = 0.1
+    image_size: int = 224
+
+    epochs: int = 300
+    batch_size: int = 1024
+    micro_batch: int = 128
+    optimizer: str = "adamw"
+    lr: float = 1e-3
+    """at `batch_size`, taken as it stands"""
+    weight_decay: float = 0.05
+    scheduler: str = "cosine"
+    warmup_epochs: int = 5
+    warmup_lr: float = 1e-6
+    min_lr: float = 1e-5
+    amp: bool = True
+    """forward passes in bfloat16"""
+    ema: float = 0.0
+    """decay of averaged weights, which are then the ones evaluated; 0 is without"""
+
+    augment: str = "rand-m9-mstd0.5-inc1"
+    """timm's name of the policy; empty is none"""
+    crop_scale: float = 0.08
+    """smallest share of an image's area that a training crop takes"""
+    flip: float = 0.5
+    color_jitter: float = 0.4
+    """where `augment` is empty"""
+    random_erasing: float = 0.25
+    mixup: float = 0.8
+    cutmix: float = 1.0
+    label_smoothing: float = 0.1
+
+    seed: int = 0
+    checkpoint_steps: int = 1000
+    """steps between checkpoints inside an epoch; the end of an epoch always writes one"""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "micro_batch", "image_size", "checkpoint_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"recipe: {name} must be at least 1, got {getattr(self, name)}")
+        if self.batch_size % self.micro_batch:
+            raise ValueError(f"recipe: batch_size must be a multiple of micro_batch {self.micro_batch}, got {self.batch_size}")
+        if self.mixes and self.micro_batch % 2:
+            raise ValueError(f"recipe: micro_batch must be even where mixup or cutmix is on, got {self.micro_batch}")
+
+    @property
+    def mixes(self) -> bool:
+        return self.mixup > 0 or self.cutmix > 0
+
+
+def recipe_names() -> list[str]:
+    """The recipes that come with the package."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def load_recipe(config: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    """The recipe of a YAML file or of a name in `recipe_names()`, with `key=value` overrides.
+
+    Raises:
+        FileNotFoundError: config is neither; ValueError: unknown key, wrong type or a value out of range.
+    """
+    path = RECIPES / f"{config}.yaml" if config in recipe_names() else Path(config)
+    if not path.is_file():
+        raise FileNotFoundError(f"config: {config} is neither a file nor one of {', '.join(recipe_names())}")
+    try:
+        values = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"config: {config} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"config: {config} must hold `key: value` lines, got a {type(values).__name__}")
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals:
+            raise ValueError(f"override: must be key=value, got {override}")
+        values[key] = yaml.safe_load(value)
+    return Recipe(**{str(key): _typed(str(key), value) for key, value in values.items()})
+
+
+_DEFAULTS = Recipe()
+_NAMES = [entry.name for entry in fields(Recipe)]
+
+
+def _typed(key: str, value: Any) -> Any:
+    """value as the type of the field; YAML reads 1e-3, without a point, as text."""
+    if key not in _NAMES:
+        near = difflib.get_close_matches(key, _NAMES, n=1, cutoff=0)[0]
+        raise ValueError(f"recipe: unknown key {key}, the nearest known one is {near}")
+    wanted = str if key == "weights" else type(getattr(_DEFAULTS, key))
+    if key == "weights" and value is None:
+        return None
+    if wanted is float and isinstance(value, int | str) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if type(value) is not wanted:
+        raise ValueError(f"recipe: {key} must be a {wanted.__name__}, got {value!r}")
+    return value
+
+
+def build(recipe: Recipe, num_classes: int) -> nn.Module:
+    """The recipe's model, initialised from its seed or from its weights file, which may lack a head of this size.
+
+    Raises:
+        ValueError: no registered model has this name.
+    """
+    if not timm.is_model(recipe.model):
+        raise ValueError(f"recipe: model must be a registered name, got {recipe.model}")
+    arguments = {"num_classes": num_classes, "drop_path_rate": recipe.drop_path_rate, **recipe.model_args}
+    if recipe.weights:
+        arguments |= {"pretrained": True, "pretrained_cfg_overlay": {"file": recipe.weights}}
+    seed_all(recipe.seed, "weights")
+    return timm.create_model(recipe.model, **arguments)
+
+
+def seed_all(*key: int | str) -> None:
+    """Make the random state of python, numpy and torch (every device) a function of key."""
+    bits = random.Random(repr(key)).getrandbits(32)
+    random.seed(bits)
+    np.random.seed(bits)  # noqa: NPY002  what timm draws from
+    torch.manual_seed(bits)

@@ -1,0 +1,133 @@
+"""The files of a training run: each is whole at any moment, whatever happens to the process that writes it.
+
+RUN/steps.csv            step, epoch, lr, loss
+RUN/epochs.csv           step, epoch, and the accuracy on the validation images
+RUN/last.pt              all that a resumed run needs
+RUN/best.safetensors     the weights of the best epoch; recipe, classes and accuracy in its metadata, as JSON
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, cast
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+State = dict[str, Any]
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A file that takes the place of path in one step when it has been written.
+
+    Raises:
+        OSError: it could not be written; path is as it was.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__  # torch.save, closing its archive, hides what stopped it
+        if not isinstance(cause, OSError):
+            raise
+        kept = "; the one before it is intact" if path.exists() else ""
+        raise OSError(f"could not write {path}: {cause.strerror}{kept}") from cause
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class Run:
+    """The folder of a run, from its first step or, resumed, from the one after its last checkpoint.
+
+    Args:
+        folder: made if it is not there.
+        identity: what all parts of one run have in common: JSON values by name, those of dictionaries by their own names.
+        resume: continue the run that is there; otherwise there must be none.
+        writes: whether this process is the one that writes.
+
+    Attributes:
+        state: of the checkpoint, None for a new run; start: the step to go on with.
+
+    Raises:
+        FileExistsError, FileNotFoundError: there is a run, or none; ValueError: last.pt is damaged or of another run.
+    """
+
+    STEPS = ("step", "epoch", "lr", "loss")
+    EPOCHS = ("step", "epoch", "top1", "top5", "loss", "images", "broken")
+
+    def __init__(self, folder: Path, identity: State, resume: bool, writes: bool = True) -> None:
+        self.folder, self.identity, self.writes = folder, identity, writes
+        self.last = folder / "last.pt"
+        self.state = self._load() if resume else None
+        self.start: int = self.state["step"] if self.state else 0
+        if not resume and self.last.exists():
+            raise FileExistsError(f"out: {folder} holds a run; resume it, or name another folder")
+        if writes:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._rewind(folder / "steps.csv", self.STEPS)
+            self._rewind(folder / "epochs.csv", self.EPOCHS)
+
+    def _load(self) -> State:
+        if not self.last.exists():
+            raise FileNotFoundError(f"resume: there is no {self.last}")
+        try:
+            state = cast(State, torch.load(self.last, map_location="cpu", weights_only=True))
+        except Exception as error:  # torch states damage in many ways
+            raise ValueError(f"resume: {self.last} is damaged: {str(error).splitlines()[0]}") from None
+        then, now = _flat(state["identity"]), _flat(self.identity)
+        for name in now:
+            if then.get(name) != now[name]:
+                raise ValueError(f"resume: {name} was {then.get(name)} when {self.folder} was started, got {now[name]}")
+        return state
+
+    def _rewind(self, path: Path, columns: tuple[str, ...]) -> None:
+        """Keep the rows of the steps before `start`: a killed process may have written more."""
+        text = io.StringIO()
+        table = csv.DictWriter(text, columns)
+        table.writeheader()
+        if self.start:
+            with path.open(newline="") as file:
+                table.writerows(row for row in csv.DictReader(file) if int(row["step"]) < self.start)
+        with replacing(path) as new:
+            new.write(text.getvalue().encode())
+
+    def log_step(self, **row: float) -> None:
+        self._append("steps.csv", self.STEPS, row)
+
+    def log_epoch(self, **row: float) -> None:
+        self._append("epochs.csv", self.EPOCHS, row)
+
+    def _append(self, name: str, columns: tuple[str, ...], row: dict[str, float]) -> None:
+        if self.writes:
+            with (self.folder / name).open("a", newline="") as file:
+                csv.DictWriter(file, columns).writerow(row)
+
+    def save_last(self, state: State) -> None:
+        if self.writes:
+            with replacing(self.last) as file:
+                torch.save({"identity": self.identity, **state}, file)
+
+    def save_best(self, weights: dict[str, Tensor], facts: State) -> None:
+        if self.writes:
+            metadata = {name: json.dumps(fact) for name, fact in (self.identity | facts).items()}
+            with replacing(self.folder / "best.safetensors") as file:
+                file.write(safetensors.torch.save({name: tensor.contiguous() for name, tensor in weights.items()}, metadata))
+
+
+def _flat(identity: State) -> State:
+    flat: State = {}
+    for name, value in identity.items():
+        flat |= value if isinstance(value, dict) else {name: value}
+    return flat

@@ -1,0 +1,289 @@
+"""Training of a classifier by a recipe: in one process or many, killed and resumed, the loss takes the same course.
+
+All randomness is a function of (seed, epoch, image) in the data, and of (seed, step, chunk) in the model and in mixup. So a
+checkpoint holds no random state, any number of workers reads the same images, and n processes differ from one that accumulates n
+chunks in nothing but the order of a sum. The learning rate is a function of the step.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from timm.data.mixup import Mixup
+from timm.optim import create_optimizer_v2
+from timm.scheduler.scheduler_factory import create_scheduler_v2
+from timm.utils.model_ema import ModelEmaV3
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+
+from .data import Chunks, Images, evaluation_transform, find_images, training_transform
+from .evaluate import Accuracy, evaluate
+from .recipe import Recipe, build, seed_all
+from .runs import Run, State
+
+LOG_STEPS = 20  # between reads of the loss, each of which waits for the device
+_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+def train(
+    recipe: Recipe,
+    data: Path,
+    out: Path,
+    device: torch.device,
+    workers: int = 4,
+    fsdp: bool = False,
+    compiled: bool = False,
+    resume: bool = False,
+) -> Accuracy:
+    """Train a registered model on DATA/train and evaluate it on DATA/val after every epoch: see `fit`.
+
+    Raises:
+        what `find_images`, `build` and `fit` raise.
+    """
+    samples, classes = find_images(data / "train")
+    held_out, _ = find_images(data / "val", classes)
+    model = build(recipe, len(classes))
+    training = Images(samples, training_transform(recipe, model), recipe.seed)
+    validation = Images(held_out, evaluation_transform(recipe.image_size, model))
+    return fit(recipe, model, training, validation, classes, out, device, workers, fsdp, compiled, resume)
+
+
+def fit(
+    recipe: Recipe,
+    model: nn.Module,
+    training: Images,
+    validation: Images,
+    classes: list[str],
+    out: Path,
+    device: torch.device,
+    workers: int = 0,
+    fsdp: bool = False,
+    compiled: bool = False,
+    resume: bool = False,
+    show: bool = True,
+) -> Accuracy:
+    """Train model in place, evaluate it after every epoch; returns the accuracy of the best one, whose weights are in OUT.
+
+    Args:
+        recipe: of which model and images have been made already.
+        classes: names, kept with the weights.
+        out: folder of the run, see `spanet.runs`.
+        device: of this process.
+        workers: processes that read images; the result does not depend on their number.
+        fsdp: shard parameters, gradients and moments over the processes, instead of a copy in each.
+        compiled: by torch.compile.
+        resume: continue the run in out.
+        show: a progress bar.
+
+    Raises:
+        ValueError: the recipe fits neither the images nor the run; FileExistsError, FileNotFoundError: out holds a run, or none;
+        OSError: a file could not be written, the last one of its name is intact; FloatingPointError: the loss is not finite.
+    """
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    chunks = Chunks(len(training), recipe, rank, world)
+    run = Run(out, {"recipe": asdict(recipe), "images": len(training), "classes": classes}, resume, rank == 0)
+    trainer = Trainer(recipe, model, len(classes), chunks, device, fsdp, compiled)
+    best, broken = Accuracy(-1.0, 0.0, 0.0, 0, 0), set[int]()
+    if run.state:
+        trainer.load(run.state)
+        best, broken = Accuracy(**run.state["best"]), set(run.state["broken"])
+    chunks.start = run.start
+    losses: list[Tensor] = []
+    with progress_bar(show and rank == 0) as bar:
+        task = bar.add_task("", total=chunks.steps, completed=run.start)
+
+        def reported(batch: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+            pixels, targets, lost = batch
+            for index in set(lost[lost >= 0].tolist()) - broken:
+                broken.add(index)
+                bar.console.print(f"broken image, another takes its place: {training.samples[index][0]}", soft_wrap=True)
+            return pixels, targets
+
+        batches = map(reported, DataLoader(training, batch_sampler=chunks, num_workers=workers, pin_memory=device.type == "cuda"))
+        for step in range(run.start, chunks.steps):
+            epoch, place = divmod(step, chunks.steps_per_epoch)
+            losses.append(trainer.step(step, batches))
+            ends = place + 1 == chunks.steps_per_epoch
+            saves = ends or (step + 1) % recipe.checkpoint_steps == 0
+            if saves or len(losses) == LOG_STEPS:
+                for done, loss in enumerate(_mean_over_processes(losses), step + 1 - len(losses)):
+                    run.log_step(step=done, epoch=done // chunks.steps_per_epoch, lr=trainer.lr(done), loss=loss)
+                    if not abs(loss) < float("inf"):
+                        raise FloatingPointError(f"the loss of step {done} is {loss}; {run.last} is of an earlier step")
+                losses.clear()
+                bar.update(task, completed=step + 1, description=f"epoch {epoch + 1}/{recipe.epochs}, loss {loss:.4f}")
+            if ends:
+                broken |= _union_over_processes(broken)
+                accuracy = evaluate(trainer.judged, validation, recipe.micro_batch, device, recipe.amp, workers)
+                run.log_epoch(step=step, epoch=epoch, **asdict(accuracy) | {"broken": len(broken) + accuracy.broken})
+                if accuracy.top1 > best.top1:
+                    best = accuracy
+                    run.save_best(trainer.weights(), {"epoch": epoch, "accuracy": asdict(best)})
+            if saves:
+                run.save_last({"step": step + 1, "best": asdict(best), "broken": sorted(broken), **trainer.state()})
+        if broken:
+            bar.console.print(f"{len(broken)} of {len(training)} training images are broken")
+    return best
+
+
+class Trainer:
+    """A model with its optimizer, schedule and averaged weights, which takes steps; spread over processes where there are several.
+
+    Args:
+        chunks: the cut of a step into forward passes, see `Chunks`; the others as in `fit`.
+    """
+
+    def __init__(
+        self, recipe: Recipe, model: nn.Module, num_classes: int, chunks: Chunks, device: torch.device, fsdp: bool, compiled: bool
+    ) -> None:
+        self.recipe, self.model, self.chunks, self.device = recipe, model, chunks, device
+        # parameters that are sharded must be contiguous
+        model.to(device, memory_format=torch.contiguous_format if fsdp else torch.channels_last)  # type: ignore[call-overload]
+        self.average = ModelEmaV3(model, decay=recipe.ema, use_warmup=True) if recipe.ema else None
+        self.judged: nn.Module = self.average.module if self.average else model
+        if compiled:
+            model.compile()
+        self.copies: DistributedDataParallel | None = None
+        if fsdp:
+            for network in {model, self.judged}:
+                _shard(network, device)
+        elif dist.is_initialized():
+            self.copies = DistributedDataParallel(model, [device] if device.type == "cuda" else None)
+        self.optimizer = create_optimizer_v2(model, opt=recipe.optimizer, lr=recipe.lr, weight_decay=recipe.weight_decay)
+        self.schedule, _ = create_scheduler_v2(
+            self.optimizer,
+            recipe.scheduler,
+            num_epochs=recipe.epochs,
+            warmup_epochs=recipe.warmup_epochs,
+            warmup_lr=recipe.warmup_lr,
+            min_lr=recipe.min_lr,
+            step_on_epochs=False,
+            updates_per_epoch=chunks.steps_per_epoch,
+        )
+        smoothing = recipe.label_smoothing
+        self.mix = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=smoothing, num_classes=num_classes) if recipe.mixes else None
+        self.smoothing = 0.0 if self.mix else smoothing  # mixed targets are smooth already
+
+    def step(self, step: int, batches: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
+        """One step of the optimizer over this process's chunks; returns their mean loss before it."""
+        self.schedule.step_update(step)
+        self.model.train()
+        total = torch.zeros((), device=self.device)
+        for chunk in range(self.chunks.per_step):
+            pixels, targets = next(batches)
+            seed_all(self.recipe.seed, step, self.chunks.first + chunk)
+            pixels = pixels.to(self.device, memory_format=torch.channels_last, non_blocking=True)
+            targets = targets.to(self.device, non_blocking=True)
+            if self.mix:
+                pixels, targets = self.mix(pixels, targets)
+            with self._exchange(chunk + 1 == self.chunks.per_step):
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.amp):
+                    logits = (self.copies or self.model)(pixels)
+                loss = F.cross_entropy(logits.float(), targets, label_smoothing=self.smoothing) / self.chunks.per_step
+                loss.backward()
+            total += loss.detach()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.average:
+            self.average.update(self.model, step + 1)
+        return total
+
+    def lr(self, step: int) -> float:
+        return cast(float, self.schedule._get_lr(step)[0])
+
+    @contextmanager
+    def _exchange(self, last: bool) -> Iterator[None]:
+        """Gradients travel between processes once per step, with its last chunk."""
+        if isinstance(self.model, FSDPModule):
+            self.model.set_requires_gradient_sync(last)
+        with self.copies.no_sync() if self.copies and not last else nullcontext():
+            yield
+
+    def weights(self) -> dict[str, Tensor]:
+        """Of the evaluated network, whole and on the CPU; every process must ask."""
+        return cast(dict[str, Tensor], get_model_state_dict(self.judged, options=_WHOLE))
+
+    def state(self) -> State:
+        """All that `load` wants, whole and on the CPU; every process must ask."""
+        model, optimizer = get_state_dict(self.model, self.optimizer, options=_WHOLE)
+        return {"model": model, "optimizer": optimizer, "average": self.weights() if self.average else None}
+
+    def load(self, state: State) -> None:
+        parts = {"model_state_dict": state["model"], "optim_state_dict": state["optimizer"]}
+        set_state_dict(self.model, self.optimizer, **parts, options=_WHOLE)
+        if self.average:
+            set_model_state_dict(self.judged, state["average"], options=_WHOLE)
+
+
+def _shard(network: nn.Module, device: torch.device) -> None:
+    """Give every process a part of each parameter; the units gathered as one are the members of the network's sequences."""
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    sequences = [module for module in network.modules() if isinstance(module, nn.Sequential | nn.ModuleList)]
+    for sequence in reversed(sequences):  # inner ones first
+        for block in sequence:
+            if any(block.children()):
+                fully_shard(block, mesh=mesh)
+    fully_shard(network, mesh=mesh)
+
+
+def _mean_over_processes(losses: list[Tensor]) -> list[float]:
+    mean = torch.stack(losses)
+    if dist.is_initialized():
+        dist.all_reduce(mean)
+        mean /= dist.get_world_size()
+    return cast(list[float], mean.tolist())
+
+
+def _union_over_processes(indices: set[int]) -> set[int]:
+    gathered: list[Any] = [indices]
+    if dist.is_initialized():
+        gathered *= dist.get_world_size()
+        dist.all_gather_object(gathered, indices)
+    return set().union(*gathered)
+
+
+def progress_bar(show: bool = True) -> Progress:
+    """On the standard error."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True), disable=not show)
+
+
+@contextmanager
+def processes(device: str | None = None) -> Iterator[torch.device]:
+    """The device of this process, connected with the others where torchrun has started it.
+
+    Args:
+        device: cpu or cuda; by default cuda where there is one.
+    """
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if "LOCAL_RANK" not in os.environ:
+        yield place
+        return
+    if place.type == "cuda":
+        place = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(place)
+    dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+    try:
+        yield place
+    finally:
+        dist.destroy_process_group()
