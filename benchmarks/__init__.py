@@ -1,9 +1,21 @@
 """Benchmarks: `python -m benchmarks --help`.
 
-timing.py    interleaved timing on the CPU and on GPUs
-record.py    the environment of a run, and results as JSON
-ops.py       radial_filter against a memory copy and against FFT chains
+section.py   what a section is, and the choices they all get
 photos.py    real photographs through spectral_pool
-report.py    targets and tables from the JSON alone
-figures.py   figures from the JSON alone
+ops.py       radial_filter against a memory copy and against FFT chains
+models.py    whole models, inference; train.py: their training step
+scaling.py   cost against size, radius, channels, batch, threads and processes
+
+timing.py    interleaved timing on the CPU and on GPUs
+limit.py     what the machine can do: copies and matrix products
+trace.py     what a call does: matrix products, bytes, memory, where its time goes, energy
+peers.py     what SPANet is compared with
+record.py    the environment of a run, results as JSON files, one against an older one
+soak.py      every operator thousands of times, bit-equal, in two threads, memory flat
+
+tables.py model_tables.py figures.py model_figures.py report.py    tables, figures and pages from the JSON alone
 """
+
+import os
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler reports missing GPUs otherwise

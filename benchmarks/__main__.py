@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import itertools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -13,28 +14,34 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from . import ops, photos, report
-from .figures import figures
-from .record import environment, save
+from . import report
+from .record import environment, load, regressions, save
+from .section import DTYPES, LAYOUTS, Options, Section, usable
 
-DESCRIPTION = """\
-Measure spanet_kernels on this machine.
-
-  photos   real photographs through spectral_pool at several lam and radii, each result checked
-           against the fp64 reference, and a figure to look at
-  ops      radial_filter against clone(), against rfft2 -> mask -> irfft2, and against the published
-           fft2 chain, eager and compiled: forward, gradients, any radius, call overhead
-  report   tables and figures from the JSON alone; with --readme, the marked tables of a README
-
-Without a name: photos, ops and report. Results are checked before they are timed. Ctrl-C keeps what was measured.
-"""
+SECTIONS = {
+    "photos": "real photographs through spectral_pool, each result against fp64, and a figure to look at",
+    "ops": "radial_filter against clone() and FFT chains: forward, gradients, any radius, call overhead",
+    "models": "inference of whole models: SPANet, the published code, their peers of timm",
+    "train": "the training step of the same models",
+    "scaling": "cost against size, radius, channels, batch, threads and processes",
+}
+DESCRIPTION = "\n".join(
+    (
+        "Measure spanet_kernels and SPANet on this machine, beside what one would use instead.\n",
+        *(f"  {name:8} {text}" for name, text in SECTIONS.items()),
+        "  report   tables, figures and pages from the JSON alone; with --readme, the marked tables of a README",
+        "  all      all of it, as without a name\n",
+        "Results are checked before they are timed. Ctrl-C keeps what was measured.",
+    )
+)
 EXAMPLES = """\
 examples:
-  python -m benchmarks                                  everything, quick: about four minutes on two cores
+  python -m benchmarks                                  everything, quick
   python -m benchmarks ops --filter 56x56 --dtype fp32  the rows whose name contains 56x56, in fp32
-  python -m benchmarks ops --list                       the names of the rows
+  python -m benchmarks models train --filter spanet_small --batch 1,32
+  python -m benchmarks models --list                    the names of the rows
+  python -m benchmarks models --compare OLD/models.json exit 1 if SPANet has become slower beyond the noise
   python -m benchmarks --full --out benchmarks/results/NAME
-  python -m benchmarks report --readme README.md --out benchmarks/results/NAME
   python -m benchmarks report --readme README.md --out benchmarks/results/NAME --check
 """
 
@@ -57,6 +64,16 @@ def some_of(choices: tuple[str, ...]) -> Callable[[str], list[str]]:
     return parse
 
 
+def batches(text: str) -> list[int]:
+    try:
+        found = [int(part) for part in text.split(",")]
+    except ValueError:
+        found = [0]
+    if min(found) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of positive numbers, like 1,8,32")
+    return found
+
+
 def device(text: str) -> torch.device:
     try:
         found = torch.device(text)
@@ -73,25 +90,29 @@ def parser() -> Parser:
     made = Parser(
         prog="python -m benchmarks", description=DESCRIPTION, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    made.add_argument(
-        "what", nargs="*", type=some_of(("photos", "ops", "report")), metavar="photos | ops | report", help="what to run, in this order"
-    )
+    names = (*SECTIONS, "report", "all")
+    made.add_argument("what", nargs="*", type=some_of(names), metavar=" | ".join(names), help="what to run, in this order")
     form = made.add_mutually_exclusive_group()
     form.add_argument(
         "--quick", dest="form", action="store_const", const="quick", default="quick", help="minutes, on any machine (default)"
     )
     form.add_argument(
-        "--full", dest="form", action="store_const", const="full", help="every batch size, gradient and radius: hours on two cores"
+        "--full", dest="form", action="store_const", const="full", help="every model, batch, gradient and radius: hours on two cores"
     )
     default = "cuda" if torch.cuda.is_available() else "cpu"
     made.add_argument("--device", type=device, default=default, help=f"cpu, cuda or cuda:N (here: {default})")
-    dtypes, layouts = tuple(ops.DTYPES), tuple(ops.LAYOUTS)
+    dtypes, layouts = tuple(DTYPES), tuple(LAYOUTS)
     made.add_argument("--dtype", type=some_of(dtypes), default=["fp32", "bf16"], help="some of fp32,bf16,fp16 (fp32,bf16)")
-    made.add_argument("--layout", type=some_of(layouts), default=list(layouts), help="some of nchw,channels_last (both)")
+    made.add_argument(
+        "--layout", type=some_of(layouts), default=list(layouts), help="some of nchw,channels_last (both; models: the better one)"
+    )
+    made.add_argument("--compile", action="store_true", help="models: measure torch.compile too; --full does")
+    made.add_argument("--batch", type=batches, default=[], metavar="N[,N]", help="models: images at once (those of the form)")
     made.add_argument("--filter", default="", metavar="TEXT", help="only rows whose name contains this; see --list")
     made.add_argument(
         "--out", type=Path, default=Path(__file__).parent / "out", metavar="DIR", help="where JSON and figures go (benchmarks/out)"
     )
+    made.add_argument("--compare", type=Path, metavar="OLD.json", help="exit 1 where ours is slower than in this file, beyond the noise")
     made.add_argument("--list", action="store_true", help="print the names of the rows and stop")
     made.add_argument(
         "--readme", type=Path, metavar="FILE", help="rewrite the blocks <!-- benchmark:NAME --> ... <!-- end --> of this file"
@@ -100,8 +121,10 @@ def parser() -> Parser:
     return made
 
 
-def drive(title: str, count: int, steps: Callable[[Callable[[str], None]], Iterator[None]], path: Path, result: dict[str, Any]) -> None:
-    """Run a benchmark behind a progress bar and save after every step, ctrl-C included, which is raised again."""
+def drive(name: str, section: Section, rows: list[Any], options: Options) -> dict[str, Any]:
+    """Run a section behind a progress bar and save after every step, ctrl-C included, which is raised again."""
+    path = options.out / f"{name}.json"
+    result = {"section": name, "environment": environment(options.device), "form": options.form, "rows": []}
     columns = (
         TextColumn("{task.description}"),
         BarColumn(24),
@@ -111,35 +134,17 @@ def drive(title: str, count: int, steps: Callable[[Callable[[str], None]], Itera
         TextColumn("{task.fields[row]}"),
     )
     with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task(title, total=count, row="")
+        task = progress.add_task(name, total=len(rows) + 1, row="")
         try:
-            for _ in steps(lambda row: progress.update(task, row=row)):
+            for _ in section.run(rows, options, lambda row: progress.update(task, row=row), result):
                 progress.advance(task)
                 save(path, result)
         except KeyboardInterrupt:
             result["interrupted"] = True
             save(path, result)
-            progress.console.print(f"{title}: interrupted; what was measured is in {path}")
+            progress.console.print(f"{name}: interrupted; what was measured is in {path}")
             raise
-
-
-def run_ops(options: argparse.Namespace, rows: list[ops.Row]) -> bool:
-    """Returns whether every result of ours was right."""
-    result = {"environment": environment(options.device), "form": options.form, "rows": [], "overhead": []}
-    count = len(rows) + 1
-    drive("ops", count, lambda advance: ops.run(rows, options.device, options.form, advance, result), options.out / "ops.json", result)
-    return all("refused" not in row["competitors"]["ours"] for row in result["rows"])
-
-
-def run_photos(options: argparse.Namespace, cases: list[tuple[str, float, float, str]], console: Console) -> bool:
-    """Returns whether every result was right."""
-    result = {"environment": environment(options.device), "rows": []}
-    drive("photos", len(cases), lambda advance: photos.run(cases, options.device, advance, result), options.out / "photos.json", result)
-    for dtype, rows in itertools.groupby(sorted(result["rows"], key=lambda row: row["dtype"]), key=lambda row: row["dtype"]):
-        worst = max(rows, key=lambda row: row["error"])
-        console.print(f"photos, {dtype}: largest error {worst['error']:.1e} of the largest value, {worst['bound']:.1e} allowed")
-    console.print(photos.figure(options.device, options.out / "photos.jpg"))
-    return all(row["right"] for row in result["rows"])
+    return result
 
 
 def run_report(options: argparse.Namespace, console: Console) -> bool:
@@ -152,46 +157,74 @@ def run_report(options: argparse.Namespace, console: Console) -> bool:
             console.print(f"{options.readme} {'agrees with' if filled == text else 'differs from'} {options.out}")
             return filled == text
         options.readme.write_text(filled)
-    if "ops" in results:
-        for part in report.screen(results):
-            console.print(part)
-        for path in figures(results, options.out):
-            console.print(path)
+    for part in report.screen(results):
+        console.print(part)
+    for path in report.pages(results, options.out):
+        console.print(path)
     return True
 
 
 def main(arguments: list[str] | None = None) -> int:
     command = parser()
-    options = command.parse_args(arguments)
-    what = list(itertools.chain(*options.what)) or ["photos", "ops", "report"]
-    if options.check and not options.readme:
+    given = command.parse_args(arguments)
+    what = list(itertools.chain(*given.what)) or ["all"]
+    if "all" in what:
+        what = [*SECTIONS, "report"]
+    if given.check and not given.readme:
         command.error("--check needs --readme FILE")
-    if options.readme and "report" not in what:
+    if given.readme and "report" not in what:
         command.error("--readme belongs to report")
-    if options.readme and not options.readme.is_file():
-        command.error(f"--readme: {options.readme} is no file")
-    rows = [row for row in ops.rows(options.form, options.dtype, options.layout) if options.filter in row.name]
-    cases = photos.cases(options.dtype)
-    if not rows:
-        command.error(f"--filter: no row contains {options.filter!r}; --list prints their names")
-    if options.list:
-        print("\n".join(row.name for row in rows))
+    if given.readme and not given.readme.is_file():
+        command.error(f"--readme: {given.readme} is no file")
+    options = Options(given.form, given.device, given.dtype, given.layout, given.compile, given.batch, given.out)
+    for dtype in given.dtype:
+        if why := usable(given.device, dtype):
+            command.error(f"--dtype: {given.device} cannot compute in {dtype}: {why}")
+    sections: dict[str, Section] = {name: importlib.import_module(f".{name}", __package__) for name in what if name != "report"}
+    rows = {name: [row for row in section.rows(options) if given.filter in row.name] for name, section in sections.items()}
+    if sections and not any(rows.values()):
+        command.error(f"--filter: no row contains {given.filter!r}; --list prints their names")
+    if given.list:
+        print("\n".join(row.name for name in sections for row in rows[name]))
         return 0
     console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
-    right, interrupted = True, False
     try:
+        old = old_result(given.compare, what, options) if given.compare else None
+        good, interrupted = True, False
         try:
-            if "photos" in what:
-                right &= run_photos(options, cases, console)
-            if "ops" in what:
-                right &= run_ops(options, rows)
+            for name, section in sections.items():
+                if not rows[name]:
+                    continue
+                result = drive(name, section, rows[name], options)
+                faults = section.wrong(result)
+                if old and old["section"] == name:
+                    faults += regressions(old, result)
+                for fault in faults:
+                    console.print(f"[red]{name}[/]: {fault}")
+                good &= not faults
         except KeyboardInterrupt:
             interrupted = True
         if "report" in what:
-            right &= run_report(options, console)
+            good &= run_report(given, console)
     except (ValueError, OSError) as error:
         command.error(str(error))
-    return 130 if interrupted else 0 if right else 1
+    return 130 if interrupted else 0 if good else 1
+
+
+def old_result(path: Path, what: list[str], options: Options) -> dict[str, Any]:
+    """A result to compare with. Raises ValueError unless a section of this run wrote it on a machine like this one."""
+    old = load(path)
+    if old is None:
+        raise ValueError(f"--compare: {path} is no file")
+    if old.get("section") not in what:
+        raise ValueError(f"--compare: {path} holds {old.get('section', 'results of an older form of this suite')}, which is not run here")
+    if old["form"] != options.form:
+        raise ValueError(f"--compare: {path} is of the {old['form']} form; this is the {options.form} one")
+    here = environment(options.device)
+    for key in ("device", "name", "threads"):
+        if old["environment"].get(key) != here[key]:
+            raise ValueError(f"--compare: {path} has {key} {old['environment'].get(key)!r}, this machine {here[key]!r}")
+    return old
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import itertools
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,11 +20,11 @@ from torch import Tensor
 from spanet_kernels import modes, radial_filter, reference
 from spanet_kernels.testing import CASES, make_input, make_profile
 
+from .peers import global_filter
 from .record import Others
+from .section import DTYPES, LAYOUTS, Options
 from .timing import CallClock, Clock, clock_for, interleave
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 KINDS = ("forward", "backward x", "backward profile")
 GROUPS = ("stages S", "stages B", "detection", "large", "radius")
 LARGE = 2**27  # bytes of x that no last-level cache of a processor worth measuring holds
@@ -70,18 +70,18 @@ def problems(full: bool) -> Iterator[tuple[str, str, tuple[int, int, int, int], 
                 yield "radius", "forward", shape, radius
 
 
-def rows(form: str, dtypes: Sequence[str], layouts: Sequence[str]) -> list[Row]:
+def rows(options: Options) -> list[Row]:
     """The rows of the "quick" or the "full" form; the quick one runs the first dtype and layout alone where time is short."""
-    full, found = form == "full", []
-    for (group, kind, shape, radius), layout, dtype in itertools.product(problems(full), layouts, dtypes):
-        first = dtype == dtypes[0] and layout == layouts[0]
+    full, found = options.full, []
+    for (group, kind, shape, radius), layout, dtype in itertools.product(problems(full), options.layouts, options.dtypes):
+        first = dtype == options.dtypes[0] and layout == options.layouts[0]
         if not (full or first) and (group == "radius" or (group == "large" and kind != "forward")):
             continue
         competitors = ["ours", "rfft2", "clone"]
         if group != "radius" and (full or group != "large"):
             competitors.append("published")
         if group == "stages S" and (kind != "backward profile" if full else first and kind == "forward"):
-            competitors.append("compiled")
+            competitors += ["compiled", "gfnet"]
         if shape[0] == 0:
             images = LARGE / (math.prod(shape[1:]) * DTYPES[dtype].itemsize)
             shape = (BLOCK * math.ceil(images / BLOCK), *shape[1:])
@@ -137,8 +137,10 @@ def competitor(name: str, problem: Problem) -> Callable[[], Results]:
             return radial_filter(x, base, gain, problem.radius)
     else:
         mask = problem.mask(base, gain)
-        mask = mask[..., : problem.width // 2 + 1].contiguous() if name == "rfft2" else torch.fft.fftshift(mask)
-        chain = {"rfft2": reference.rfft2_chain, "published": published, "compiled": published}[name]
+        mask = torch.fft.fftshift(mask) if name in ("published", "compiled") else mask[..., : problem.width // 2 + 1].contiguous()
+        chain = {"rfft2": reference.rfft2_chain, "gfnet": global_filter, "published": published, "compiled": published}[name]
+        if name == "gfnet":  # its weight is complex, one per channel
+            mask = mask.expand(x.shape[1], -1, -1).to(torch.complex64).contiguous()
         if name == "compiled":
             torch._dynamo.reset()  # one graph per row, without the limit on recompilations
             torch._functorch.config.donated_buffer = False  # a backward graph is to run many times
@@ -212,7 +214,7 @@ def measure(row: Row, device: torch.device, clock: Clock, budget: float) -> dict
         timings = interleave(right, clock, budget)
     for name, timing in timings.items():
         verdicts[name] |= timing.json()
-    result = asdict(row) | {"bytes": problem.x.nbytes, "busy cores of others": others.cores, "competitors": verdicts}
+    result = asdict(row) | {"name": row.name, "bytes": problem.x.nbytes, "busy cores of others": others.cores, "competitors": verdicts}
     if "published" in row.competitors and row.dtype != "fp32":
         result["published as it stands"] = refusal(problem)
     return result
@@ -241,16 +243,21 @@ def overhead(device: torch.device, samples: int) -> list[dict[str, Any]]:
     return results
 
 
-def run(chosen: list[Row], device: torch.device, form: str, advance: Callable[[str], None], result: dict[str, Any]) -> Iterator[None]:
-    """Measure the chosen rows into result["rows"], then the call overhead; yields after each so that a caller can stop or save."""
-    clock = clock_for(device)
-    budget = 2.0 if form == "full" else 0.3
+def run(chosen: list[Row], options: Options, advance: Callable[[str], None], result: dict[str, Any]) -> Iterator[None]:
+    """Measure the chosen rows into result["rows"], then the call overhead."""
+    clock = clock_for(options.device)
+    budget = 2.0 if options.full else 0.3
     for row in chosen:
         advance(row.name)
         started = time.perf_counter()
-        measured = measure(row, device, clock, budget)
+        measured = measure(row, options.device, clock, budget)
         result["rows"].append(measured | {"seconds": round(time.perf_counter() - started, 2)})
         yield
     advance("call overhead")
-    result["overhead"] = overhead(device, 101 if form == "full" else 25)
+    result["overhead"] = overhead(options.device, 101 if options.full else 25)
     yield
+
+
+def wrong(result: dict[str, Any]) -> list[str]:
+    verdicts = ((row["name"], row["competitors"]["ours"]) for row in result["rows"])
+    return [f"{name}: {verdict['refused']}" for name, verdict in verdicts if "refused" in verdict]

@@ -6,6 +6,7 @@ The photographs are those that the wheel of scikit-image carries; nothing is dow
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from torch import Tensor
 
 from spanet_kernels import reference, spectral_pool
 
-from .ops import DTYPES, check
+from .ops import check
+from .section import DTYPES, Options
 
 PHOTOS = ("astronaut", "coffee", "chelsea", "rocket")
 LAMS = (1.0, 0.0, 0.7, 0.8, 0.9)
@@ -28,25 +30,44 @@ def photo(name: str) -> Tensor:
     return torch.from_numpy(getattr(skimage.data, name)()).permute(2, 0, 1)[None].double() / 255
 
 
-def cases(dtypes: list[str]) -> list[tuple[str, float, float, str]]:
-    return [(name, radius, lam, dtype) for name in PHOTOS for radius in RADII for lam in LAMS for dtype in dtypes]
+@dataclass(frozen=True)
+class Row:
+    """One photograph through one filter."""
+
+    photo: str
+    radius: float
+    lam: float
+    dtype: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.photo}, r={self.radius:g} lam={self.lam:g} {self.dtype}"
 
 
-def run(
-    chosen: list[tuple[str, float, float, str]], device: torch.device, advance: Callable[[str], None], result: dict[str, Any]
-) -> Iterator[None]:
-    """Filter and check the chosen cases into result["rows"]; yields after each. The reference gets the same rounded input."""
-    for name, radius, lam, dtype in chosen:
-        advance(f"{name} r={radius:g} lam={lam:g} {dtype}")
-        x = photo(name).to(device, DTYPES[dtype])
-        y = spectral_pool(x, lam, radius)
-        error, bound = check((y,), (reference.spectral_pool(x.double(), lam, radius),))
-        row = {"photo": name, "shape": list(x.shape), "radius": radius, "lam": lam, "dtype": dtype, "error": error, "bound": bound}
-        result["rows"].append(row | {"right": error <= bound})
+def rows(options: Options) -> list[Row]:
+    return [Row(name, radius, lam, dtype) for name in PHOTOS for radius in RADII for lam in LAMS for dtype in options.dtypes]
+
+
+def run(chosen: list[Row], options: Options, advance: Callable[[str], None], result: dict[str, Any]) -> Iterator[None]:
+    """Filter and check the chosen rows, then draw some. The reference gets the same rounded input."""
+    for row in chosen:
+        advance(row.name)
+        x = photo(row.photo).to(options.device, DTYPES[row.dtype])
+        y = spectral_pool(x, row.lam, row.radius)
+        error, bound = check((y,), (reference.spectral_pool(x.double(), row.lam, row.radius),))
+        found = asdict(row) | {"name": row.name, "shape": list(x.shape), "error": error, "bound": bound}
+        result["rows"].append(found | {"right": error <= bound})
         yield
+    advance("figure")
+    figure(options.device, options.out / "photos.jpg")
+    yield
 
 
-def figure(device: torch.device, path: Path) -> Path:
+def wrong(result: dict[str, Any]) -> list[str]:
+    return [f"{row['name']}: error {row['error']:.1e}, {row['bound']:.1e} allowed" for row in result["rows"] if not row["right"]]
+
+
+def figure(device: torch.device, path: Path) -> None:
     """Rows: photographs; columns: input, low-pass, high-pass around mid-grey, three balances."""
     import matplotlib.pyplot as plt
 
@@ -66,4 +87,3 @@ def figure(device: torch.device, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(path, dpi=100, facecolor="white", pil_kwargs={"quality": 80})
     plt.close(fig)
-    return path

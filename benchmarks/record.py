@@ -7,6 +7,7 @@ import json
 import math
 import os
 import platform
+import statistics
 import subprocess
 import time
 from pathlib import Path
@@ -136,3 +137,47 @@ def load(path: Path) -> dict[str, Any] | None:
     if not isinstance(result, dict) or "environment" not in result:
         raise ValueError(f"{path} is not a benchmark result: it has no environment")
     return result
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that a program may still allocate; without an answer of the system, more than any model needs."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    available = _first("/proc/meminfo", "MemAvailable")
+    return int(available.split()[0]) * 1024 if available else 2**62
+
+
+def timings(result: dict[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
+    """Every time of a result by row and competitor."""
+    return {
+        (row["name"], competitor): verdict
+        for row in result["rows"]
+        for competitor, verdict in row.get("competitors", {}).items()
+        if "median" in verdict
+    }
+
+
+def is_ours(name: str, competitor: str) -> bool:
+    return competitor.startswith("ours") or name.startswith("spanet_")
+
+
+def spread(timing: dict[str, Any]) -> float:
+    """Interquartile range over median."""
+    return (timing["upper"] - timing["lower"]) / timing["median"]
+
+
+def regressions(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Times of ours that have grown beyond the noise.
+
+    The noise is the larger interquartile range, 5 % at least, beside what the code of others has slowed down by (median).
+    """
+    before, after = timings(old), timings(new)
+    growth = {key: after[key]["median"] / before[key]["median"] for key in after if key in before}
+    drift = statistics.median([max(1.0, value) for key, value in growth.items() if not is_ours(*key)] or [1.0])
+    found = []
+    for key, value in growth.items():
+        noise = max(0.05, spread(before[key]), spread(after[key]))
+        if is_ours(*key) and value > drift * (1 + noise):
+            found.append(f"{', '.join(key)}: {value:.2f} x its old time, {drift * (1 + noise):.2f} x is within the noise")
+    return found
