@@ -51,7 +51,7 @@ from torch import Tensor
 
 from spanet_kernels import composed, modes
 
-from .radial_filter import _multiple, _shell_kernel
+from .radial_filter import _OPTIONS, _multiple, _shell_kernel
 
 MAX_MODES = 32
 
@@ -85,9 +85,9 @@ def _rows(v, r, R, c, C):
 
 
 @triton.jit
-def _phi(phi, n, N, KP: tl.constexpr):
-    """Values (n, KP) of the modes, zero outside."""
-    return tl.load(phi + n[:, None] * KP + tl.arange(0, KP)[None, :], mask=(n < N)[:, None], other=0)
+def _phi(phi, n, k, N, KP: tl.constexpr):
+    """Values (n, k) of the modes, zero outside."""
+    return tl.load(phi + n[:, None] * KP + k[None, :], mask=(n < N)[:, None], other=0)
 
 
 @triton.jit
@@ -117,8 +117,10 @@ def _product(
         at = w + c[:, None] * C + o[None, :] if TRANSPOSED else w + c[:, None] + o[None, :] * C
         weight = tl.load(at, mask=(c < C)[:, None] & (o < C)[None, :], other=0)
         total = tl.dot(tl.load(place, mask=real, other=0), weight, total, input_precision=PRECISION)
-    modes_o = _rows(v + b * K * C, tl.arange(0, KP), K, o, C)
-    return tl.dot(_phi(phi, n, N, KP), modes_o, total, input_precision=PRECISION)
+    for k0 in tl.range(0, KP, 16, num_stages=1):
+        k = k0 + tl.arange(0, 16)
+        total = tl.dot(_phi(phi, n, k, N, KP), _rows(v + b * K * C, k, K, o, C), total, input_precision=PRECISION)
+    return total
 
 
 @triton.jit
@@ -196,10 +198,11 @@ def _context_kernel(
     product = slope * tl.load(place, mask=real, other=0).to(tl.float32)
     place, _ = _plane(c, b, n, o, N, C, V, CHANNELS_LAST, INDEX)
     tl.store(place, product.to(c.dtype.element_ty), mask=real)
-    part = tl.dot(tl.trans(_phi(phi, n, N, KP)), product, input_precision=PRECISION)
-    k = tl.arange(0, KP)
     parts += (b * tl.cdiv(N, BN) + tile) * K * C
-    tl.store(parts + k[:, None] * C + o[None, :], part, mask=(k < K)[:, None] & (o < C)[None, :])
+    for k0 in tl.range(0, KP, 16, num_stages=1):
+        k = k0 + tl.arange(0, 16)
+        part = tl.dot(tl.trans(_phi(phi, n, k, N, KP)), product, input_precision=PRECISION)
+        tl.store(parts + k[:, None] * C + o[None, :], part, mask=(k < K)[:, None] & (o < C)[None, :])
 
 
 @triton.jit
@@ -264,7 +267,7 @@ class Disc(NamedTuple):
     shell: Tensor  # (K,)
     order: Tensor  # (K + 1,) the modes, and the row after them as a shell of its own
     start: Tensor  # (S + 2,) where each shell starts in order
-    phi: Tensor  # (N, K padded to a power of two) fp32 values
+    phi: Tensor  # (N, K padded to a multiple of 16) fp32 values
 
 
 @functools.lru_cache(maxsize=64)
@@ -278,7 +281,7 @@ def disc(height: int, width: int, radius_squared: int, device: torch.device) -> 
         shell, place = shell[:k], place[:k]
         phi_h, phi_w = (modes.basis(n, radius_squared, torch.float64, cpu) for n in (height, width))
         phi = phi_h[place // phi_w.shape[0], :, None] * phi_w[place % phi_w.shape[0], None, :]
-        phi = torch.nn.functional.pad(phi.flatten(1).T, (0, max(16, triton.next_power_of_2(k)) - k)).float().contiguous()
+        phi = torch.nn.functional.pad(phi.flatten(1).T, (0, -k % 16)).float().contiguous()
         start = torch.searchsorted(torch.cat([shell, torch.tensor([count])]), torch.arange(count + 2))
         tables = place, shell, torch.arange(k + 1), start, phi
         return Disc(*(table.to(device) for table in tables))
@@ -294,21 +297,21 @@ class Plan(NamedTuple):
     """Tile, warps and stages of the products over planes."""
 
     tile: dict[str, int]
-    launch: dict[str, int]
+    launch: dict[str, Any]
 
     def programs(self, images: int, channels: int, pixels: int) -> tuple[int]:
         return (images * triton.cdiv(pixels, self.tile["BN"]) * triton.cdiv(channels, self.tile["BO"]),)
 
 
 @functools.lru_cache(maxsize=1024)
-def plan(channels: int, pixels: int, itemsize: int) -> Plan:
+def plan(channels: int, pixels: int, itemsize: int, backward: bool) -> Plan:
     """From the shape of one image alone, so that no result depends on the batch size."""
-    largest = 128 if itemsize == 2 else 64
-    bn = min(largest, max(16, triton.next_power_of_2(pixels)))
-    # channels in whole tiles of 128 where that pads no more than tiles of 64
-    bo = largest if triton.cdiv(channels, 64) % 2 == 0 else min(64, max(16, triton.next_power_of_2(channels)))
-    bc = min(64 if itemsize == 2 else 32, max(16, triton.next_power_of_2(channels)))
-    launch = dict(num_warps=8 if bn * bo > 8192 else 4, num_stages=2 if AMD or itemsize == 4 else 3)
+    wide = 256 // itemsize
+    bn = min(64 if backward else wide, max(16, triton.next_power_of_2(pixels)))
+    # channels in tiles of 128 where that pads no more than tiles of 64
+    bo = wide if triton.cdiv(channels, 64) % 2 == 0 else min(64, max(16, triton.next_power_of_2(channels)))
+    bc = min(64 if itemsize == 2 else 16, max(16, triton.next_power_of_2(channels)))
+    launch = dict(num_warps=8 if bn * bo * itemsize >= 16384 else 4, num_stages=2 if AMD or itemsize == 4 else 3, **_OPTIONS)
     return Plan(dict(BN=bn, BO=bo, BC=bc), launch)
 
 
@@ -335,7 +338,7 @@ def _mix(coefficients: Tensor, weight: Tensor, base: Tensor, gain: Tensor, table
     v, scaled = torch.empty((B, K, C), dtype=base.dtype, device=base.device), torch.empty_like(weight)
     _mix_kernel[triton.cdiv(B * K, 32), triton.cdiv(C, 64)](
         coefficients, v, weight, scaled, base, gain, table.place, table.shell, B, C, K, prod(functions), base.stride(0), *gain.stride(),
-        BR=32, BO=64, BC=32, PRECISION=precision(weight.dtype), num_warps=4,
+        BR=32, BO=64, BC=32, PRECISION=precision(weight.dtype), num_warps=4, **_OPTIONS,
     )  # fmt: skip
     return v, scaled
 
@@ -351,7 +354,7 @@ def spectral_gate(z: Tensor, coefficients: Tensor, weight: Tensor, bias: Tensor,
     y = torch.empty_like(z)
     if z.numel() == 0:
         return y
-    table, choice = disc(H, W, radius_squared, z.device), plan(C, H * W, z.element_size())
+    table, choice = disc(H, W, radius_squared, z.device), plan(C, H * W, z.element_size(), backward=False)
     with torch.cuda.device_of(z):
         v, scaled = _mix(coefficients, weight, base, gain, table)
         _gate_kernel[choice.programs(B, C, H * W)](
@@ -377,7 +380,7 @@ def spectral_gate_backward(
     weight, bias = weight.contiguous(), bias.contiguous()
     table, N = disc(H, W, radius_squared, z.device), H * W
     K, M = len(table.place), coefficients.shape[2] * coefficients.shape[3]
-    choice = plan(C, N, z.element_size())
+    choice = plan(C, N, z.element_size(), backward=True)
     options = dict(choice.tile, KP=table.phi.shape[1], **access(z), **choice.launch)
     tiles = triton.cdiv(N, choice.tile["BN"])
     profile = dict(dtype=base.dtype, device=base.device)
@@ -387,21 +390,21 @@ def spectral_gate_backward(
     with torch.cuda.device_of(z):
         v, scaled = _mix(coefficients, weight, base, gain, table)
         _context_kernel[choice.programs(B, C, N)](grad, z, z_grad, c, parts, scaled, v, table.phi, bias, N, C, K, **options)
-        _fold_kernel[triton.cdiv(K * C, 64), B](parts, chat, tiles, K * C, BT=16, BM=64, num_warps=4)
+        _fold_kernel[triton.cdiv(K * C, 64), B](parts, chat, tiles, K * C, BT=16, BM=64, num_warps=4, **_OPTIONS)
         _mix_backward_kernel[triton.cdiv(B * K, 32), triton.cdiv(C, 64)](
             chat, coefficients, v, products, weight, gain, table.place, table.shell, B, C, K, M, *gain.stride(), sqrt(N),
-            BR=32, BO=32, BC=64, PRECISION=precision(z.dtype), num_warps=4,
+            BR=32, BO=32, BC=64, PRECISION=precision(z.dtype), num_warps=4, **_OPTIONS,
         )  # fmt: skip
         _gradient_kernel[choice.programs(B, C, N)](c, z_grad, scaled, v, table.phi, N, C, K, **options)
-        side, step = choice.tile["BO"], min(choice.tile["BN"], choice.tile["BC"])
+        side, step = min(64, choice.tile["BO"]), min(choice.tile["BN"], choice.tile["BC"])
         groups = triton.cdiv(C, side)
         splits = min(triton.cdiv(256, groups * groups), B * triton.cdiv(N, step))
         weight_parts, base_parts = torch.empty((splits, C, C), **profile), torch.empty((splits * groups, C), **profile)
         _outer_kernel[splits, groups, groups](
             c, z, chat, coefficients, weight_parts, base_parts, weight, base, gain, table.place, table.shell, B, N, C, K, M,
-            base.stride(0), *gain.stride(), BN=step, BO=side, BC=side, BR=32, **access(z), **choice.launch,
+            base.stride(0), *gain.stride(), BN=step, BO=side, BC=side, BR=16, **access(z), **choice.launch,
         )  # fmt: skip
         _shell_kernel[(gain.shape[0] + 1) * triton.cdiv(C, 8),](
-            products, bias_grad, gain_grad, table.order, table.start, B, C, K, gain.shape[0], BB=128, BC=8, num_warps=4
+            products, bias_grad, gain_grad, table.order, table.start, B, C, K, gain.shape[0], BB=128, BC=8, num_warps=4, **_OPTIONS
         )
     return z_grad, weight_parts.sum(0).to(weight.dtype), bias_grad.to(bias.dtype), base_parts.sum(0), gain_grad[:shells]
