@@ -287,10 +287,11 @@ def disc(height: int, width: int, radius_squared: int, device: torch.device) -> 
         return Disc(*(table.to(device) for table in tables))
 
 
-def many(height: int, width: int, radius_squared: int) -> bool:
-    """Whether the disc has more modes than one step of a product takes."""
-    shell = modes.shell_map(height, width, radius_squared, torch.device("cpu"))
-    return int((shell < len(modes.shells(radius_squared))).sum()) > MAX_MODES
+def _serves(z: Tensor, radius_squared: int) -> bool:
+    """Whether the kernels take such planes and such a disc."""
+    count = len(modes.shells(radius_squared))
+    inside = modes.shell_map(z.shape[2], z.shape[3], radius_squared, torch.device("cpu")) < count
+    return z.dtype != torch.float64 and z.numel() > 0 and int(inside.sum()) <= MAX_MODES
 
 
 class Plan(NamedTuple):
@@ -345,16 +346,13 @@ def _mix(coefficients: Tensor, weight: Tensor, base: Tensor, gain: Tensor, table
 
 def spectral_gate(z: Tensor, coefficients: Tensor, weight: Tensor, bias: Tensor, base: Tensor, gain: Tensor, radius_squared: int) -> Tensor:
     """`spanet_kernels::spectral_gate` on a GPU."""
+    if not _serves(z, radius_squared):
+        return composed.spectral_gate(z, coefficients, weight, bias, base, gain, radius_squared)
     B, C, H, W = z.shape
     if radius_squared < 0:  # an empty disc is one of the constant mode without gain
         coefficients, gain, radius_squared = base.new_zeros(B, C, 1, 1), base.new_zeros(1, C), 0
-    if z.dtype == torch.float64 or many(H, W, radius_squared):
-        return composed.spectral_gate(z, coefficients, weight, bias, base, gain, radius_squared)
     z, coefficients, weight, bias = modes.like(z, z), coefficients.contiguous(), weight.contiguous(), bias.contiguous()
-    y = torch.empty_like(z)
-    if z.numel() == 0:
-        return y
-    table, choice = disc(H, W, radius_squared, z.device), plan(C, H * W, z.element_size(), backward=False)
+    y, table, choice = torch.empty_like(z), disc(H, W, radius_squared, z.device), plan(C, H * W, z.element_size(), backward=False)
     with torch.cuda.device_of(z):
         v, scaled = _mix(coefficients, weight, base, gain, table)
         _gate_kernel[choice.programs(B, C, H * W)](
@@ -364,47 +362,53 @@ def spectral_gate(z: Tensor, coefficients: Tensor, weight: Tensor, bias: Tensor,
 
 
 def spectral_gate_backward(
-    grad: Tensor, z: Tensor, coefficients: Tensor, weight: Tensor, bias: Tensor, base: Tensor, gain: Tensor, radius_squared: int
+    grad: Tensor,
+    z: Tensor,
+    coefficients: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    base: Tensor,
+    gain: Tensor,
+    radius_squared: int,
+    profile_learns: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`spanet_kernels::spectral_gate_backward` on a GPU."""
+    if not _serves(z, radius_squared):
+        return composed.spectral_gate_backward(grad, z, coefficients, weight, bias, base, gain, radius_squared, profile_learns)
     B, C, H, W = z.shape
     shells = gain.shape[0]
     if radius_squared < 0:
         coefficients, gain, radius_squared = base.new_zeros(B, C, 1, 1), base.new_zeros(1, C), 0
-    if z.dtype == torch.float64 or many(H, W, radius_squared):
-        *grads, gain_grad = composed.spectral_gate_backward(grad, z, coefficients, weight, bias, base, gain, radius_squared)
-        return *grads, gain_grad[:shells]
-    if z.numel() == 0:
-        return torch.empty_like(z), *(torch.zeros_like(p, memory_format=torch.contiguous_format) for p in (weight, bias, base, gain))
     grad, z, coefficients = modes.like(grad, z), modes.like(z, z), coefficients.contiguous()
     weight, bias = weight.contiguous(), bias.contiguous()
-    table, N = disc(H, W, radius_squared, z.device), H * W
-    K, M = len(table.place), coefficients.shape[2] * coefficients.shape[3]
-    choice = plan(C, N, z.element_size(), backward=True)
-    options = dict(choice.tile, KP=table.phi.shape[1], **access(z), **choice.launch)
-    tiles = triton.cdiv(N, choice.tile["BN"])
-    profile = dict(dtype=base.dtype, device=base.device)
-    z_grad, c, parts = torch.empty_like(z), torch.empty_like(z), torch.empty((B, tiles, K, C), **profile)
-    chat, products = torch.empty((B, K, C), **profile), torch.empty((B, K + 1, C), **profile)
-    bias_grad, gain_grad = torch.empty((C,), **profile), torch.empty(gain.shape, **profile)
+    table, choice = disc(H, W, radius_squared, z.device), plan(C, H * W, z.element_size(), backward=True)
+    N, K, S, M = H * W, len(table.place), gain.shape[0], coefficients[0, 0].numel()
+    tiles, side, step = triton.cdiv(N, choice.tile["BN"]), min(64, choice.tile["BO"]), min(choice.tile["BN"], choice.tile["BC"])
+    groups = triton.cdiv(C, side)
+    splits = min(triton.cdiv(256, groups * groups), B * triton.cdiv(N, step))  # enough programs for any GPU
+
+    def wide(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=base.dtype, device=base.device)
+
+    z_grad, c, parts, chat, products = torch.empty_like(z), torch.empty_like(z), wide(B, tiles, K, C), wide(B, K, C), wide(B, K + 1, C)
+    weight_parts, base_parts, bias_grad, gain_grad = wide(splits, C, C), wide(splits * groups, C), wide(C), wide(S, C)
+    planes = dict(choice.tile, KP=table.phi.shape[1], **access(z), **choice.launch)
+    small = dict(num_warps=4, **_OPTIONS)
     with torch.cuda.device_of(z):
         v, scaled = _mix(coefficients, weight, base, gain, table)
-        _context_kernel[choice.programs(B, C, N)](grad, z, z_grad, c, parts, scaled, v, table.phi, bias, N, C, K, **options)
-        _fold_kernel[triton.cdiv(K * C, 64), B](parts, chat, tiles, K * C, BT=16, BM=64, num_warps=4, **_OPTIONS)
+        _context_kernel[choice.programs(B, C, N)](grad, z, z_grad, c, parts, scaled, v, table.phi, bias, N, C, K, **planes)
+        _fold_kernel[triton.cdiv(K * C, 64), B](parts, chat, tiles, K * C, BT=16, BM=64, **small)
         _mix_backward_kernel[triton.cdiv(B * K, 32), triton.cdiv(C, 64)](
             chat, coefficients, v, products, weight, gain, table.place, table.shell, B, C, K, M, *gain.stride(), sqrt(N),
-            BR=32, BO=32, BC=64, PRECISION=precision(z.dtype), num_warps=4, **_OPTIONS,
+            BR=32, BO=32, BC=64, PRECISION=precision(z.dtype), **small,
         )  # fmt: skip
-        _gradient_kernel[choice.programs(B, C, N)](c, z_grad, scaled, v, table.phi, N, C, K, **options)
-        side, step = min(64, choice.tile["BO"]), min(choice.tile["BN"], choice.tile["BC"])
-        groups = triton.cdiv(C, side)
-        splits = min(triton.cdiv(256, groups * groups), B * triton.cdiv(N, step))
-        weight_parts, base_parts = torch.empty((splits, C, C), **profile), torch.empty((splits * groups, C), **profile)
+        _gradient_kernel[choice.programs(B, C, N)](c, z_grad, scaled, v, table.phi, N, C, K, **planes)
         _outer_kernel[splits, groups, groups](
             c, z, chat, coefficients, weight_parts, base_parts, weight, base, gain, table.place, table.shell, B, N, C, K, M,
             base.stride(0), *gain.stride(), BN=step, BO=side, BC=side, BR=16, **access(z), **choice.launch,
         )  # fmt: skip
-        _shell_kernel[(gain.shape[0] + 1) * triton.cdiv(C, 8),](
-            products, bias_grad, gain_grad, table.order, table.start, B, C, K, gain.shape[0], BB=128, BC=8, num_warps=4, **_OPTIONS
+        _shell_kernel[(S + 1) * triton.cdiv(C, 8),](
+            products, bias_grad, gain_grad, table.order, table.start, B, C, K, S, BB=128, BC=8, **small
         )
-    return z_grad, weight_parts.sum(0).to(weight.dtype), bias_grad.to(bias.dtype), base_parts.sum(0), gain_grad[:shells]
+    profile_grads = (base_parts.sum(0), gain_grad[:shells]) if profile_learns else (base.new_empty(0), gain.new_empty(0))
+    return z_grad, weight_parts.sum(0).to(weight.dtype), bias_grad.to(bias.dtype), *profile_grads
