@@ -287,7 +287,7 @@ def disc(height: int, width: int, radius_squared: int, device: torch.device) -> 
         return Disc(*(table.to(device) for table in tables))
 
 
-def _serves(z: Tensor, radius_squared: int) -> bool:
+def serves(z: Tensor, radius_squared: int) -> bool:
     """Whether the kernels take such planes and such a disc."""
     count = len(modes.shells(radius_squared))
     inside = modes.shell_map(z.shape[2], z.shape[3], radius_squared, torch.device("cpu")) < count
@@ -346,7 +346,7 @@ def _mix(coefficients: Tensor, weight: Tensor, base: Tensor, gain: Tensor, table
 
 def spectral_gate(z: Tensor, coefficients: Tensor, weight: Tensor, bias: Tensor, base: Tensor, gain: Tensor, radius_squared: int) -> Tensor:
     """`spanet_kernels::spectral_gate` on a GPU."""
-    if not _serves(z, radius_squared):
+    if not serves(z, radius_squared):
         return composed.spectral_gate(z, coefficients, weight, bias, base, gain, radius_squared)
     B, C, H, W = z.shape
     if radius_squared < 0:  # an empty disc is one of the constant mode without gain
@@ -373,7 +373,7 @@ def spectral_gate_backward(
     profile_learns: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`spanet_kernels::spectral_gate_backward` on a GPU."""
-    if not _serves(z, radius_squared):
+    if not serves(z, radius_squared):
         return composed.spectral_gate_backward(grad, z, coefficients, weight, bias, base, gain, radius_squared, profile_learns)
     B, C, H, W = z.shape
     shells = gain.shape[0]
