@@ -3,7 +3,7 @@
 Importing this module loads the compiled operators and fills the dispatcher's empty slots, once:
 
     CPU      _cpu.so
-    CUDA     _cuda.so, else the Triton kernels (NVIDIA without the built library, AMD), else the modes in PyTorch
+    CUDA     operator by operator: _cuda.so, else the Triton kernels (what the library lacks, AMD), else the modes in PyTorch
     others   the modes in PyTorch
 """
 
@@ -59,8 +59,8 @@ def _triton_missing() -> str | None:
 
 def _triton(op: str) -> Callable[..., Any]:
     def launch(*args: Any) -> Any:
-        from .triton_kernels import radial_filter as kernels  # triton is imported by the first call, not by the package
-
+        # triton is imported by the first call, not by the package
+        kernels = importlib.import_module(f"spanet_kernels.triton_kernels.{_IN_TRITON[op]}")
         return getattr(kernels, op)(*args)
 
     return launch
@@ -74,7 +74,13 @@ _BY_MODES = {
     "spectral_mixer": composed.spectral_mixer,
     "spectral_mixer_backward": composed.spectral_mixer_backward,
 }
-_IN_TRITON = ("radial_filter", "radial_filter_backward")
+# the operators that Triton has, and the file of each
+_IN_TRITON = {
+    "radial_filter": "radial_filter",
+    "radial_filter_backward": "radial_filter",
+    "spectral_gate": "spectral_gate",
+    "spectral_gate_backward": "spectral_gate",
+}
 
 
 def _implementations(op: str) -> dict[str, Callable[..., Any]]:
@@ -88,9 +94,17 @@ if _cpu_missing:
 _cuda_missing = _load("_cuda")
 _triton_why_not = _triton_missing()
 
+_IN_CUDA = tuple(op for op in OPERATORS if torch._C._dispatch_has_kernel_for_dispatch_key(f"spanet_kernels::{op}", "CUDA"))
+
+
+def _on_cuda(op: str) -> str:
+    """What serves the operator on CUDA devices."""
+    return "cuda" if op in _IN_CUDA else "triton" if op in _IN_TRITON and not _triton_why_not else "modes"
+
+
 for _op in OPERATORS:
     _library.impl(_op, _implementations(_op)["modes"], "CompositeExplicitAutograd")
-    if _cuda_missing and not _triton_why_not and _op in _IN_TRITON:
+    if _on_cuda(_op) == "triton":
         _library.impl(_op, _triton(_op), "CUDA")
 
 
@@ -98,7 +112,8 @@ for _op in OPERATORS:
 def use(implementation: str) -> Iterator[None]:
     """Force one implementation of every operator, for tests and benchmarks; the whole process is switched, not a thread.
 
-    implementation: "reference" (torch.fft as the paper has it) or "modes" (plain PyTorch), on the CPU and on GPUs, or "triton" (GPUs).
+    implementation: "reference" (torch.fft as the paper has it) or "modes" (plain PyTorch), on the CPU and on GPUs, or "triton" (GPUs;
+    an operator that Triton does not have stays as it is).
     Raises ValueError for another name.
     """
     if implementation not in ("reference", "modes", "triton"):
@@ -121,12 +136,17 @@ def backends() -> dict[str, Any]:
     capability = _native.cpu_capability()
     cuda = torch.cuda.is_available()
     no_gpu = None if cuda else "no GPU is visible to torch"
-    in_use = "triton" if _cuda_missing and not _triton_why_not else "modes" if _cuda_missing else "cuda"
-    reasons = {
-        "cuda": _cuda_missing or no_gpu,
-        "triton": _triton_why_not or no_gpu or (None if in_use == "triton" else "the CUDA library is loaded"),
-        "modes": None if in_use == "modes" else f"{in_use} comes first",
-    }
+
+    def on_cuda(op: str) -> dict[str, Any]:
+        in_use = _on_cuda(op)
+        reasons = {
+            "cuda": _cuda_missing or (None if op in _IN_CUDA else "the CUDA library does not have it"),
+            "triton": _triton_why_not or (None if op in _IN_TRITON else "there is no Triton kernel of it"),
+            "modes": None,
+        }
+        not_in_use = {k: why or no_gpu or f"{in_use} comes first" for k, why in reasons.items() if not cuda or k != in_use}
+        return {"in use": in_use if cuda else None, "not in use": not_in_use}
+
     return {
         "versions": {
             "spanet_kernels": __version__,
@@ -142,7 +162,7 @@ def backends() -> dict[str, Any]:
         "operators": {
             op: {
                 "cpu": {"in use": f"C++ ({capability})", "not in use": {"modes": "C++ comes first"}},
-                "cuda": {"in use": in_use if cuda else None, "not in use": {k: v for k, v in reasons.items() if v}},
+                "cuda": on_cuda(op),
                 "other": {"in use": "modes", "not in use": {}},
             }
             for op in OPERATORS

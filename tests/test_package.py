@@ -21,7 +21,7 @@ from spanet_kernels.testing import make_input, make_profile
 ROOT = Path(__file__).parents[1]
 # a module may import from its own level's left: leaves first
 LEVELS = [
-    {"spanet_kernels.modes", "spanet_kernels.reference", "spanet_kernels.triton_kernels"},
+    {"spanet_kernels.modes", "spanet_kernels.reference", "spanet_kernels.composed", "spanet_kernels.triton_kernels"},
     {"spanet_kernels.backends", "spanet_kernels.ops"},
     {"spanet_kernels.nn", "spanet_kernels.testing"},
     {"spanet_kernels", "spanet_kernels.__main__"},
@@ -82,6 +82,12 @@ def test_report():
     if not torch.cuda.is_available():
         assert report["operators"]["radial_filter"]["cuda"]["in use"] is None
         assert all(report["operators"]["radial_filter"]["cuda"]["not in use"].values())
+    triton_has = {path.stem for path in ROOT.glob("spanet_kernels/triton_kernels/[a-z]*.py")}
+    for op, places in report["operators"].items():
+        reasons = places["cuda"]["not in use"]
+        assert (reasons.get("triton") == "there is no Triton kernel of it") == (op.removesuffix("_backward") not in triton_has), op
+        in_library = torch._C._dispatch_has_kernel_for_dispatch_key(f"spanet_kernels::{op}", "CUDA")
+        assert in_library or reasons["cuda"], op
     out = subprocess.run([sys.executable, "-m", "spanet_kernels", "--json"], capture_output=True, text=True, check=True)
     assert json.loads(out.stdout)["operators"] == json.loads(json.dumps(report["operators"]))
     assert "in use: C++" in subprocess.run([sys.executable, "-m", "spanet_kernels"], capture_output=True, text=True, check=True).stdout

@@ -105,7 +105,7 @@ def resources(target: str, kernel: Any, args: tuple[Any, ...], kwargs: dict[str,
         elif i >= len(args) or value == 1:
             signature[name], constants[name] = "constexpr", value
         else:
-            signature[name] = "i32"
+            signature[name] = "fp32" if isinstance(value, float) else "i32"
         if signature[name].startswith("*") or (signature[name] == "i32" and value % 16 == 0):
             attributes[i,] = [["tt.divisibility", 16]]
     where = GPUTarget("cuda", int(target[3:]), 32) if target.startswith("sm") else GPUTarget("hip", target, 64)

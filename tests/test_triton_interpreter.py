@@ -3,10 +3,12 @@
 Error rule: at most 1.25 times (max) and 1.0 times (rms) the error of the straightforward evaluation, torch.fft in fp32
 rounded to the dtype, plus a few fp32 rounding units of the largest value (SLACK). Fresh memory is NaN.
 The interpreter has no working bf16. It is chosen when Triton is imported, hence one process of its own for all cases.
+It multiplies matrices in exact fp32; here it is taught the bf16 terms into which GPUs split fp32 operands.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -50,8 +52,23 @@ CASES: list[tuple[tuple[int, int, int, int], int, str, str]] = [
     ((1, 2, 3, 9000), 100, "expanded", "float32"),
 ]
 
+# the same for the gate; z of mean 1, so that the constant mode weighs
+GATE_CASES: list[tuple[tuple[int, int, int, int], int, str, str]] = [
+    ((2, 20, 7, 7), 1, "contiguous", "float32"),
+    ((2, 65, 7, 7), 4, "channels_last", "float16"),
+    ((1, 96, 14, 14), 4, "contiguous", "float16"),
+    ((2, 96, 5, 14), 1, "channels_last", "float32"),
+    ((1, 320, 7, 7), 1, "channels_last", "float16"),
+    ((2, 33, 25, 9), 9, "sliced", "float32"),  # more than one tile of an image, 29 modes
+    ((2, 20, 14, 15), 4, "odd_offset", "float16"),
+    ((12, 3, 1, 3), 1, "expanded", "float32"),
+    ((2, 17, 6, 5), -1, "channels_last", "float16"),
+    ((2, 5, 12, 10), 20, "contiguous", "float32"),  # more modes than one step takes
+    ((0, 3, 7, 7), 1, "contiguous", "float32"),
+]
+
 # (max, rms) in fp32 rounding units: a mode carries the rounding of its two basis functions, a product of coefficients that of four
-SLACK = {"y": (1, 0.25), "base_grad": (3, 2), "gain_grad": (3, 2)}
+SLACK = {"y": (1, 0.25), "z_grad": (2, 0.5), "weight_grad": (2, 0.5), "bias_grad": (2, 0.5), "base_grad": (3, 2), "gain_grad": (3, 2)}
 
 
 def tensor(shape: tuple[int, int, int, int], layout: str, dtype: torch.dtype) -> Tensor:
@@ -73,11 +90,11 @@ def compare(result: Tensor, exact: Tensor, plain: Tensor) -> dict[str, float]:
     if result.shape != exact.shape or result.dtype != plain.dtype:
         raise AssertionError(f"got {result.dtype} {tuple(result.shape)}, want {plain.dtype} {tuple(exact.shape)}")
     if not result.numel():
-        return dict(max=0, rms=0, plain_max=0, plain_rms=0)
+        return dict(max=0, rms=0, plain_max=0, plain_rms=0, count=1)
     unit = exact.abs().max().clamp_min(1e-30) * torch.finfo(torch.float32).eps
     error, other = (result.double() - exact) / unit, (plain.double() - exact) / unit
     sizes = error.abs().max(), error.square().mean().sqrt(), other.abs().max(), other.square().mean().sqrt()
-    return dict(zip(("max", "rms", "plain_max", "plain_rms"), map(float, sizes), strict=True))
+    return dict(zip(("max", "rms", "plain_max", "plain_rms", "count"), map(float, (*sizes, exact.numel())), strict=True))
 
 
 def evaluate(index: int) -> dict[str, dict[str, float]]:
@@ -108,41 +125,119 @@ def evaluate(index: int) -> dict[str, dict[str, float]]:
     return found
 
 
+def evaluate_gate(index: int) -> dict[str, dict[str, float]]:
+    """Errors of one case: the gate and its gradients, the same bits for an image alone, and beside an image of NaN."""
+    from spanet_kernels.triton_kernels import spectral_gate as module
+
+    shape, radius_squared, layout, name = GATE_CASES[index]
+    dtype, channels = getattr(torch, name), shape[1]
+    torch.manual_seed(index)
+    z, grad = tensor(shape, layout, dtype), tensor(shape, "contiguous" if index % 2 else layout, dtype) / 64
+    weight, bias = (torch.randn(channels, channels) / channels**0.5).to(dtype), torch.randn(channels).to(dtype)
+    profile = torch.randn(2 * channels)[::2], torch.randn(channels, len(modes.shells(radius_squared))).T
+    rest = weight, bias, *profile, radius_squared
+
+    zhat = reference.mode_coefficients(z, radius_squared)
+
+    def run(grad: Tensor, z: Tensor, zhat: Tensor) -> tuple[Tensor, ...]:
+        return module.spectral_gate(z, zhat, *rest), *module.spectral_gate_backward(grad, z, zhat, *rest, True)
+
+    def judge(dtype: torch.dtype, wide: torch.dtype) -> tuple[Tensor, ...]:
+        images, *given = (t.to(dtype if t.dtype == z.dtype and t is not profile[0] else wide) for t in (z, weight, bias))
+        arguments = images, images.new_empty(0), *given, *(p.to(wide) for p in profile), radius_squared
+        return reference.spectral_gate(*arguments), *reference.spectral_gate_backward(grad.to(dtype), *arguments, True)
+
+    results = run(grad, z, zhat)
+    if not results[0].is_contiguous(memory_format=modes.memory_format(z)):
+        raise AssertionError(f"wrong memory format: strides {results[0].stride()}")
+    if not z.numel():
+        return {}
+    if shape[0] > 1 and module.serves(z, radius_squared):
+        alone = [t[1:] for t in (grad, z, zhat)]
+        beside_nan = [torch.cat([torch.full_like(t[:1], torch.nan), t[1:]]) for t in (grad, z, zhat)]
+        for given in (alone, beside_nan):
+            y, z_grad, *_ = run(given[0], modes.like(given[1], z), given[2])
+            if not (torch.equal(y[1 - shape[0] :], results[0][1:]) and torch.equal(z_grad[1 - shape[0] :], results[1][1:])):
+                raise AssertionError("an image depends on the others of its batch")
+    names = "y", "z_grad", "weight_grad", "bias_grad", "base_grad", "gain_grad"
+    judges = zip(names, results, judge(torch.float64, torch.float64), judge(dtype, torch.float32), strict=True)
+    return {what: compare(result, exact, plain) for what, result, exact, plain in judges if result.numel()}
+
+
+def split_dot(self: Any, a: Any, b: Any, total: Any, precision: Any, _: int) -> Any:
+    """A matrix product of the interpreter with fp32 operands as sums of bf16 terms, the products of all but the smallest terms."""
+    from triton.runtime.interpreter import TensorHandle
+
+    def terms(operand: Any, count: int) -> list[Tensor]:
+        found, left = [], torch.from_numpy(operand.data)
+        for _ in range(count):
+            found.append(left.bfloat16().float() if operand.data.dtype == "float32" else left.float())
+            left = left - found[-1]
+        return found
+
+    count = {"BF16x3": 2, "BF16x6": 3}[precision.name] if a.data.dtype == "float32" else 1
+    left, right = terms(a, count), terms(b, count)
+    products = (left[i] @ right[j] for i in range(count) for j in range(count - i))
+    return TensorHandle(sum(products, torch.from_numpy(total.data)).numpy(), total.dtype.scalar)
+
+
 def main() -> None:
     """Evaluate every case with fresh memory full of NaN; print the errors, or what went wrong, as JSON."""
-    empty = torch.empty
+    empty, empty_like = torch.empty, torch.empty_like
 
     def nan_empty(*args: Any, **kwargs: Any) -> Tensor:
         return empty(*args, **kwargs).fill_(torch.nan)
 
-    torch.empty = nan_empty
+    def nan_empty_like(x: Tensor) -> Tensor:
+        return empty_like(x).fill_(torch.nan)
+
+    from triton.runtime import interpreter
+
+    torch.empty, torch.empty_like = nan_empty, nan_empty_like
     torch.set_num_threads(1)
-    found: list[Any] = []
-    for index in range(len(CASES)):
-        try:
-            found.append(evaluate(index))
-        except Exception:
-            found.append(traceback.format_exc())
+    precisions = ("bf16x3", "bf16x6")
+    interpreter.interpreter_builder.options = dataclasses.replace(
+        interpreter.interpreter_builder.options, allowed_dot_input_precisions=precisions
+    )
+    interpreter.InterpreterBuilder.create_dot = split_dot
+    found: dict[str, list[Any]] = {}
+    for function, cases in ((evaluate, CASES), (evaluate_gate, GATE_CASES)):
+        for index in range(len(cases)):
+            try:
+                result: Any = function(index)
+            except Exception:
+                result = traceback.format_exc()
+            found.setdefault(function.__name__, []).append(result)
     print(json.dumps(found))
 
 
 @pytest.fixture(scope="module")
-def errors() -> list[Any]:
+def errors() -> dict[str, list[Any]]:
     root = Path(__file__).resolve().parent.parent
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
     run = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    found: list[Any] = json.loads(run.stdout.splitlines()[-1])
+    found: dict[str, list[Any]] = json.loads(run.stdout.splitlines()[-1])
     return found
 
 
 @pytest.mark.parametrize("index", range(len(CASES)), ids=["-".join(map(str, case)).replace(" ", "") for case in CASES])
-def test_error_is_within_the_rule(errors: list[Any], index: int) -> None:
-    found = errors[index]
+def test_error_is_within_the_rule(errors: dict[str, list[Any]], index: int) -> None:
+    found = errors["evaluate"][index]
     assert isinstance(found, dict), found
     for what, error in found.items():
         assert error["max"] <= 1.25 * error["plain_max"] + SLACK[what][0], f"{what}: {error}"
         assert error["rms"] <= error["plain_rms"] + SLACK[what][1], f"{what}: {error}"
+
+
+@pytest.mark.parametrize("index", range(len(GATE_CASES)), ids=["-".join(map(str, case)).replace(" ", "") for case in GATE_CASES])
+def test_gate_error_is_within_the_rule(errors: dict[str, list[Any]], index: int) -> None:
+    found = errors["evaluate_gate"][index]
+    assert isinstance(found, dict), found
+    for what, error in found.items():
+        widened = 1 + 3 / error["count"] ** 0.5  # both sides round intermediate results alike, as `errors.assert_as_accurate` has it
+        assert error["max"] <= 1.5 * widened * error["plain_max"] + SLACK[what][0], f"{what}: {error}"
+        assert error["rms"] <= widened * error["plain_rms"] + SLACK[what][1], f"{what}: {error}"
 
 
 if __name__ == "__main__":
