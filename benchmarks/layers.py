@@ -81,9 +81,7 @@ class Problem:
         dtype, layout = DTYPES[row.dtype], LAYOUTS[row.layout]
         judge = Mixer(dim, row.radius)
         state = {key: value.bfloat16() for key, value in judge.state_dict().items()}
-        x, self.grad = (
-            (torch.randn(row.shape) + 0.5).bfloat16().to(device, dtype).contiguous(memory_format=layout) for _ in range(2)
-        )
+        x, self.grad = ((torch.randn(row.shape) + 0.5).bfloat16().to(device, dtype).contiguous(memory_format=layout) for _ in range(2))
         self.x = x.requires_grad_(row.kind == "training")
         self.layers: dict[str, nn.Module] = {"ours": SPAM(dim, radius=row.radius), "published": Mixer(dim, row.radius)}
         for layer in self.layers.values():

@@ -13,10 +13,10 @@ STABLE_TORCH_LIBRARY(spanet_kernels, m) {
       "axial_conv_backward(Tensor grad, Tensor x, Tensor row_weight, Tensor row_bias, Tensor column_weight)"
       " -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "spectral_gate(Tensor z, Tensor coefficients, Tensor weight, Tensor bias, Tensor base, Tensor gain, int radius_squared)"
+      "spectral_gate(Tensor z, Tensor? coefficients, Tensor weight, Tensor bias, Tensor base, Tensor gain, int radius_squared)"
       " -> Tensor");
   m.def(
-      "spectral_gate_backward(Tensor grad, Tensor z, Tensor coefficients, Tensor weight, Tensor bias, Tensor base, Tensor gain,"
+      "spectral_gate_backward(Tensor grad, Tensor z, Tensor? coefficients, Tensor weight, Tensor bias, Tensor base, Tensor gain,"
       " int radius_squared, bool profile_learns) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "spectral_mixer(Tensor x, Tensor in_weight, Tensor in_bias, Tensor row_weight, Tensor row_bias, Tensor column_weight,"

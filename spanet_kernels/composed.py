@@ -1,8 +1,9 @@
 """Operators composed of matrix products, which a library does best, and of smaller operators: one code for every device.
 
-Of the gate y = z o ctx, ctx = (W diag(base)) z + sum_k v_k phi_k + b, the matrix products and the modes v_k = W (gain_k o zhat_k)
-are PyTorch's; adding the modes and modulating is one pass over memory. The mixer around it keeps its channels adjacent from
-its first matrix product to its last, whatever the layout of its input: a matrix product reads and writes either at no cost.
+The gate is y = z o (W F(z) + b), with the filter F by its own operator: on a CPU that costs less than adding the modes to the product.
+The mixer around it keeps its channels adjacent from its first matrix product to its last, whatever the layout of its input, because
+a matrix product reads and writes either at no cost. On a CPU it takes few images at a time, so that what it writes between its first
+product and its last stays in the cache, in memory that is used again and not mapped anew.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from . import modes
+
+PART = 2 * 2**20  # bytes of a tensor of the images that a CPU takes at a time
 
 _ops = torch.ops.spanet_kernels
 P = ParamSpec("P")
@@ -37,34 +40,67 @@ def exact(function: Callable[P, T]) -> Callable[P, T]:
     return call
 
 
+def _rows(x: Tensor) -> Tensor:
+    """(B H W, C), a view of a channels_last tensor."""
+    return x.flatten(2).mT.flatten(0, 1)
+
+
 def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """The 1x1 convolution of x, as channels_last."""
     return functional.linear(x.flatten(2).mT, weight, bias).mT.unflatten(2, x.shape[2:])
 
 
+def _pointwise_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
+    """Write the 1x1 convolution of x, which is channels_last, into out of either layout."""
+    if modes.channels_last(out):
+        matrix, rows = _rows(out), _rows(x)
+        torch.mm(rows, weight.mT, out=matrix) if bias is None else torch.addmm(bias, rows, weight.mT, out=matrix)
+    else:
+        columns, weights, planes = x.flatten(2), weight.expand(len(x), -1, -1), out.flatten(2)
+        torch.bmm(weights, columns, out=planes) if bias is None else torch.baddbmm(bias[:, None], weights, columns, out=planes)
+
+
 def _pointwise_like(x: Tensor, weight: Tensor, bias: Tensor | None, like: Tensor) -> Tensor:
-    """The 1x1 convolution of x, which is channels_last, in the layout of like."""
+    """The 1x1 convolution of x in the layout of like."""
     if modes.channels_last(like):
         return pointwise(x, weight, bias)
-    columns = x.flatten(2)
-    weights = weight.expand(len(x), -1, -1)
-    y = torch.bmm(weights, columns) if bias is None else torch.baddbmm(bias[:, None], weights, columns)
-    return y.unflatten(2, x.shape[2:])
+    out = torch.empty_like(like)
+    _pointwise_into(out, x, weight, bias)
+    return out
+
+
+def _channel_product(c: Tensor, z: Tensor) -> Tensor:
+    """Sum over images and positions of c z^T, (C, C)."""
+    return _rows(c).mT @ _rows(z)
+
+
+def _channel_sum(c: Tensor, dtype: torch.dtype) -> Tensor:
+    return c.sum((0, 2, 3), dtype=dtype)
+
+
+def _context(z: Tensor, weight: Tensor, bias: Tensor, base: Tensor, gain: Tensor, radius_squared: int) -> tuple[Tensor, Tensor, Tensor]:
+    """F(z), the weight that applies to it, and W F(z) + b; of an empty disc F is diag(base), which the weight takes in."""
+    if radius_squared < 0:
+        filtered, weight = z, (weight * base).to(weight.dtype)
+    else:
+        filtered = _ops.radial_filter(z, base, gain, radius_squared)
+    return filtered, weight, _pointwise_like(filtered, weight, bias, z)
 
 
 @exact
-def spectral_gate(z: Tensor, coefficients: Tensor, weight: Tensor, bias: Tensor, base: Tensor, gain: Tensor, radius_squared: int) -> Tensor:
-    """`reference.spectral_gate`, the filter as an addition of modes to the matrix product."""
-    context = _pointwise_like(z, (weight * base).to(weight.dtype), bias, z)
-    filtered = coefficients * _gains(z, gain, radius_squared)
-    return _ops.add_modes(context, _mixed(weight.to(base.dtype), filtered), z, radius_squared)
+def spectral_gate(
+    z: Tensor, coefficients: Tensor | None, weight: Tensor, bias: Tensor, base: Tensor, gain: Tensor, radius_squared: int
+) -> Tensor:
+    """`reference.spectral_gate`."""
+    _, _, context = _context(modes.like(z, z), weight, bias, base, gain, radius_squared)
+    return context.mul_(z)
 
 
 @exact
 def spectral_gate_backward(
     grad: Tensor,
     z: Tensor,
-    coefficients: Tensor,
+    coefficients: Tensor | None,
     weight: Tensor,
     bias: Tensor,
     base: Tensor,
@@ -73,20 +109,18 @@ def spectral_gate_backward(
     profile_learns: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`reference.spectral_gate_backward`; the context is computed again, not saved."""
-    filtered, context = _context(z, weight, bias, base, gain, radius_squared)
-    return _gate_gradients(modes.like(grad, z), z, filtered, context, weight, base, gain, radius_squared, profile_learns)
-
-
-def _context(z: Tensor, weight: Tensor, bias: Tensor, base: Tensor, gain: Tensor, radius_squared: int) -> tuple[Tensor, Tensor]:
-    """F(z), which the gradient of the weight needs as it is, and W F(z) + b."""
-    filtered = _filter(z, base, gain, radius_squared)
-    return filtered, _pointwise_like(filtered, weight, bias, z)
+    z = modes.like(z, z)
+    filtered, applied, context = _context(z, weight, bias, base, gain, radius_squared)
+    c = modes.like(grad, z) * z
+    return _gate_gradients(grad, c, z, filtered, applied, context, weight, base, gain, radius_squared, profile_learns)
 
 
 def _gate_gradients(
     grad: Tensor,
+    c: Tensor,
     z: Tensor,
     filtered: Tensor,
+    applied: Tensor,
     context: Tensor,
     weight: Tensor,
     base: Tensor,
@@ -94,42 +128,24 @@ def _gate_gradients(
     radius_squared: int,
     profile_learns: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of the gate to z, weight, bias, base, gain: grad o ctx + F(W^T c), c F(z)^T, c and the profile's, with c = grad o z."""
-    c = grad * z
-    mixed = _pointwise_like(c, weight.mT, None, z)
-    z_grad = _filter(mixed, base, gain, radius_squared).addcmul_(grad, context)
-    bias_grad = c.sum((0, 2, 3), dtype=base.dtype).to(weight.dtype)
+    """Gradients of the gate to z, weight, bias, base, gain: grad o ctx + F(W^T c), c F(z)^T, sum c and the profile's; c = grad o z."""
+    mixed = _pointwise_like(c, applied.mT, None, z)
+    product, bias_grad = _channel_product(c, filtered), _channel_sum(c, base.dtype).to(weight.dtype)
     profile_grads = base.new_empty(0), gain.new_empty(0)
-    if profile_learns and radius_squared >= 0:
+    if radius_squared < 0:
+        if profile_learns:
+            profile_grads = (weight * product).sum(0, dtype=base.dtype), torch.zeros_like(gain)
+        return mixed.addcmul_(grad, context), (product * base).to(weight.dtype), bias_grad, *profile_grads
+    if profile_learns:
         profile_grads = _ops.radial_filter_backward(mixed, z, radius_squared)
-    elif profile_learns:
-        profile_grads = (mixed * z).sum((0, 2, 3), dtype=base.dtype), torch.zeros_like(gain)
-    return z_grad, _channel_product(c, filtered), bias_grad, *profile_grads
+    z_grad = _ops.radial_filter(mixed, base, gain, radius_squared).addcmul_(grad, context)
+    return z_grad, product, bias_grad, *profile_grads
 
 
-def _filter(x: Tensor, base: Tensor, gain: Tensor, radius_squared: int) -> Tensor:
-    if radius_squared >= 0:
-        filtered: Tensor = _ops.radial_filter(x, base, gain, radius_squared)
-        return filtered
-    return modes.like((x * base[:, None, None]).to(x.dtype), x)
-
-
-def _gains(z: Tensor, gain: Tensor, radius_squared: int) -> Tensor:
-    """(C, A_H, A_W) gain of every mode, 0 outside the disc."""
-    shell = modes.shell_map(z.shape[2], z.shape[3], radius_squared, gain.device)
-    return torch.cat([gain, gain.new_zeros(1, gain.shape[1])])[shell].permute(2, 0, 1)
-
-
-def _mixed(weight: Tensor, coefficients: Tensor) -> Tensor:
-    """weight applied to the channels of coefficients."""
-    mixed = coefficients.flatten(2).transpose(0, 1).flatten(1)  # one product for the whole batch
-    count = coefficients.shape[2] * coefficients.shape[3]
-    return (weight @ mixed).unflatten(1, (len(coefficients), count)).transpose(0, 1).contiguous().view_as(coefficients)
-
-
-def _channel_product(c: Tensor, z: Tensor) -> Tensor:
-    """sum over images and positions of c z^T, (C, C)."""
-    return c.flatten(2).mT.flatten(0, 1).mT @ z.flatten(2).mT.flatten(0, 1)
+def _parts(x: Tensor) -> list[slice]:
+    """The images to take at a time."""
+    size = max(1, len(x) if x.device.type != "cpu" else PART * len(x) // max(x.nbytes, 1))
+    return [slice(start, start + size) for start in range(0, len(x), size)] or [slice(0, 0)]
 
 
 @exact
@@ -151,13 +167,22 @@ def spectral_mixer(
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`reference.spectral_mixer`; keep returns t, z and the coefficients of z for the gradients, else they are empty."""
-    t = pointwise(x, in_weight, in_bias)
-    z, coefficients = _ops.axial_conv(t, row_weight, row_bias, column_weight, column_bias, radius_squared)
-    y = _ops.spectral_gate(z, coefficients, weight, bias, base, gain, radius_squared)
-    out = _pointwise_like(y, out_weight, out_bias, x)
-    if keep:
-        return out, t, z, coefficients
-    return out, x.new_empty(0), x.new_empty(0), base.new_empty(0)
+    wanted = radius_squared if x.is_cuda else -1  # the fused gate of GPUs takes coefficients
+    out = torch.empty_like(x, memory_format=modes.memory_format(x))
+    ts, zs, coefficients = [], [], x.new_empty(0)
+    parts = _parts(x)
+    for part in parts:
+        t = pointwise(x[part], in_weight, in_bias)
+        z, coefficients = _ops.axial_conv(t, row_weight, row_bias, column_weight, column_bias, wanted)
+        if keep:
+            ts.append(t)
+            zs.append(z)
+        y = _ops.spectral_gate(z, coefficients if x.is_cuda else None, weight, bias, base, gain, radius_squared)
+        _pointwise_into(out[part], y, out_weight, out_bias)
+    if not keep:
+        return out, x.new_empty(0), x.new_empty(0), base.new_empty(0)
+    coefficients = coefficients if x.is_cuda else base.new_empty(0)
+    return out, ts[0] if len(parts) == 1 else torch.cat(ts), zs[0] if len(parts) == 1 else torch.cat(zs), coefficients
 
 
 @exact
@@ -179,18 +204,29 @@ def spectral_mixer_backward(
     radius_squared: int,
     profile_learns: bool,
 ) -> tuple[Tensor, ...]:
-    """Gradients of `spectral_mixer` to x and, in its order, to every weight and bias, base and gain. y and its context are not saved."""
-    filtered, context = _context(z, weight, bias, base, gain, radius_squared)
-    y_grad = pointwise(grad, out_weight.mT)
-    out_weight_grad = _channel_product(grad, z * context)
-    z_grad, *gate_grads = _gate_gradients(y_grad, z, filtered, context, weight, base, gain, radius_squared, profile_learns)
-    t_grad, *conv_grads = _ops.axial_conv_backward(z_grad, t, row_weight, row_bias, column_weight)
-    return (
-        _pointwise_like(t_grad, in_weight.mT, None, x),
-        _channel_product(t_grad, x),
-        t_grad.sum((0, 2, 3), dtype=base.dtype).to(x.dtype),
-        *conv_grads,
-        *gate_grads,
-        out_weight_grad,
-        grad.sum((0, 2, 3), dtype=base.dtype).to(x.dtype),
-    )
+    """Gradients of `spectral_mixer` to x and, in its order, to every weight and bias, base and gain; the gate is computed again."""
+    x_grad = torch.empty_like(x, memory_format=modes.memory_format(x))
+    sums: list[Tensor] = []
+    for part in _parts(x):
+        g, z_part = grad[part], z[part]
+        y_grad = pointwise(g, out_weight.mT)
+        if z.is_cuda:
+            y = _ops.spectral_gate(z, coefficients, weight, bias, base, gain, radius_squared)
+            gate = _ops.spectral_gate_backward(y_grad, z, coefficients, weight, bias, base, gain, radius_squared, profile_learns)
+        else:
+            filtered, applied, context = _context(z_part, weight, bias, base, gain, radius_squared)
+            y, c = z_part * context, y_grad * z_part
+            gate = _gate_gradients(y_grad, c, z_part, filtered, applied, context, weight, base, gain, radius_squared, profile_learns)
+        t_grad, *conv = _ops.axial_conv_backward(gate[0], t[part], row_weight, row_bias, column_weight)
+        _pointwise_into(x_grad[part], t_grad, in_weight.mT)
+        grads = [
+            _channel_product(t_grad, x[part]),
+            _channel_sum(t_grad, base.dtype),
+            *conv,
+            *gate[1:],
+            _channel_product(g, y),
+            _channel_sum(g, base.dtype),
+        ]
+        sums = [total.add_(more) for total, more in zip(sums, grads, strict=True)] if sums else [g.to(base.dtype) for g in grads]
+    dtypes = [x.dtype] * 2 + [base.dtype] * 4 + [x.dtype] * 2 + [base.dtype] * 2 + [x.dtype] * 2
+    return x_grad, *(total.to(dtype) for total, dtype in zip(sums, dtypes, strict=True))

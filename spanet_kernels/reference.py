@@ -154,7 +154,7 @@ def axial_conv_backward(
 
 
 def spectral_gate(z: Tensor, coefficients: Tensor, weight: Tensor, bias: Tensor, base: Tensor, gain: Tensor, radius_squared: int) -> Tensor:
-    """z o (W F(z) + b), F the radial filter of base and gain, W (C, C) a 1x1 convolution; coefficients are those of z."""
+    """z o (W F(z) + b), F the radial filter of base and gain, W (C, C) a 1x1 convolution; coefficients are those of z, if at hand."""
     filtered = radial_filter(z.to(base.dtype), base, gain, radius_squared).to(z.dtype)  # FFTs refuse most 16-bit sizes
     context = torch.einsum("oc,bchw->bohw", weight, filtered) + bias[:, None, None]
     return modes.like(z * context, z)
@@ -163,7 +163,7 @@ def spectral_gate(z: Tensor, coefficients: Tensor, weight: Tensor, bias: Tensor,
 def spectral_gate_backward(
     grad: Tensor,
     z: Tensor,
-    coefficients: Tensor,
+    coefficients: Tensor | None,
     weight: Tensor,
     bias: Tensor,
     base: Tensor,

@@ -30,7 +30,7 @@ def spectral_gate(
         weight: (C, C), dtype of z: the 1x1 convolutions of all gates side by side.
         bias: (C,), dtype of z: the sum of the gates' biases; None is zero.
         base, gain, radius: as for `radial_filter`; a radius of None is an empty disc, with gain of shape (0, C).
-        coefficients: those of z as `axial_conv` gives them; computed if None.
+        coefficients: those of z as `axial_conv` gives them, or None; kernels that need them compute them then.
 
     Returns:
         y, of the shape and dtype of z, channels_last if the channels of z are adjacent, else contiguous; differentiable to any order
@@ -51,23 +51,26 @@ def spectral_gate(
     for name, value, dtype in (("weight", weight, z.dtype), ("bias", bias, z.dtype), ("base", base, wide), ("gain", gain, wide)):
         if value.dtype != dtype:
             raise TypeError(f"spectral_gate: {name} must be {dtype} for a z of {z.dtype}, got {value.dtype}")
-    if coefficients is None:
-        coefficients = torch.ops.spanet_kernels.mode_coefficients(z.detach(), squared)
-    height, width = (modes.functions(n, squared) for n in z.shape[2:])
-    check_parameter("spectral_gate", "coefficients", coefficients, (z.shape[0], channels, height, width), z)
-    if coefficients.dtype != wide:
-        raise TypeError(f"spectral_gate: coefficients must be {wide} for a z of {z.dtype}, got {coefficients.dtype}")
+    if coefficients is not None:
+        height, width = (modes.functions(n, squared) for n in z.shape[2:])
+        check_parameter("spectral_gate", "coefficients", coefficients, (z.shape[0], channels, height, width), z)
+        if coefficients.dtype != wide:
+            raise TypeError(f"spectral_gate: coefficients must be {wide} for a z of {z.dtype}, got {coefficients.dtype}")
     y: Tensor = _call(z, coefficients, weight, bias, base, gain, squared)
     return y
 
 
-def _gradients(grad: Tensor, needed: Any, by_products: Any, z: Tensor, coefficients: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
+def _gradients(
+    grad: Tensor, needed: Any, by_products: Any, z: Tensor, coefficients: Tensor | None, *args: Any
+) -> tuple[Tensor | None, ...]:
     profile_learns = needed[4] or needed[5]
     z_grad, *grads, base_grad, gain_grad = _gradient(grad, z, coefficients, *args, profile_learns)
     return z_grad, None, *grads, *((base_grad, gain_grad) if profile_learns else (None, None)), None
 
 
-def _composition(z: Tensor, coefficients: Tensor, weight: Tensor, bias: Tensor, base: Tensor, gain: Tensor, radius_squared: int) -> Tensor:
+def _composition(
+    z: Tensor, coefficients: Tensor | None, weight: Tensor, bias: Tensor, base: Tensor, gain: Tensor, radius_squared: int
+) -> Tensor:
     filtered = linear(z, base, gain, radius_squared) if radius_squared >= 0 else (z * base[:, None, None]).to(z.dtype)
     context = torch.einsum("oc,bchw->bohw", weight, filtered) + bias[:, None, None]
     return modes.like(z * context, z)
@@ -82,7 +85,7 @@ def _gate_fake(z: Tensor, *_: Any) -> Tensor:
 
 
 @torch.library.register_fake("spanet_kernels::spectral_gate_backward")
-def _gradient_fake(grad: Tensor, z: Tensor, coefficients: Tensor, weight: Tensor, bias: Tensor, *args: Any) -> tuple[Tensor, ...]:
+def _gradient_fake(grad: Tensor, z: Tensor, coefficients: Tensor | None, weight: Tensor, bias: Tensor, *args: Any) -> tuple[Tensor, ...]:
     base, gain, _, profile_learns = args
     z_grad = torch.empty_like(z, memory_format=modes.memory_format(z))
     return z_grad, *(x.new_empty(x.shape) for x in (weight, bias)), *(x.new_empty(x.shape if profile_learns else 0) for x in (base, gain))

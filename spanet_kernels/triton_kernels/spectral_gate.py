@@ -344,13 +344,17 @@ def _mix(coefficients: Tensor, weight: Tensor, base: Tensor, gain: Tensor, table
     return v, scaled
 
 
-def spectral_gate(z: Tensor, coefficients: Tensor, weight: Tensor, bias: Tensor, base: Tensor, gain: Tensor, radius_squared: int) -> Tensor:
+def spectral_gate(
+    z: Tensor, coefficients: Tensor | None, weight: Tensor, bias: Tensor, base: Tensor, gain: Tensor, radius_squared: int
+) -> Tensor:
     """`spanet_kernels::spectral_gate` on a GPU."""
     if not serves(z, radius_squared):
         return composed.spectral_gate(z, coefficients, weight, bias, base, gain, radius_squared)
     B, C, H, W = z.shape
     if radius_squared < 0:  # an empty disc is one of the constant mode without gain
         coefficients, gain, radius_squared = base.new_zeros(B, C, 1, 1), base.new_zeros(1, C), 0
+    if coefficients is None:
+        coefficients = torch.ops.spanet_kernels.mode_coefficients(z, radius_squared)
     z, coefficients, weight, bias = modes.like(z, z), coefficients.contiguous(), weight.contiguous(), bias.contiguous()
     y, table, choice = torch.empty_like(z), disc(H, W, radius_squared, z.device), plan(C, H * W, z.element_size(), backward=False)
     with torch.cuda.device_of(z):
@@ -364,7 +368,7 @@ def spectral_gate(z: Tensor, coefficients: Tensor, weight: Tensor, bias: Tensor,
 def spectral_gate_backward(
     grad: Tensor,
     z: Tensor,
-    coefficients: Tensor,
+    coefficients: Tensor | None,
     weight: Tensor,
     bias: Tensor,
     base: Tensor,
@@ -379,6 +383,8 @@ def spectral_gate_backward(
     shells = gain.shape[0]
     if radius_squared < 0:
         coefficients, gain, radius_squared = base.new_zeros(B, C, 1, 1), base.new_zeros(1, C), 0
+    if coefficients is None:
+        coefficients = torch.ops.spanet_kernels.mode_coefficients(z, radius_squared)
     grad, z, coefficients = modes.like(grad, z), modes.like(z, z), coefficients.contiguous()
     weight, bias = weight.contiguous(), bias.contiguous()
     table, choice = disc(H, W, radius_squared, z.device), plan(C, H * W, z.element_size(), backward=True)
