@@ -320,7 +320,7 @@ AMD = torch.version.hip is not None
 
 
 def access(z: Tensor) -> dict[str, Any]:
-    """How tiles address planes like z: V neighbours along the fastest axis are one aligned access; INDEX holds any offset inside an image."""
+    """How tiles address planes like z: V neighbours along the fastest axis are one aligned access, INDEX any offset in an image."""
     channels_last = modes.channels_last(z)
     fastest = z.shape[1] if channels_last else z.shape[2] * z.shape[3]
     index = tl.int32 if z[0].numel() < 2**31 else tl.int64
