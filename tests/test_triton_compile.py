@@ -1,4 +1,4 @@
-"""Every Triton kernel compiled ahead of time, without a GPU, at the launches that the launchers make: no spills, shared memory that fits."""
+"""Every Triton kernel compiled ahead of time, without a GPU, at the launches of the launchers: no spills, shared memory that fits."""
 
 from __future__ import annotations
 
