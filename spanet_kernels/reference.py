@@ -153,7 +153,9 @@ def axial_conv_backward(
     return modes.like(x_grad.to(x.dtype), x), row_grad.flatten(1), row_bias_grad, column_grad.flatten(1), column_bias_grad
 
 
-def spectral_gate(z: Tensor, coefficients: Tensor, weight: Tensor, bias: Tensor, base: Tensor, gain: Tensor, radius_squared: int) -> Tensor:
+def spectral_gate(
+    z: Tensor, coefficients: Tensor | None, weight: Tensor, bias: Tensor, base: Tensor, gain: Tensor, radius_squared: int
+) -> Tensor:
     """z o (W F(z) + b), F the radial filter of base and gain, W (C, C) a 1x1 convolution; coefficients are those of z, if at hand."""
     filtered = radial_filter(z.to(base.dtype), base, gain, radius_squared).to(z.dtype)  # FFTs refuse most 16-bit sizes
     context = torch.einsum("oc,bchw->bohw", weight, filtered) + bias[:, None, None]

@@ -1,7 +1,8 @@
-"""Every Triton kernel compiled ahead of time, without a GPU, at the launches that the launchers make: no register spills."""
+"""Every Triton kernel compiled ahead of time, without a GPU, at the launches of the launchers: no spills, shared memory that fits."""
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
 import re
@@ -17,8 +18,10 @@ pytest.importorskip("triton")
 
 
 class Case(NamedTuple):
+    file: str
     target: str
     dtype: str
+    channels: int
     height: int
     width: int
     radius_squared: int
@@ -40,14 +43,22 @@ DTYPES = ("float32", "bfloat16", "float64", "float16")
 OTHERS = ("sm_80", "sm_86", "sm_89", "sm_100", "sm_120", "gfx90a", "gfx942")
 # sm_90 gets the shapes and layouts at the published radii, every other target a plane on chip and a streamed one at a large radius
 CASES = [
-    Case("sm_90", dtype, *shape, radius_squared, last)
+    Case("radial_filter", "sm_90", dtype, 64, *shape, radius_squared, last)
     for (dtype, radius_squared), shape, last in product((("float32", 1), ("bfloat16", 1), ("bfloat16", 4)), SHAPES, (False, True))
     if not (last and shape == (200, 334))  # the same launch as 56 x 56
 ] + [
-    Case(target, DTYPES[(i + j) % 4], *shape, 64, last)
+    Case("radial_filter", target, DTYPES[(i + j) % 4], 64, *shape, 64, last)
     for i, target in enumerate(OTHERS)
     for j, (shape, last) in enumerate((((14, 14), True) if i % 2 else ((56, 56), False), ((200, 334), i % 4 > 1)))
 ]
+CASES += [
+    Case("spectral_gate", "sm_90", "bfloat16", 64, 56, 56, 4, False),
+    Case("spectral_gate", "sm_90", "bfloat16", 512, 7, 7, 1, True),
+    Case("spectral_gate", "sm_90", "float32", 320, 14, 14, 1, False),
+    *(Case("spectral_gate", t, DTYPES[i % 2], 128, 28, 28, 9, i % 4 < 2) for i, t in enumerate(("sm_90", *OTHERS))),  # the largest tiles
+]
+# bytes that a program may use
+SHARED = dict(sm_80=166912, sm_86=101376, sm_89=101376, sm_90=232448, sm_100=232448, sm_120=101376, gfx90a=65536, gfx942=65536)
 
 
 class Recorder:
@@ -61,26 +72,39 @@ class Recorder:
 
 
 def compile_case(case: Case) -> list[Row]:
-    """Run both launchers on CPU tensors with recorders for kernels, then compile what they would have launched."""
+    """Run the launchers of a file on CPU tensors with recorders for kernels, then compile what they would have launched."""
     from triton.runtime.jit import JITFunction
 
-    from spanet_kernels import modes
-    from spanet_kernels.triton_kernels import radial_filter as module
-
+    module: Any = importlib.import_module(f"spanet_kernels.triton_kernels.{case.file}")
     launches: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
-    for name, kernel in list(vars(module).items()):
-        if isinstance(kernel, JITFunction) and name.endswith("_kernel"):
-            setattr(module, name, Recorder(kernel, launches))
-        elif isinstance(kernel, Recorder):
-            kernel.launches = launches
-    dtype = getattr(torch, case.dtype)
-    x = torch.empty((2, 64, case.height, case.width), dtype=dtype)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, kernel in list(vars(module).items()):
+            if isinstance(kernel, JITFunction) and name.endswith("_kernel"):
+                patch.setattr(module, name, Recorder(kernel, launches))
+        if hasattr(module, "AMD"):
+            patch.setattr(module, "AMD", case.target.startswith("gfx"))
+            module.plan.cache_clear()
+        run_launchers(module, case)
+    return [Row(case, kernel.__name__, *resources(case.target, kernel, args, kwargs)) for kernel, args, kwargs in launches]
+
+
+def run_launchers(module: Any, case: Case) -> None:
+    """Call every operator of the file."""
+    from spanet_kernels import modes
+
+    dtype, channels, squared = getattr(torch, case.dtype), case.channels, case.radius_squared
+    x = torch.empty((2, channels, case.height, case.width), dtype=dtype)
     if case.channels_last:
         x = x.contiguous(memory_format=torch.channels_last)
-    profile = torch.ones((len(modes.shells(case.radius_squared)), 64), dtype=modes.profile_dtype(dtype))
-    module.radial_filter(x, profile[0], profile, case.radius_squared)
-    module.radial_filter_backward(x, x, case.radius_squared)
-    return [Row(case, kernel.__name__, *resources(case.target, kernel, args, kwargs)) for kernel, args, kwargs in launches]
+    profile = torch.ones((len(modes.shells(squared)), channels), dtype=modes.profile_dtype(dtype))
+    if case.file == "radial_filter":
+        module.radial_filter(x, profile[0], profile, squared)
+        module.radial_filter_backward(x, x, squared)
+    else:
+        zhat = profile.new_empty(*x.shape[:2], *(modes.functions(n, squared) for n in x.shape[2:]))
+        weight = torch.empty((channels, channels), dtype=dtype)
+        module.spectral_gate(x, zhat, weight, weight[0], profile[0], profile, squared)
+        module.spectral_gate_backward(x, x, zhat, weight, weight[0], profile[0], profile, squared, True)
 
 
 def resources(target: str, kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int, int]:
@@ -137,7 +161,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
 
 def table(rows: list[Row]) -> str:
     lines = [f"{'target':8}{'dtype':10}{'plane':>9} {'r^2':>4} {'layout':14}{'kernel':26}{'registers':>9} {'shared':>7} {'spill':>6}"]
-    for case, kernel, registers, shared, spill in rows:
+    for case, kernel, registers, shared, spill in dict.fromkeys(rows):
         layout = "channels_last" if case.channels_last else "contiguous"
         plane = f"{case.height}x{case.width}"
         lines.append(
@@ -152,6 +176,10 @@ def test_no_kernel_spills(rows: list[Row]) -> None:
     assert not spilling, "\n" + table(spilling)
 
 
+def test_shared_memory_fits(rows: list[Row]) -> None:
+    assert not [row for row in rows if row.shared > SHARED[row.case.target]]
+
+
 def test_every_kernel_met_every_target(rows: list[Row]) -> None:
     assert {(row.case.target, row.kernel) for row in rows} == set(product(("sm_90", *OTHERS), {row.kernel for row in rows}))
-    assert len({row.kernel for row in rows}) == 5
+    assert len({row.kernel for row in rows}) == 12

@@ -320,7 +320,7 @@ AMD = torch.version.hip is not None
 
 
 def access(z: Tensor) -> dict[str, Any]:
-    """How tiles address planes like z: V neighbours along the fastest axis are one aligned access, INDEX any offset in an image."""
+    """How tiles address planes like z: V neighbours on the fastest axis are one aligned access; INDEX holds any offset in an image."""
     channels_last = modes.channels_last(z)
     fastest = z.shape[1] if channels_last else z.shape[2] * z.shape[3]
     index = tl.int32 if z[0].numel() < 2**31 else tl.int64
@@ -344,6 +344,15 @@ def _mix(coefficients: Tensor, weight: Tensor, base: Tensor, gain: Tensor, table
     return v, scaled
 
 
+def _modes_of(z: Tensor, coefficients: Tensor | None, base: Tensor, gain: Tensor, radius_squared: int) -> tuple[Disc, Tensor, Tensor]:
+    """The disc, the coefficients of z and the gains of its modes; an empty disc is one of the constant mode without gain."""
+    if radius_squared < 0:
+        coefficients, gain, radius_squared = base.new_zeros(*z.shape[:2], 1, 1), base.new_zeros(1, z.shape[1]), 0
+    if coefficients is None:
+        coefficients = torch.ops.spanet_kernels.mode_coefficients(z, radius_squared)
+    return disc(z.shape[2], z.shape[3], radius_squared, z.device), coefficients.contiguous(), gain
+
+
 def spectral_gate(
     z: Tensor, coefficients: Tensor | None, weight: Tensor, bias: Tensor, base: Tensor, gain: Tensor, radius_squared: int
 ) -> Tensor:
@@ -351,12 +360,9 @@ def spectral_gate(
     if not serves(z, radius_squared):
         return composed.spectral_gate(z, coefficients, weight, bias, base, gain, radius_squared)
     B, C, H, W = z.shape
-    if radius_squared < 0:  # an empty disc is one of the constant mode without gain
-        coefficients, gain, radius_squared = base.new_zeros(B, C, 1, 1), base.new_zeros(1, C), 0
-    if coefficients is None:
-        coefficients = torch.ops.spanet_kernels.mode_coefficients(z, radius_squared)
-    z, coefficients, weight, bias = modes.like(z, z), coefficients.contiguous(), weight.contiguous(), bias.contiguous()
-    y, table, choice = torch.empty_like(z), disc(H, W, radius_squared, z.device), plan(C, H * W, z.element_size(), backward=False)
+    table, coefficients, gain = _modes_of(z, coefficients, base, gain, radius_squared)
+    z, weight, bias, choice = modes.like(z, z), weight.contiguous(), bias.contiguous(), plan(C, H * W, z.element_size(), backward=False)
+    y = torch.empty_like(z)
     with torch.cuda.device_of(z):
         v, scaled = _mix(coefficients, weight, base, gain, table)
         _gate_kernel[choice.programs(B, C, H * W)](
@@ -381,13 +387,9 @@ def spectral_gate_backward(
         return composed.spectral_gate_backward(grad, z, coefficients, weight, bias, base, gain, radius_squared, profile_learns)
     B, C, H, W = z.shape
     shells = gain.shape[0]
-    if radius_squared < 0:
-        coefficients, gain, radius_squared = base.new_zeros(B, C, 1, 1), base.new_zeros(1, C), 0
-    if coefficients is None:
-        coefficients = torch.ops.spanet_kernels.mode_coefficients(z, radius_squared)
-    grad, z, coefficients = modes.like(grad, z), modes.like(z, z), coefficients.contiguous()
-    weight, bias = weight.contiguous(), bias.contiguous()
-    table, choice = disc(H, W, radius_squared, z.device), plan(C, H * W, z.element_size(), backward=True)
+    table, coefficients, gain = _modes_of(z, coefficients, base, gain, radius_squared)
+    grad, z, weight, bias = modes.like(grad, z), modes.like(z, z), weight.contiguous(), bias.contiguous()
+    choice = plan(C, H * W, z.element_size(), backward=True)
     N, K, S, M = H * W, len(table.place), gain.shape[0], coefficients[0, 0].numel()
     tiles, side, step = triton.cdiv(N, choice.tile["BN"]), min(64, choice.tile["BO"]), min(choice.tile["BN"], choice.tile["BC"])
     groups = triton.cdiv(C, side)
