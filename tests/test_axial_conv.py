@@ -39,7 +39,8 @@ def check(shape, setting, dtype, layout, seed=0):
     x, *parameters = CASE.sample(shape, setting, dtype, layout, seed=seed)
     z, coefficients = CASE.function(x, *parameters)
     wide = modes.profile_dtype(dtype)
-    assert z.dtype == dtype and coefficients.dtype == wide
+    assert z.dtype == dtype
+    assert coefficients.dtype == wide
     assert z.is_contiguous(memory_format=modes.memory_format(x))
     exact, _ = CASE.reference(*doubled([x, *parameters]))
     assert_as_accurate(z, CASE.reference(x.to(wide), *parameters)[0].to(dtype), exact, alike=True)
@@ -65,7 +66,8 @@ def test_gradients(shape, setting, dtype, layout):
     wide = modes.profile_dtype(dtype)
     same = reference.axial_conv_backward(grad.to(wide), x.to(wide), row, row_bias, column)
     exact = reference.axial_conv_backward(*doubled((grad, x, row, row_bias, column)))
-    assert ours[0].dtype == dtype and ours[0].is_contiguous(memory_format=modes.memory_format(x))
+    assert ours[0].dtype == dtype
+    assert ours[0].is_contiguous(memory_format=modes.memory_format(x))
     assert_as_accurate(ours[0], same[0].to(dtype), exact[0], alike=True)
     for a, b, c in zip(ours[1:], same[1:], exact[1:], strict=True):
         assert a.dtype == wide
@@ -86,7 +88,8 @@ def test_fuzz(shape, size, radius, dtype, layout, seed):
     z, coefficients = CONV(*args)
     grad = make_input(shape, dtype, layout, seed=seed + 1)
     grads = BACKWARD(grad, *args[:4])
-    assert z.shape == shape and coefficients.shape[:2] == shape[:2]
+    assert z.shape == shape
+    assert coefficients.shape[:2] == shape[:2]
     if 0 in shape:
         assert all(g.count_nonzero() == 0 for g in grads)
         return
