@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import modes, reference
+from .ops.axial_conv import axial_conv
 from .ops.radial_filter import radial_filter
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -48,17 +49,45 @@ def make_profile(channels: int, radius: float, dtype: torch.dtype, device: str =
 class OpCase:
     """What a test or a benchmark must know of an operator."""
 
-    function: Callable[..., Tensor]
-    sample: Callable[..., tuple[Any, ...]]  # (shape, radius, dtype, layout, device, seed) to the arguments of function
-    reference: Callable[..., Tensor]  # the same arguments, in any dtype, to the specified result
-    test: tuple[tuple[tuple[int, int, int, int], float], ...]  # (B, C, H, W) and radius
-    time: tuple[tuple[tuple[int, int, int], float], ...]  # (C, H, W) and radius
+    function: Callable[..., Any]
+    sample: Callable[..., tuple[Any, ...]]  # (shape, setting, dtype, layout, device, seed) to the arguments of function
+    reference: Callable[..., Any]  # the same arguments, in any dtype, to the specified result
+    test: tuple[tuple[tuple[int, int, int, int], Any], ...]  # (B, C, H, W) and setting: the radius; for axial_conv k and the radius
+    time: tuple[tuple[tuple[int, int, int], Any], ...]  # (C, H, W) and setting
 
 
 def _sample(
     shape: tuple[int, ...], radius: float, dtype: torch.dtype, layout: str = "contiguous", device: str = "cpu", seed: int = 0
 ) -> tuple[Any, ...]:
     return (make_input(shape, dtype, layout, device, seed), *make_profile(shape[1], radius, dtype, device, seed), radius)
+
+
+def make_kernels(channels: int, size: int, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Random weights (C, 1, 1, k) and (C, 1, k, 1) with their biases (C,), after each its own, for inputs of a dtype."""
+    generator = torch.Generator().manual_seed(seed + 2)
+    shapes = (channels, 1, 1, size), (channels,), (channels, 1, size, 1), (channels,)
+    wide = modes.profile_dtype(dtype)
+    row, row_bias, column, column_bias = (torch.randn(s, generator=generator, dtype=torch.float64).to(device, wide) for s in shapes)
+    return row, row_bias, column, column_bias
+
+
+def _sample_conv(
+    shape: tuple[int, ...],
+    setting: tuple[int, float | None],
+    dtype: torch.dtype,
+    layout: str = "contiguous",
+    device: str = "cpu",
+    seed: int = 0,
+) -> tuple[Any, ...]:
+    size, radius = setting
+    return (make_input(shape, dtype, layout, device, seed), *make_kernels(shape[1], size, dtype, device, seed), radius)
+
+
+def _reference_conv(
+    x: Tensor, row_weight: Tensor, row_bias: Tensor, column_weight: Tensor, column_bias: Tensor, radius: float | None
+) -> tuple[Tensor, Tensor]:
+    squared = -1 if radius is None else modes.squared_radius(radius)
+    return reference.axial_conv(x, row_weight.flatten(1), row_bias, column_weight.flatten(1), column_bias, squared)
 
 
 def _reference(x: Tensor, base: Tensor, gain: Tensor, radius: float) -> Tensor:
@@ -100,6 +129,36 @@ CASES = {
             ((128, 100, 167), 2),
             ((320, 50, 84), 1),
             ((512, 25, 42), 1),
+        ),
+    ),
+    "axial_conv": OpCase(
+        axial_conv,
+        _sample_conv,
+        _reference_conv,
+        test=(
+            ((2, 16, 1, 1), (9, 1)),
+            ((1, 65, 1, 5), (1, 2)),
+            ((2, 33, 7, 7), (7, 1)),
+            ((2, 3, 7, 7), (7, None)),
+            ((3, 40, 14, 14), (7, 1)),
+            ((2, 20, 8, 6), (5, 2)),
+            ((1, 40, 17, 3), (3, 2.5)),
+            ((2, 5, 25, 42), (31, 2)),
+            ((1, 17, 28, 28), (7, 2)),
+            ((1, 64, 56, 56), (7, 2)),
+            ((1, 4, 56, 56), (13, 8)),
+            ((1, 2, 100, 167), (7, 2)),
+            ((2, 18, 9, 18), (11, 100)),
+        ),
+        time=(
+            ((64, 56, 56), (7, 2)),
+            ((128, 28, 28), (7, 2)),
+            ((320, 14, 14), (7, 1)),
+            ((512, 7, 7), (7, 1)),
+            ((96, 56, 56), (7, 2)),
+            ((192, 28, 28), (7, 2)),
+            ((384, 14, 14), (7, 1)),
+            ((768, 7, 7), (7, 1)),
         ),
     ),
 }

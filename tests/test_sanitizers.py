@@ -26,6 +26,13 @@ for ((shape, radius), dtype, layout) in itertools.product(CASES["radial_filter"]
     modulated = torch.ops.spanet_kernels.add_modes(x, z, make_input(shape, dtype, layout, seed=2), squared)
     added = torch.ops.spanet_kernels.add_modes(x, z[:, :, :0, :0], None, -1)
     assert all(t.isfinite().all() for t in (y, *grads, z, modulated, added))
+for ((shape, setting), dtype, layout) in itertools.product(CASES["axial_conv"].test, DTYPES, LAYOUTS):
+    x, row, row_bias, column, column_bias, radius = CASES["axial_conv"].sample(shape, setting, dtype, layout)
+    squared = -1 if radius is None else modes.squared_radius(radius)
+    row, column = row.flatten(1), column.flatten(1)
+    outputs = torch.ops.spanet_kernels.axial_conv(x, row, row_bias, column, column_bias, squared)
+    grads = torch.ops.spanet_kernels.axial_conv_backward(make_input(shape, dtype, layout, seed=1), x, row, row_bias, column)
+    assert all(t.isfinite().all() for t in (*outputs, *grads))
 big = torch.randn(2, 48, 180, 180)  # large enough to be streamed past the caches
 for x in (big, big.contiguous(memory_format=torch.channels_last)):
     for dtype in (torch.float32, torch.bfloat16):
@@ -57,8 +64,10 @@ def sanitized(tmp_path_factory):
     if platform.machine() == "x86_64":
         simd["avx2"] = ["-DSIMD_BYTES=32", "-mavx2", "-mfma", "-mf16c"]
         simd["avx512"] = ["-DSIMD_BYTES=64", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"]
-    jobs = [("library", "library.cpp", []), ("host", "cpu/radial_filter.cpp", [])]
-    jobs += [(name, "cpu/radial_filter_kernel.cpp", [f"-DSIMD_NAME={name}", *options]) for name, options in simd.items()]
+    jobs = [("library", "library.cpp", [])]
+    for op in ("radial_filter", "axial_conv"):
+        jobs.append((op, f"cpu/{op}.cpp", []))
+        jobs += [(f"{op}_{name}", f"cpu/{op}_kernel.cpp", [f"-DSIMD_NAME={name}", *options]) for name, options in simd.items()]
     running = []
     for name, source, options in jobs:
         command = [compiler, *flags, *include, *options, "-c", str(ROOT / "csrc" / source), "-o", str(folder / f"{name}.o")]
