@@ -103,7 +103,7 @@ def check_conv_backward(host: Host, grad: Tensor, x: Tensor, size: int) -> None:
     actual = host.axial_conv_backward(*inputs)
     check(actual[0], same[0], exact[0])
     for ours, yardstick, truth in zip(actual[1:], wide[1:], exact[1:], strict=True):
-        check(ours, yardstick, truth, units=2)  # a handful of sums: a small sample of errors
+        check(ours, yardstick, truth, units=4)  # a handful of sums: a small sample of errors
 
 
 def check_add(host: Host, x: Tensor, factor: Tensor | None, radius_squared: int) -> None:
