@@ -206,61 +206,75 @@ __global__ void __launch_bounds__(kStripThreads, kBlocks<T>) axial_conv_backward
   const Task task(plan, own);
   const int channel = plane_of(plan, own, task.active ? task.p : 0).channel, rows = task.active ? task.rows : 0;
   const Operand<T> in(plan, loaded, task, tile_x + displacement<T>(loaded, x), k), out(plan, loaded, task, tile + shift, k);
-  W t[kStrip][kGroup] = {}, u[kStrip][kGroup] = {};
   {
+    W t[kStrip][kGroup] = {};
     const Taps<W, K> row(weights.row, channel, k, false);
     const W row_bias = weights.row_bias[channel * weights.row_bias_c];
 #pragma unroll
     for (int o = 0; o < kStrip; ++o)
       if (o < rows) convolve_row<K, VECTOR>(in, task.row + o, row, row_bias, t[o]);
-  }
-  const Taps<W, K> column(weights.column, channel, k, false);
 #pragma unroll kUnroll<K>
-  for (int first = 0; first < k; first += kTaps) {
-    W sums[kSums] = {};
+    for (int first = 0; first < k; first += kTaps) {
+      W sums[kSums] = {};
 #pragma unroll
-    for (int e = 0; e < kStrip + kTaps - 1; ++e) {  // rows of grad that meet this chunk of taps
-      const int i = task.row + e - (kTaps - 1) + p - first;
+      for (int e = 0; e < kStrip + kTaps - 1; ++e) {  // rows of grad that meet this chunk of taps
+        const int i = task.row + e - (kTaps - 1) + p - first;
+        if (rows == 0 || i < 0 || i >= plan.height) continue;
+        W g[kGroup];
+        load_group<T, VECTOR>(out.column + i * plan.row_pitch, plan.column_pitch, task.columns, g);
+#pragma unroll
+        for (int o = 0; o < kStrip; ++o) {
+          const int d = o - e + kTaps - 1;
+          if (d < 0 || d >= kTaps) continue;
+#pragma unroll
+          for (int v = 0; v < kGroup; ++v) sums[d] += t[o][v] * g[v];
+        }
+      }
+#pragma unroll
+      for (int o = 0; o < kStrip; ++o) {
+        if (first > 0 || o >= rows) continue;
+        W g[kGroup];
+        load_group<T, VECTOR>(out.column + (task.row + o) * plan.row_pitch, plan.column_pitch, task.columns, g);
+        sums[kTaps] += (g[0] + g[1]) + (g[2] + g[3]);
+      }
+      sum_gradients(plan, own, sums, first, k, memory, partial + static_cast<int64_t>(plan.channels) * (k + 1));
+    }
+  }
+  {
+    W u[kStrip][kGroup] = {};
+    const Taps<W, K> column(weights.column, channel, k, false);
+#pragma unroll kUnroll<K>
+    for (int r = -p; r < kStrip + p; ++r) {
+      const int i = task.row + r;
       if (rows == 0 || i < 0 || i >= plan.height) continue;
       W g[kGroup];
       load_group<T, VECTOR>(out.column + i * plan.row_pitch, plan.column_pitch, task.columns, g);
 #pragma unroll
       for (int o = 0; o < kStrip; ++o) {
-        const int d = o - e + kTaps - 1;
-        if (d < 0 || d >= kTaps || first + d >= k) continue;
-        const W weight = column[first + d];
+        const int d = o - r + p;
+        if (d < 0 || d >= k) continue;
+        const W weight = column[d];
+#pragma unroll
+        for (int v = 0; v < kGroup; ++v) u[o][v] += weight * g[v];
+      }
+    }
+#pragma unroll kUnroll<K>
+    for (int first = 0; first < k; first += kTaps) {
+      W sums[kSums] = {};
+#pragma unroll
+      for (int o = 0; o < kStrip; ++o) {
+        if (o >= rows) continue;
+        W window[kTaps + kGroup - 1];
+        load_window<T, VECTOR>(in, task.row + o, first - p, window);
 #pragma unroll
         for (int v = 0; v < kGroup; ++v) {
-          u[o][v] += weight * g[v];
-          sums[d] += t[o][v] * g[v];
+          sums[kTaps] += u[o][v];
+#pragma unroll
+          for (int d = 0; d < kTaps; ++d) sums[d] += u[o][v] * window[v + d];
         }
       }
+      sum_gradients(plan, own, sums, first, k, memory, partial);
     }
-#pragma unroll
-    for (int o = 0; o < kStrip; ++o) {
-      if (first > 0 || o >= rows) continue;
-      W g[kGroup];
-      load_group<T, VECTOR>(out.column + (task.row + o) * plan.row_pitch, plan.column_pitch, task.columns, g);
-      sums[kTaps] += (g[0] + g[1]) + (g[2] + g[3]);
-    }
-    sum_gradients(plan, own, sums, first, k, memory, partial + static_cast<int64_t>(plan.channels) * (k + 1));
-  }
-#pragma unroll kUnroll<K>
-  for (int first = 0; first < k; first += kTaps) {
-    W sums[kSums] = {};
-#pragma unroll
-    for (int o = 0; o < kStrip; ++o) {
-      if (o >= rows) continue;
-      W window[kTaps + kGroup - 1];
-      load_window<T, VECTOR>(in, task.row + o, first - p, window);
-#pragma unroll
-      for (int v = 0; v < kGroup; ++v) {
-        sums[kTaps] += u[o][v];
-#pragma unroll
-        for (int d = 0; d < kTaps; ++d) sums[d] += u[o][v] * window[v + d];
-      }
-    }
-    sum_gradients(plan, own, sums, first, k, memory, partial);
   }
   const Taps<W, K> row_reversed(weights.row, channel, k, true), column_reversed(weights.column, channel, k, true);
   W strip[kStrip][kGroup] = {};
