@@ -1,74 +1,23 @@
-"""The CUDA kernels, compiled for the host with the address and undefined-behaviour sanitizers, against the reference.
+"""radial_filter and radial_filter_backward of CUDA, run on the host (see on_host.py), against the reference."""
 
-cuda_on_host/shim.h runs a block as one fiber per thread; every case runs in both orders of threads and must give the
-same bits. The error rule: at most 1.25 times (max) and 1.0 times (rms) the error of the reference in the same dtype.
-"""
-
-import os
-import shutil
-import struct
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from on_host import DTYPES, H200_SHARED, ROOT, arrange, check, compile_programs, draw, run_case
 from torch import Tensor
 
-ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from spanet_kernels import modes, reference  # noqa: E402
-
-ELEMENTS = {torch.float64: "double", torch.float32: "float", torch.float16: "half", torch.bfloat16: "bfloat16"}
-DTYPES = list(ELEMENTS)
-H200_SHARED = 227 << 10
 
 
 @pytest.fixture(scope="session")
 def runners(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with one program per dtype."""
-    compiler = os.environ.get("CXX", "g++")
-    if shutil.which(compiler) is None:
-        pytest.skip(f"no host compiler: {compiler} not found")
-    folder = tmp_path_factory.mktemp("cuda_on_host")
-    source = ROOT / "tests" / "cuda_on_host" / "runner.cpp"
-    flags = [
-        "-std=c++20",
-        "-O1",
-        "-g",
-        "-fsanitize=address,undefined",
-        "-fno-sanitize-recover",
-        "-Wall",
-        "-Wextra",
-        "-Werror",
-        "-Wno-unknown-pragmas",
-    ]
-
-    def compile_for(dtype: torch.dtype) -> None:
-        element = f"-DELEMENT={ELEMENTS[dtype]}"
-        subprocess.run(
-            [compiler, *flags, element, f"-I{ROOT / 'csrc'}", f"-I{source.parent}", "-o", folder / str(dtype), source], check=True
-        )
-
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(compile_for, ELEMENTS))
-    return folder
-
-
-def raw(values: Tensor) -> bytes:
-    return values.contiguous().view(torch.uint8).numpy().tobytes() if values.numel() else b""
-
-
-def packed(*tensors: Tensor) -> bytes:
-    """Storages with offset and strides, padded to four dimensions."""
-    parts = []
-    for t in tensors:
-        storage = torch.as_strided(t, (t.untyped_storage().nbytes() // t.element_size(),), (1,), 0)
-        parts += [struct.pack("<6q", storage.numel(), t.storage_offset(), *t.stride(), *[0] * (4 - t.dim())), raw(storage)]
-    return b"".join(parts)
+    return compile_programs("radial_filter", tmp_path_factory.mktemp("radial_filter_on_host"))
 
 
 @dataclass
@@ -80,24 +29,19 @@ class Host:
     shared_limit: int = H200_SHARED
     alignment_of_y: int = 0
 
-    def __call__(self, x: Tensor, radius_squared: int, backward: bool, *others: Tensor) -> bytes:
+    def __call__(self, x: Tensor, radius_squared: int, backward: bool, *others: Tensor) -> bytearray:
         header = [backward, *x.shape, modes.channels_last(x), radius_squared]
         header += [len(modes.shells(radius_squared)), self.shared_limit, self.alignment_of_y]
-        (self.folder / "case").write_bytes(struct.pack(f"<{len(header)}q", *header) + packed(x, *others))
-        environment = os.environ | {"ASAN_OPTIONS": "detect_stack_use_after_return=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
-        command = [self.runners / str(x.dtype), self.folder / "case", self.folder / "result"]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-4000:]
-        return (self.folder / "result").read_bytes()
+        return run_case(self.runners, self.folder, x.dtype, header, x, *others)
 
     def filter(self, x: Tensor, base: Tensor, gain: Tensor, radius_squared: int) -> Tensor:
-        out = torch.frombuffer(bytearray(self(x, radius_squared, False, base, gain)), dtype=x.dtype)
+        out = torch.frombuffer(self(x, radius_squared, False, base, gain), dtype=x.dtype)
         batch, channels, height, width = x.shape
         return out.view(batch, height, width, channels).permute(0, 3, 1, 2) if modes.channels_last(x) else out.view(x.shape)
 
     def backward(self, grad: Tensor, x: Tensor, radius_squared: int) -> tuple[Tensor, Tensor]:
         unused = torch.zeros(1, dtype=modes.profile_dtype(x.dtype))
-        data = bytearray(self(x, radius_squared, True, grad, unused))
+        data = self(x, radius_squared, True, grad, unused)
         out = torch.frombuffer(data, dtype=modes.profile_dtype(x.dtype)).view(-1, x.shape[1])
         return out[0], out[1:]
 
@@ -107,30 +51,9 @@ def host(runners: Path, tmp_path: Path) -> Host:
     return Host(runners, tmp_path)
 
 
-def draw(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
-    """Random with a mean, which is a mode of the disc."""
-    generator = torch.Generator().manual_seed(seed + sum(shape))
-    return (torch.randn(shape, generator=generator, dtype=torch.float64) + 0.7).to(dtype)
-
-
 def profile(channels: int, radius_squared: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     wide = modes.profile_dtype(dtype)
     return draw(channels, dtype=wide, seed=1), draw(len(modes.shells(radius_squared)), channels, dtype=wide, seed=2)
-
-
-def check(actual: Tensor, same_dtype: Tensor, exact: Tensor, units: float = 1) -> None:
-    """1.25 x max and 1.0 x rms of the same-dtype error, and so many units of the largest value's last place (rms: a quarter)."""
-    assert actual.shape == exact.shape
-    assert not actual.isnan().any(), "elements were not written"
-    error, yardstick = (actual.double() - exact).abs(), (same_dtype.double() - exact).abs()
-    unit = torch.finfo(actual.dtype).eps * exact.abs().max().item()
-    if actual.dtype == torch.float64:  # the judge itself computes in fp64
-        units = 16
-    assert error.max() <= 1.25 * yardstick.max() + units * unit, (
-        f"max error {error.max():.3e}, reference {yardstick.max():.3e}, unit {unit:.3e}"
-    )
-    rms, allowed = error.square().mean().sqrt(), yardstick.square().mean().sqrt()
-    assert rms <= allowed + units / 4 * unit, f"rms error {rms:.3e}, reference {allowed:.3e}, unit {unit:.3e}"
 
 
 def check_filter(host: Host, x: Tensor, base: Tensor, gain: Tensor, radius_squared: int) -> None:
@@ -146,29 +69,6 @@ def check_backward(host: Host, grad: Tensor, x: Tensor, radius_squared: int) -> 
     exact = reference.radial_filter_backward(grad.double(), x.double(), radius_squared)
     for ours, yardstick, truth in zip(host.backward(grad, x, radius_squared), same, exact, strict=True):
         check(ours, yardstick, truth, units=2)  # a handful of sums: a small sample of errors
-
-
-def arrange(x: Tensor, layout: str) -> Tensor:
-    """x with the strides that the layout names."""
-    if layout == "channels_last":
-        return x.contiguous(memory_format=torch.channels_last)
-    if layout == "sliced":  # every second row and a column less of a larger tensor
-        larger = x.new_full((x.shape[0], x.shape[1] + 2, 2 * x.shape[2], x.shape[3] + 1), 3)
-        view = larger[:, 1:-1, ::2, 1:]
-        view.copy_(x)
-        return view
-    if layout == "channel_slice":  # some channels of a wider channels_last tensor
-        larger = x.new_full((x.shape[0], x.shape[1] + 16, *x.shape[2:]), 3).contiguous(memory_format=torch.channels_last)
-        view = larger[:, 8:-8]
-        view.copy_(x)
-        return view
-    if layout == "odd":  # an odd storage offset
-        view = x.new_full((x.numel() + 1,), 3)[1:].view(x.shape)
-        view.copy_(x)
-        return view
-    if layout == "expanded":
-        return x[:1, :, :, :1].expand(x.shape)
-    return x.contiguous()
 
 
 SHAPES = [

@@ -65,7 +65,7 @@ void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int shar
     kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments...);
     error = cudaGetLastError();
   }
-  if (error != cudaSuccess) throw std::runtime_error(std::string("radial_filter: CUDA launch failed: ") + cudaGetErrorString(error));
+  if (error != cudaSuccess) throw std::runtime_error(std::string("spanet_kernels: CUDA launch failed: ") + cudaGetErrorString(error));
 }
 
 }  // namespace spanet

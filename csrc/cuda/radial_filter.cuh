@@ -20,7 +20,7 @@
 // slots that an H200 has per element at full copy speed (132 x 128 lanes x 1.75 GHz over 1075 and 540 G elements/s).
 #pragma once
 
-#include "radial_filter_basis.cuh"
+#include "radial_filter_gains.cuh"
 
 namespace spanet {
 
@@ -215,7 +215,7 @@ __global__ void __launch_bounds__(kMaxThreads, FB <= 2 ? 2 : 1)
   using W = Wide<T>;
   DYNAMIC_SHARED(memory);
   const Shared<T, FB> shared(plan, memory);
-  const bool whole = FB < kSlicedBlock || plan.whole;
+  const bool whole = FB < kSlicedBlock || !plan.mirrored;
   // slices in reverse: reduce_kernel read the last ones last, L2 still has them
   const Slice s = slice_of<FB == kSlicedBlock>(plan, whole ? blockIdx.x : gridDim.x - 1 - blockIdx.x);
   load_tile(plan, s, x, shared.tile, displacement<T>(s, x));

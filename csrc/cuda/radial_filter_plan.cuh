@@ -7,6 +7,7 @@
 #include <stdexcept>
 #include <type_traits>
 
+#include "moves.cuh"
 #include "radial_filter_reduce.cuh"
 
 namespace spanet {
@@ -14,48 +15,10 @@ namespace spanet {
 constexpr int64_t kTileBytes = 24 << 10;        // small planes are gathered up to this: several blocks per multiprocessor
 constexpr int64_t kSliceBytes = 48 << 10;       // slices of large planes
 constexpr int64_t kWorkspaceBytes = 256 << 20;  // partial coefficients of one pair of launches
-constexpr int64_t kMaxBlocks = 0x7fffffff;
-
-struct Shape {
-  int64_t batch, channels, height, width;
-  bool channels_last;
-};
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 inline int64_t spectrum_limit(const Shape& shape, int64_t radius_squared) {
   const int64_t u = shape.height / 2, v = shape.width / 2;
   return std::min(radius_squared, u * u + v * v);
-}
-
-// Adjacent columns per thread: 4, or what the width and the addresses allow.
-inline int vector_columns(const Shape& shape, int64_t size, std::initializer_list<const void*> addresses) {
-  if (size == 8) return 1;
-  if (shape.channels_last) return 4;
-  for (int vec : {4, 2}) {
-    bool aligned = shape.width % vec == 0;
-    for (const void* address : addresses) aligned = aligned && reinterpret_cast<uintptr_t>(address) % (vec * size) == 0;
-    if (aligned) return vec;
-  }
-  return 1;
-}
-
-// How a tensor moves to and from the tiles of a plan.
-inline Move movement(const Shape& shape, const Plan& plan, const View& view, int64_t size) {
-  const auto [batch, channels, height, width, last] = shape;
-  const int64_t word = 16 / size, plane = height * width;
-  const bool rows = width == 1 || view.w == 1, planes = rows && (height == 1 || view.h == width);
-  const bool dense = planes && (channels == 1 || view.c == plane) && (batch == 1 || view.b == channels * plane);
-  if (!last && plan.whole && dense) return Move::kRun;
-  bool aligned = reinterpret_cast<uintptr_t>(view.data) % 16 == 0 && (batch == 1 || view.b % word == 0);
-  if (last) {
-    aligned = aligned && (channels == 1 || view.c == 1) && (height == 1 || view.h % word == 0) && (width == 1 || view.w % word == 0);
-    return aligned && channels % word == 0 && plan.planes % word == 0 ? Move::kWords : Move::kElements;
-  }
-  aligned = aligned && (channels == 1 || view.c % word == 0);
-  const bool words_in_rows = rows && (height == 1 || view.h % word == 0) && width % word == 0 && plan.columns % word == 0;
-  const bool words_in_planes = plan.whole && planes && plane % word == 0;
-  return aligned && (words_in_rows || words_in_planes) ? Move::kWords : Move::kElements;
 }
 
 // tiles: operands that share a block's memory. Returns a plan with threads = 0 if whole planes do not fit.
@@ -113,7 +76,7 @@ Plan make_plan(const Shape& shape, int64_t radius_squared, int vec, int tiles, b
   plan.radius_squared = radius_squared;
   plan.inverse_area = 1.0 / (static_cast<double>(height) * static_cast<double>(width));
   plan.channels_last = shape.channels_last;
-  plan.whole = whole;
+  plan.mirrored = !whole;
   plan.planes = static_cast<int>(planes);
   plan.pairs = static_cast<int>(pairs);
   plan.columns = static_cast<int>(columns);

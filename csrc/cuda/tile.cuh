@@ -1,4 +1,4 @@
-// A tile: the planes, or the slice of a plane, that a block of radial_filter keeps in shared memory.
+// A tile: the planes, or the slice of a plane, that a block keeps in shared memory.
 //
 // Contiguous tensors: [plane p][row i][column j]; channels_last: [row i][column j][channel p]. Either way the rows are
 // `row_pitch` elements apart and the tile is traversed in memory order. It moves in one of three ways: as one run of
@@ -18,11 +18,6 @@
 #endif
 
 namespace spanet {
-
-constexpr int kMaxThreads = 384;   // twice on a multiprocessor with 80 registers a thread, or once with 168
-constexpr int kSlicedBlock = 4;    // frequencies FB at a time where a plane does not fit or has more of them
-constexpr int kChunk = 3;        // functions of the H axis that are projected at a time
-constexpr int kSmallShells = 32;  // shells of a squared radius below this travel with the launch
 
 template <typename T> struct WideOf { using type = float; };
 template <> struct WideOf<double> { using type = double; };
@@ -53,9 +48,6 @@ struct Columns {  // VEC adjacent elements of a row; 16-bit ones in pairs, which
   }
 };
 
-template <int FB> constexpr int kFunctions = 2 * FB + 1;               // DC slot, then cos and sin of FB frequencies
-template <int FB> constexpr int kRow = (kFunctions<FB> + 3) / 4 * 4;   // row of Z in shared memory, whole vectors
-
 enum class Move : int { kElements, kWords, kRun };  // element-wise; aligned 16-byte words; one run, any alignment
 
 struct View {  // a (B, C, H, W) tensor in global memory, strides in elements
@@ -64,37 +56,31 @@ struct View {  // a (B, C, H, W) tensor in global memory, strides in elements
   Move move;
 };
 
-struct Plan {
-  int64_t batch, tiles, first_plane, first_tile;
-  int channels, chunks, height, width;           // chunks: tiles side by side in the channels of an image (channels_last)
-  int64_t radius_squared;
-  double inverse_area;                           // 1 / (H W)
+struct Shape {
+  int64_t batch, channels, height, width;
   bool channels_last;
-  bool whole;                                    // a tile holds whole planes
-  int planes, pairs, columns, rows;              // extent of a tile; rows = 2 pairs, or height if whole
-  int row_pitch, plane_pitch, column_pitch;      // in elements of the tile
-  int low, low_pitch;                            // row H - m of pair m is at low + (m - first pair) low_pitch
-  int slices_h, slices_w;                        // slices of a plane along its row pairs and its columns
-  int blocks_h, blocks_w;                        // blocks of FB frequencies per axis
-  int threads, teams, lanes;                     // Q teams in the reduction over rows, L lanes in the one over columns
-  int tile_bytes, sums, coefficients, table_h, table_w, bytes;  // offsets in shared memory
-  const int32_t* shell_of;                       // index of shell d2, or null: it is in small_shells
-  int8_t small_shells[kSmallShells];
+};
 
-  MODES_FN int slices() const { return slices_h * slices_w; }
-  MODES_FN int group_columns() const { return planes * columns; }
+struct Tiling {  // how the planes of a tensor fall into tiles
+  int64_t batch, tiles, first_tile;
+  int channels, chunks, height, width;      // chunks: tiles side by side in the channels of an image (channels_last)
+  bool channels_last;
+  bool mirrored;                            // a tile has rows m and H - m, not one band of rows
+  int planes, pairs, columns, rows;         // extent of a tile; rows = 2 pairs if mirrored
+  int row_pitch, plane_pitch, column_pitch; // in elements of the tile
 };
 
 struct Slice {  // the share of one block
-  unsigned batch;        // of its first plane
-  int channel, planes;   // of its first plane; how many exist
-  int pair, pairs, column, columns, index;  // first pair and column of the slice, their counts, its place in the plane
+  unsigned batch;                     // of its first plane
+  int channel, planes;                // of its first plane; how many exist
+  int row, rows, column, columns;     // first row and column of the slice, their counts
+  int pair, pairs;                    // the same of its row pairs, if it is mirrored
+  int index;                          // its place in the plane
 };
 
-template <bool SLICED>
-__device__ Slice slice_of(const Plan& plan, int64_t unit) {
-  Slice s;
-  const int64_t tile = plan.first_tile + (SLICED ? unit / plan.slices() : unit);
+// The planes of a tile.
+__device__ inline Slice planes_of(const Tiling& plan, int64_t tile) {
+  Slice s{};
   if (plan.channels_last) {
     const int chunks = plan.chunks;
     s.batch = static_cast<unsigned>(tile / chunks);
@@ -107,11 +93,6 @@ __device__ Slice slice_of(const Plan& plan, int64_t unit) {
     const int64_t left = plan.batch * plan.channels - plane;
     s.planes = left < plan.planes ? static_cast<int>(left) : plan.planes;
   }
-  s.index = SLICED ? static_cast<int>(unit % plan.slices()) : 0;
-  s.pair = SLICED ? s.index / plan.slices_w * plan.pairs : 0;
-  s.pairs = SLICED ? min(plan.pairs, plan.height / 2 + 1 - s.pair) : plan.pairs;
-  s.column = SLICED ? s.index % plan.slices_w * plan.columns : 0;
-  s.columns = SLICED ? min(plan.columns, plan.width - s.column) : plan.columns;
   return s;
 }
 
@@ -120,7 +101,7 @@ __device__ inline bool has_partner(int m, int height) { return static_cast<unsig
 
 struct Plane { int64_t batch; int channel; };
 
-__device__ inline Plane plane_of(const Plan& plan, const Slice& s, int p) {
+__device__ inline Plane plane_of(const Tiling& plan, const Slice& s, int p) {
   const unsigned flat = static_cast<unsigned>(s.channel) + static_cast<unsigned>(p);
   if (plan.channels_last) return {s.batch, static_cast<int>(flat)};
   const unsigned images = flat / plan.channels;
@@ -129,7 +110,7 @@ __device__ inline Plane plane_of(const Plan& plan, const Slice& s, int p) {
 
 // Calls visit(tile index, global offset) for every STEP-th element of the tile that exists, in memory order.
 template <int STEP, typename Visit>
-__device__ void traverse(const Plan& plan, const Slice& s, const View& view, Visit visit) {
+__device__ void traverse(const Tiling& plan, const Slice& s, const View& view, Visit visit) {
   const int inner = plan.channels_last ? plan.planes : plan.columns;
   const int middle = plan.channels_last ? plan.columns : plan.rows;
   const int count = plan.planes * plan.rows * plan.columns, stride = static_cast<int>(blockDim.x) * STEP;
@@ -138,9 +119,9 @@ __device__ void traverse(const Plan& plan, const Slice& s, const View& view, Vis
   const int dx = stride % inner, dy = stride / inner % middle, dz = stride / inner / middle;
   for (int e = start; e < count; e += stride) {
     const int p = plan.channels_last ? x : z, r = plan.channels_last ? z : y, j = plan.channels_last ? y : x;
-    const bool low = !plan.whole && r >= plan.pairs;
-    const int m = s.pair + r - (low ? plan.pairs : 0);
-    const bool row_exists = plan.whole || (m < s.pair + s.pairs && (!low || has_partner(m, plan.height)));
+    const bool low = plan.mirrored && r >= plan.pairs;
+    const int m = plan.mirrored ? s.pair + r - (low ? plan.pairs : 0) : s.row + r;
+    const bool row_exists = plan.mirrored ? m < s.pair + s.pairs && (!low || has_partner(m, plan.height)) : r < s.rows;
     if (row_exists && p < s.planes && j < s.columns) {
       const Plane plane = plane_of(plan, s, p);
       const int64_t i = low ? plan.height - m : m;
@@ -155,12 +136,17 @@ __device__ void traverse(const Plan& plan, const Slice& s, const View& view, Vis
   }
 }
 
+// First element of the slice, which is one run.
+template <typename T>
+__device__ T* run_of(const Slice& s, const View& view) {
+  return static_cast<T*>(view.data) + s.batch * view.b + s.channel * view.c + s.row * view.h;
+}
+
 // Elements by which the tile is displaced so that its 16-byte words are those of the tensor.
 template <typename T>
 __device__ int displacement(const Slice& s, const View& view) {
   if (view.move != Move::kRun) return 0;
-  const T* first = static_cast<const T*>(view.data) + s.batch * view.b + s.channel * view.c;
-  return static_cast<int>((reinterpret_cast<uintptr_t>(first) & 15) / sizeof(T));
+  return static_cast<int>((reinterpret_cast<uintptr_t>(run_of<T>(s, view)) & 15) / sizeof(T));
 }
 
 // Calls word(tile index, offset in the run) for the whole 16-byte words of a run of n elements displaced by shift, element(...) for its ends.
@@ -176,12 +162,12 @@ __device__ void traverse_run(int n, int shift, WordVisit word, Visit element) {
 
 // Starts the copy of the slice into shared memory; copies_wait and a barrier end it.
 template <typename T>
-__device__ void load_tile(const Plan& plan, const Slice& s, const View& view, T* tile, int shift) {
+__device__ void load_tile(const Tiling& plan, const Slice& s, const View& view, T* tile, int shift) {
   const T* data = static_cast<const T*>(view.data);
   if (view.move == Move::kRun) {
-    const T* run = data + s.batch * view.b + s.channel * view.c;
+    const T* run = run_of<T>(s, view);
     traverse_run<T>(
-        s.planes * plan.height * plan.width, shift, [&](int e, int from) { copy_word_async(tile + e, run + from); },
+        s.planes * s.rows * plan.width, shift, [&](int e, int from) { copy_word_async(tile + e, run + from); },
         [&](int e, int from) { tile[e] = run[from]; });
   } else if (view.move == Move::kWords) {
     traverse<16 / sizeof(T)>(plan, s, view, [&](int e, int64_t from) { copy_word_async(tile + e, data + from); });
@@ -191,12 +177,12 @@ __device__ void load_tile(const Plan& plan, const Slice& s, const View& view, T*
 }
 
 template <typename T>
-__device__ void store_tile(const Plan& plan, const Slice& s, const View& view, const T* tile, int shift) {
+__device__ void store_tile(const Tiling& plan, const Slice& s, const View& view, const T* tile, int shift) {
   T* data = static_cast<T*>(view.data);
   if (view.move == Move::kRun && displacement<T>(s, view) == shift) {
-    T* run = data + s.batch * view.b + s.channel * view.c;
+    T* run = run_of<T>(s, view);
     traverse_run<T>(
-        s.planes * plan.height * plan.width, shift, [&](int e, int to) { copy_word(run + to, tile + e); },
+        s.planes * s.rows * plan.width, shift, [&](int e, int to) { copy_word(run + to, tile + e); },
         [&](int e, int to) { run[to] = tile[e]; });
   } else if (view.move == Move::kWords && shift == 0) {
     traverse<16 / sizeof(T)>(plan, s, view, [&](int e, int64_t to) { copy_word(data + to, tile + e); });

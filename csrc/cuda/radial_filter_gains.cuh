@@ -1,29 +1,42 @@
-// The Fourier basis and the gains of radial_filter in shared memory, computed by the block that uses them: no table is
-// copied to the device, so that a call can be captured in a graph. Functions come in blocks of FB frequencies:
-// slot 0 is the constant (in block 0 only), slots 2 f + 1 and 2 f + 2 are cosine and sine of frequency block FB + f + 1.
+// The plan of radial_filter, the share of a block, and the gains of its modes.
 #pragma once
 
-#include "radial_filter_tile.cuh"
+#include "basis.cuh"
 
 namespace spanet {
 
-// table[i] = cos, sin of frequencies block FB + 1 .. block FB + FB at position first + i of an axis of length n.
-template <int FB, typename W>
-__device__ void fill_table(Pack<W, 2 * FB>* table, int first, int count, int n, int block) {
-  for (int i = threadIdx.x; i < count; i += blockDim.x) {
-    // frequency x position modulo n in integers: the angle is exact for any length
-    unsigned turn = block == 0 ? 0 : static_cast<unsigned>(static_cast<int64_t>(block * FB) * (first + i) % n);
-#pragma unroll
-    for (int f = 0; f < FB; ++f) {
-      turn += first + i;
-      if (turn >= static_cast<unsigned>(n)) turn -= n;
-      const int nearest = 2 * turn > static_cast<unsigned>(n) ? static_cast<int>(turn) - n : static_cast<int>(turn);  // |angle| <= pi rounds best
-      cos_sin_pi(static_cast<W>(2 * nearest) / static_cast<W>(n), &table[i].v[2 * f], &table[i].v[2 * f + 1]);
-    }
-  }
-}
+constexpr int kMaxThreads = 384;   // twice on a multiprocessor with 80 registers a thread, or once with 168
+constexpr int kSlicedBlock = 4;    // frequencies FB at a time where a plane does not fit or has more of them
+constexpr int kChunk = 3;          // functions of the H axis that are projected at a time
+constexpr int kSmallShells = 32;   // shells of a squared radius below this travel with the launch
 
-__device__ inline int slot_frequency(int block, int frequencies, int slot) { return slot == 0 ? 0 : block * frequencies + (slot + 1) / 2; }
+struct Plan : Tiling {  // mirrored: slices of planes, else whole ones
+  int64_t first_plane;
+  int64_t radius_squared;
+  double inverse_area;                           // 1 / (H W)
+  int low, low_pitch;                            // row H - m of pair m is at low + (m - first pair) low_pitch
+  int slices_h, slices_w;                        // slices of a plane along its row pairs and its columns
+  int blocks_h, blocks_w;                        // blocks of FB frequencies per axis
+  int threads, teams, lanes;                     // Q teams in the reduction over rows, L lanes in the one over columns
+  int tile_bytes, sums, coefficients, table_h, table_w, bytes;  // offsets in shared memory
+  const int32_t* shell_of;                       // index of shell d2, or null: it is in small_shells
+  int8_t small_shells[kSmallShells];
+
+  MODES_FN int slices() const { return slices_h * slices_w; }
+  MODES_FN int group_columns() const { return planes * columns; }
+};
+
+template <bool SLICED>
+__device__ Slice slice_of(const Plan& plan, int64_t unit) {
+  Slice s = planes_of(plan, plan.first_tile + (SLICED ? unit / plan.slices() : unit));
+  s.rows = plan.height;
+  s.index = SLICED ? static_cast<int>(unit % plan.slices()) : 0;
+  s.pair = SLICED ? s.index / plan.slices_w * plan.pairs : 0;
+  s.pairs = SLICED ? min(plan.pairs, plan.height / 2 + 1 - s.pair) : plan.pairs;
+  s.column = SLICED ? s.index % plan.slices_w * plan.columns : 0;
+  s.columns = SLICED ? min(plan.columns, plan.width - s.column) : plan.columns;
+  return s;
+}
 
 // Index of the shell d2, -1 if d2 is not a sum of two squares.
 __device__ inline int shell_index(const Plan& plan, int64_t squared) {
