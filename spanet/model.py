@@ -76,7 +76,8 @@ class SPANet(nn.Module, PyTorchModelHubMixin, library_name="spanet", license="ap
     Args:
         depths, dims: blocks and channels of each stage.
         radii: of the low-pass disc of each stage, in cycles per image.
-        lams, kernel_size, boundary, learnable: as for `SPAM`.
+        lams, kernel_size, learnable: as for `SPAM`.
+        boundary: weight on the circle d == radius; the published code's 1/3, or "paper" for its 1 - lam.
         in_chans, num_classes: 0 classes for no classifier.
         global_pool: a pooling of timm; "" for none, with 0 classes.
         drop_rate, drop_path_rate: dropout before the classifier; stochastic depth of the last block, rising linearly from 0.
@@ -87,7 +88,7 @@ class SPANet(nn.Module, PyTorchModelHubMixin, library_name="spanet", license="ap
     Shape: (B, in_chans, H, W) with H, W >= 3 to (B, num_classes); any layout, channels_last kept throughout.
 
     Raises:
-        ValueError: another output_stride, an input smaller than the stem's kernel less its padding; what `load_state_dict` raises.
+        ValueError: another output_stride or boundary, a smaller input; what `load_state_dict` raises.
     """
 
     def __init__(
@@ -97,7 +98,7 @@ class SPANet(nn.Module, PyTorchModelHubMixin, library_name="spanet", license="ap
         radii: Sequence[float] = (2, 2, 1, 1),
         lams: Sequence[float] = (0.7, 0.8, 0.9),
         kernel_size: int = 7,
-        boundary: float | None = 1 / 3,
+        boundary: float | str = 1 / 3,
         learnable: bool = False,
         in_chans: int = 3,
         num_classes: int = 1000,
@@ -112,7 +113,10 @@ class SPANet(nn.Module, PyTorchModelHubMixin, library_name="spanet", license="ap
         super().__init__()
         if output_stride != 32:
             raise ValueError(f"SPANet: output_stride must be 32, the stages cannot be dilated, got {output_stride}")
+        if isinstance(boundary, str) and boundary != "paper":
+            raise ValueError(f'SPANet: boundary must be a number or "paper", got {boundary!r}')
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        mixer = {"kernel_size": kernel_size, "lams": lams, "boundary": None if boundary == "paper" else boundary, "learnable": learnable}
         self.num_classes = 0 if dense else num_classes
         self.num_features = self.head_hidden_size = dims[-1]
         self.grad_checkpointing = False
@@ -126,8 +130,7 @@ class SPANet(nn.Module, PyTorchModelHubMixin, library_name="spanet", license="ap
         for i, dim in enumerate(dims):
             if i > 0:
                 layers.append(Downsample(dims[i - 1], dim, 3, 2, 1, **dd))
-            mixer = {"kernel_size": kernel_size, "lams": lams, "radius": radii[i], "boundary": boundary, "learnable": learnable}
-            layers.append(nn.Sequential(*(Block(dim, rate, i >= 2, mixer, **dd) for rate in rates[i])))
+            layers.append(nn.Sequential(*(Block(dim, rate, i >= 2, mixer | {"radius": radii[i]}, **dd) for rate in rates[i])))
             if dense:
                 self.add_module(f"norm{2 * i}", GroupNorm1(dim, **dd))
         self.network = nn.ModuleList(layers)
@@ -326,7 +329,7 @@ default_cfgs = generate_default_cfgs(
 _NARROW, _WIDE = (64, 128, 320, 512), (96, 192, 384, 768)
 
 
-def _create(variant: str, depths: Sequence[int], dims: Sequence[int], pretrained: bool, /, **kwargs: Any) -> nn.Module:
+def _create(variant: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
     return cast(
         nn.Module,
         build_model_with_cfg(
@@ -335,7 +338,7 @@ def _create(variant: str, depths: Sequence[int], dims: Sequence[int], pretrained
             pretrained,
             pretrained_filter_fn=checkpoint_filter_fn,
             feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter", "norm": True},
-            **{"depths": depths, "dims": dims, "dense": kwargs.get("features_only", False)} | kwargs,
+            **{"dense": kwargs.get("features_only", False)} | kwargs,
         ),
     )
 
@@ -343,28 +346,28 @@ def _create(variant: str, depths: Sequence[int], dims: Sequence[int], pretrained
 @register_model
 def spanet_small(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """SPANet-S: 28.6M parameters, 4.6G MACs, 83.1 % top-1."""
-    return _create("spanet_small", (4, 4, 12, 4), _NARROW, pretrained, **kwargs)
+    return _create("spanet_small", pretrained, {"depths": (4, 4, 12, 4), "dims": _NARROW} | kwargs)
 
 
 @register_model
 def spanet_medium(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """SPANet-M: 41.7M parameters, 6.8G MACs, 83.5 % top-1."""
-    return _create("spanet_medium", (6, 6, 18, 6), _NARROW, pretrained, **kwargs)
+    return _create("spanet_medium", pretrained, {"depths": (6, 6, 18, 6), "dims": _NARROW} | kwargs)
 
 
 @register_model
 def spanet_mediumx(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """SPANet-MX: 54.8M parameters, 9.0G MACs, 83.8 % top-1."""
-    return _create("spanet_mediumx", (8, 8, 24, 8), _NARROW, pretrained, **kwargs)
+    return _create("spanet_mediumx", pretrained, {"depths": (8, 8, 24, 8), "dims": _NARROW} | kwargs)
 
 
 @register_model
 def spanet_base(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """SPANet-B: 75.9M parameters, 11.9G MACs, 84.0 % top-1."""
-    return _create("spanet_base", (6, 6, 18, 6), _WIDE, pretrained, **kwargs)
+    return _create("spanet_base", pretrained, {"depths": (6, 6, 18, 6), "dims": _WIDE} | kwargs)
 
 
 @register_model
 def spanet_basex(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """SPANet-BX: 99.7M parameters, 15.8G MACs, 84.4 % top-1."""
-    return _create("spanet_basex", (8, 8, 24, 8), _WIDE, pretrained, **kwargs)
+    return _create("spanet_basex", pretrained, {"depths": (8, 8, 24, 8), "dims": _WIDE} | kwargs)

@@ -97,7 +97,8 @@ def by_composition(operator: Any, gradient: Any, gradients: Callable[..., Any], 
             needed = ctx.needs_input_grad[1:]
             if grad is None:
                 return (None,) * (1 + len(needed))
-            saved, by_products = ctx.saved_tensors[: len(needed)], ctx.saved_tensors[len(needed) :]
+            kept = ctx.saved_tensors  # activation checkpointing hands them out once
+            saved, by_products = kept[: len(needed)], kept[len(needed) :]
             args = [other if tensor is None else tensor for tensor, other in zip(saved, ctx.others, strict=True)]
             if not torch.is_grad_enabled():
                 return None, *gradients(grad, needed, by_products, *args)
