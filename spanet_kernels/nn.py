@@ -142,7 +142,8 @@ class SPAM(nn.Module):
         gates = [cast(nn.Conv2d, pw) for pw in self.pws]
         biases = [pw.bias for pw in gates if pw.bias is not None]
         weight = gates[0].weight if len(gates) == 1 else torch.cat([pw.weight for pw in gates], 1)
-        return weight[:, :, 0, 0], torch.stack(biases).sum(0) if biases else None
+        # added one by one: the gradients of stack(...).sum() would be one memory, which accumulation adds to three times
+        return weight[:, :, 0, 0], sum(biases[1:], biases[0]) if biases else None
 
     def _profile(self, x: Tensor) -> tuple[Tensor, Tensor, int]:
         """base (C,), gain (S, C) and squared radius of all filters together; -1 without filters."""

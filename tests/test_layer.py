@@ -387,3 +387,13 @@ def test_onnx(tmp_path):
 def test_bad_input(call, error, words):
     with pytest.raises(error, match=words):
         call()
+
+
+def test_gradients_are_tensors_of_their_own():
+    """Two backward passes add up: no parameter's gradient shares memory with another's."""
+    layer, x = SPAM(12), torch.randn(2, 12, 8, 8) + 0.5
+    layer(x).sum().backward()
+    once = [parameter.grad.clone() for parameter in layer.parameters()]
+    layer(x).sum().backward()
+    for (name, parameter), first in zip(layer.named_parameters(), once, strict=True):
+        torch.testing.assert_close(parameter.grad, 2 * first, msg=name)
