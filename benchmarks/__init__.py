@@ -11,7 +11,6 @@ limit.py     what the machine can do: copies and matrix products
 trace.py     what a call does: matrix products, bytes, memory, where its time goes, energy
 peers.py     what SPANet is compared with
 record.py    the environment of a run, results as JSON files, one against an older one
-soak.py      every operator thousands of times, bit-equal, in two threads, memory flat
 
 tables.py model_tables.py figures.py model_figures.py report.py    tables, figures and pages from the JSON alone
 """

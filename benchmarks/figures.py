@@ -11,7 +11,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-from .report import Results, median, targets
+from .tables import Results, median, targets
 
 COLOURS = {"ours": "#1f6feb", "clone": "#8c959f", "rfft2": "#d4790f", "published": "#b62324"}
 NAMES = {"ours": "radial_filter", "clone": "clone()", "rfft2": "rfft2 chain", "published": "published chain"}
@@ -132,7 +132,7 @@ def radius_figure(results: Results, path: Path) -> Path:
 
 def figures(results: Results, folder: Path) -> list[Path]:
     """Every figure that the results have rows for."""
-    rows = results["ops"]["rows"]
+    rows = results["ops"]["rows"] if "ops" in results else []
     found = []
     if by_variant(rows):
         found.append(time_figure(results, folder / "time.png"))

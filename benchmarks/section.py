@@ -65,9 +65,9 @@ def usable(device: torch.device, dtype: str) -> str | None:
     """Why a device cannot compute in a dtype, or None if it can: one convolution, one matrix product."""
     if device.type == "cuda" and dtype == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
         return "this GPU emulates it"
-    x = torch.ones(1, 4, 4, 4, device=device, dtype=DTYPES[dtype])
+    x = torch.ones(4, 4, 1, 1, device=device, dtype=DTYPES[dtype])
     try:
-        torch.nn.functional.conv2d(x, x) @ x
+        torch.nn.functional.conv2d(x, x).flatten(1) @ x.flatten(1)
     except RuntimeError as error:
         return str(error).splitlines()[0]
     return None

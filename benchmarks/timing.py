@@ -110,7 +110,7 @@ def interleave(functions: Mapping[str, Function], clock: Clock, budget: float, s
     Args:
         functions: name to function, each called before: the first calls here are the warm-up and an estimate.
         clock: measures one round.
-        budget: seconds for all of them together, shared equally.
+        budget: seconds for all of them together, shared equally; rounds end after three times as long where estimates were short.
         samples: calls per function where its share of the budget allows.
         least: calls per function where it does not, at least 2.
 
@@ -124,11 +124,13 @@ def interleave(functions: Mapping[str, Function], clock: Clock, budget: float, s
     again = dict(zip(brief, clock.round([functions[name] for name in brief]), strict=True))
     counts = {name: int(max(least, min(samples, share / min(once[name], again.get(name, math.inf))))) for name in names}
     rounds = max(counts.values())
-    order = random.Random(0)
+    order, deadline = random.Random(0), time.perf_counter() + 3 * budget
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for index in range(rounds):
         chosen = [name for name in names if (index + 1) * counts[name] // rounds > index * counts[name] // rounds]
         order.shuffle(chosen)
         for name, value in zip(chosen, clock.round([functions[name] for name in chosen]), strict=True):
             seconds[name].append(value)
+        if time.perf_counter() > deadline and min(map(len, seconds.values())) >= least:
+            break
     return {name: Timing.of(values) for name, values in seconds.items()}

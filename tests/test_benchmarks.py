@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from soak import soak
 
 from benchmarks import __main__ as cli
-from benchmarks import figures, ops, record, report
-from benchmarks.timing import Timing, interleave
+from benchmarks import figures, limit, models, ops, peers, record, report, scaling, section, tables, trace
+from benchmarks.timing import CpuClock, Timing, interleave
 
 ROOT = Path(__file__).parents[1]
 
@@ -60,7 +61,7 @@ def test_wrong_results_and_refusals_do_not_compete():
 
 @pytest.mark.parametrize("kind", ops.KINDS)
 def test_every_competitor_is_right(kind):
-    row = ops.Row("stages S", kind, (2, 3, 14, 13), 2, "fp32", "channels_last", ("ours", "rfft2", "clone", "published"))
+    row = ops.Row("stages S", kind, (2, 3, 14, 13), 2, "fp32", "channels_last", ("ours", "rfft2", "clone", "published", "gfnet"))
     problem = ops.Problem(row, torch.device("cpu"))
     functions = {name: ops.competitor(name, problem) for name in row.competitors}
     verdicts = ops.admit(functions, problem.wanted(), ops.check)
@@ -73,7 +74,17 @@ def run_cli(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--dtype", "fp8"], ["--device", "tpu"], ["--filter", "no such row"], ["nothing"], ["--check"], ["report", "--out", "nowhere"]],
+    [
+        ["--dtype", "fp8"],
+        ["--device", "tpu"],
+        ["ops", "--filter", "no such row"],
+        ["nothing"],
+        ["--check"],
+        ["report", "--out", "nowhere"],
+        ["models", "--batch", "8,0"],
+        ["ops", "--compare", "nowhere.json"],
+        ["ops", "--compare", "README.md"],
+    ],
 )
 def test_bad_arguments_get_one_line(arguments, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -130,9 +141,9 @@ def test_rows_under_foreign_load_are_marked():
     competitors = {name: {"median": 1e-3} for name in ("ours", "clone")}
     row = {"group": "stages S", "kind": "forward", "shape": [8, 64, 56, 56], "radius": 2, "dtype": "fp32", "layout": "nchw", "bytes": 2**22}
     quiet, loud = (row | {"competitors": competitors, "busy cores of others": cores} for cores in (0.1, 1.2))
-    assert "1 ms ~" in report.cells(loud, environment)
-    assert "1 ms ~" not in report.cells(quiet, environment)
-    assert "1 of 2 rows" in report.notes([quiet, loud], environment)
+    assert "1 ms ~" in tables.cells(loud, environment)
+    assert "1 ms ~" not in tables.cells(quiet, environment)
+    assert "1 of 2 rows" in tables.notes([quiet, loud], environment)
     assert record.Others().cores is None
     with record.Others() as others:
         sum(range(10**6))
@@ -140,7 +151,7 @@ def test_rows_under_foreign_load_are_marked():
 
 
 def test_interrupt_keeps_what_was_measured(tmp_path, monkeypatch):
-    def stopped(rows, device, form, advance, result):
+    def stopped(rows, options, advance, result):
         result["rows"].append({"kept": True})
         yield
         raise KeyboardInterrupt
@@ -150,3 +161,163 @@ def test_interrupt_keeps_what_was_measured(tmp_path, monkeypatch):
     saved = json.loads((tmp_path / "ops.json").read_text())
     assert saved["interrupted"]
     assert saved["rows"] == [{"kept": True}]
+
+
+CPU = torch.device("cpu")
+TINY = section.Options("quick", CPU, ["fp32"], ["nchw"])
+
+
+def test_every_section_lists_its_rows(capsys):
+    assert cli.main(["all", "--list", "--device", "cpu"]) == 0
+    names = capsys.readouterr().out.splitlines()
+    assert len(set(names)) == len(names)
+    for part in ("astronaut, ", "stages S, ", "spanet_small, infer, 224x224, batch 8", "spanet_small, train, ", "SPAM against pixels"):
+        assert any(name.startswith(part) for name in names), part
+    full = section.Options("full", CPU, ["fp32"], ["nchw"], batches=[4])
+    assert {row.model for row in models.rows(full)} == set(peers.MODELS)
+
+
+def test_matrix_products_are_those_of_the_paper():
+    """All but the depthwise convolutions of the 4.606 G; the backward pass has two for each, but none for the image."""
+    row = models.Row("infer", "published_small", 224, 1, "fp32", False)
+    depthwise = 14 * (4 * 64 * 56**2 + 4 * 128 * 28**2 + 12 * 320 * 14**2 + 4 * 512 * 7**2)
+    gemms = models.trace(row, peers.create(row.model, 224)).gemms
+    assert round((sum(count * gemm.macs for gemm, count in gemms.items()) + depthwise) / 1e6) == 4606
+    layers = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.Conv2d(4, 4, 3, groups=4), torch.nn.Flatten(), torch.nn.Linear(16, 5))
+    with trace.Trace() as found:
+        layers(torch.ones(2, 3, 4, 4)).sum().backward()
+    assert found.gemms == {
+        trace.Gemm(1, 32, 4, 3): 1,
+        trace.Gemm(1, 4, 3, 32): 1,
+        trace.Gemm(1, 2, 5, 16): 1,
+        trace.Gemm(1, 2, 16, 5): 1,
+        trace.Gemm(1, 5, 16, 2): 1,
+    }
+    assert limit.Gemms(CPU, CpuClock(), 0.01).seconds(found.gemms, torch.float32) > 0
+
+
+def test_peak_memory_and_stages():
+    x = torch.ones(2**20)
+    profile = trace.profiled(lambda: (x + 1) * 2, CPU)
+    assert 2 * x.nbytes <= profile.peak < 2.1 * x.nbytes
+    assert profile.kinds["sums and products"] > 0
+    model = peers.create("published_small", 64)
+    with trace.stage_times(model, CPU) as stages, torch.inference_mode():
+        model(torch.ones(1, 3, 64, 64))
+    assert list(stages) == ["stage 1", "stage 2", "stage 3", "stage 4", "head"]
+
+
+def tiny_rows(mode):
+    return [models.Row(mode, name, 64, 2, "fp32", False) for name in ("spanet_small", "published_small", "resnet50")]
+
+
+def test_models_run_report_and_compare(tmp_path, monkeypatch, capsys):
+    """Both sections of models and a curve end to end, on small images: checked, timed, drawn; then against themselves."""
+    monkeypatch.setattr(models, "rows", lambda options: tiny_rows("infer"))
+    monkeypatch.setattr("benchmarks.train.rows", lambda options: tiny_rows("train"))
+    monkeypatch.setattr(scaling, "rows", lambda options: [scaling.Row("radial_filter", "channels", "fp32", "nchw")])
+    monkeypatch.setattr(scaling, "data_parallel", lambda options: [{"processes": 1, "median": 0.5, "batch": 4, "size": 96}])
+    monkeypatch.setattr("benchmarks.limit.COPIED", 2**22)
+    names = ["models", "train", "scaling", "report"]
+    assert cli.main([*names, "--device", "cpu", "--dtype", "fp32", "--layout", "channels_last", "--out", str(tmp_path)]) == 0
+    for section_name, mode in (("models", "infer"), ("train", "train")):
+        result = json.loads((tmp_path / f"{section_name}.json").read_text())
+        for row in result["rows"]:
+            eager = row["competitors"]["eager"]
+            assert eager["error"] <= eager["bound"]
+            assert eager["samples"] >= 5
+            assert row["peak bytes"] > 0
+            assert row["touched bytes"] > row["floor bytes"] / 2
+        header, *lines = (tmp_path / f"benchmark-{mode}.csv").read_text().splitlines()
+        assert header.startswith(f"model,{mode}_samples_per_sec,{mode}_step_time,{mode}_batch_size,{mode}_img_size")
+        assert len(lines) == 3
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 6
+    assert "| SPANet-S | 64 | 2 | fp32 | published network |" in (tmp_path / "report.md").read_text()
+
+    old = json.loads((tmp_path / "models.json").read_text())
+    arguments = ["models", "--device", "cpu", "--dtype", "fp32", "--filter", "spanet_small", "--out", str(tmp_path)]
+    for key, other in (("section", "ops"), ("form", "full"), ("environment", old["environment"] | {"name": "another"})):
+        (tmp_path / "old.json").write_text(json.dumps(old | {key: other}))
+        with pytest.raises(SystemExit):
+            cli.main([*arguments, "--compare", str(tmp_path / "old.json")])
+        assert capsys.readouterr().err.count("\n") == 1
+    for row in old["rows"]:
+        for timing in row["competitors"].values():
+            timing |= {key: timing[key] / 1000 for key in ("lower", "median", "upper")}
+    (tmp_path / "old.json").write_text(json.dumps(old))
+    assert cli.main([*arguments, "--compare", str(tmp_path / "old.json")]) == 1
+    assert "x its old time" in capsys.readouterr().out
+
+
+def test_a_wrong_model_is_refused_and_not_timed(monkeypatch):
+    monkeypatch.setitem(models.BOUNDS, ("infer", "fp32"), 1e-12)
+    bench, row = models.Bench(TINY), tiny_rows("infer")[0]
+    record_, subjects = bench.prepare(row)
+    assert not subjects
+    (found,) = bench.time([(record_, subjects)])
+    assert "wrong result" in found["competitors"]["eager"]["refused"]
+    assert "median" not in found["competitors"]["eager"]
+    assert len(models.wrong({"rows": [found]})) == 1
+    environment = {"device": "cpu", "cores": 2, "threads": 2}
+    assert report.TABLES["models"][2]({"models": {"rows": [found], "environment": environment}}).count("refused") == 1
+
+
+def test_batches_shrink_into_memory():
+    assert models.fitting(64, 100, 10**6) == 64
+    assert models.fitting(64, 100, 2000) == 16
+    assert models.fitting(64, 100, 10) == 1
+
+
+def test_regressions_are_beyond_noise_and_drift():
+    def result(ours, other, width=0.0):
+        timing = {
+            name: {"median": value, "lower": value * (1 - width), "upper": value * (1 + width)}
+            for name, value in zip(("ours", "clone"), (ours, other), strict=True)
+        }
+        return {"rows": [{"name": "row", "competitors": timing}]}
+
+    assert not record.regressions(result(1, 1), result(1.04, 1))
+    assert not record.regressions(result(1, 1), result(0.5, 1))
+    assert len(record.regressions(result(1, 1), result(1.2, 1))) == 1
+    assert not record.regressions(result(1, 1), result(1.2, 1.2)), "the machine is slower, not ours"
+    assert not record.regressions(result(1, 1), result(1.2, 1, width=0.15)), "within the noise"
+
+
+def test_fitted_exponents():
+    values = [1, 2, 4, 8, 16]
+    assert scaling.exponent(values, [3 * value**1.5 for value in values]) == pytest.approx(1.5)
+    assert scaling.exponent(values, [10 + 1e-9 * value for value in values]) == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("function", scaling.PAIRS)
+def test_what_scales_is_right(function):
+    row = scaling.Row(function, "channels", "fp32", "channels_last")
+    for value, (ours, wanted) in itertools.islice(scaling.points(row, TINY).items(), 2):
+        y, judge = ours().double(), wanted()
+        assert (y - judge).norm() <= models.BOUNDS["infer", "fp32"] * judge.norm(), value
+
+
+def test_a_dtype_that_the_device_lacks(monkeypatch, capsys):
+    assert section.usable(CPU, "bf16") is None
+
+    def lacking(*_):
+        raise RuntimeError("not implemented\nfor 'Half'")
+
+    monkeypatch.setattr(torch.nn.functional, "conv2d", lacking)
+    with pytest.raises(SystemExit):
+        cli.main(["ops", "--device", "cpu", "--dtype", "fp16"])
+    assert capsys.readouterr().err == "python -m benchmarks: --dtype: cpu cannot compute in fp16: not implemented\n"
+
+
+def test_soak_finds_other_bits_and_errors():
+    counter, calls = itertools.count(), itertools.count()
+
+    def fails():
+        if next(calls) == 5:
+            raise RuntimeError("once")
+        return (torch.ones(1),)
+
+    same, other = (lambda: (torch.ones(1),)), (lambda: (torch.full((1,), float(next(counter))),))
+    faults = soak([("same", same), ("other", other), ("fails", fails)], 20, "cpu")
+    assert [fault.split(":")[0] for fault in faults] == ["other", "fails"]

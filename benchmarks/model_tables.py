@@ -1,0 +1,210 @@
+"""Targets and tables of whole models and of scaling, from the JSON alone; and files with the columns of timm's benchmark."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from .peers import is_ours
+from .scaling import AXES, abscissa, exponent
+from .tables import Results, Target, markdown, median, noisy, notes, time
+
+Row = dict[str, Any]
+POOLFORMERS = {"spanet_small": "s24", "spanet_medium": "s36", "spanet_base": "m36", "spanet_basex": "m48"}  # of the same dims and depths
+FIELD = ("convnext_tiny", "swin_tiny_patch4_window7_224", "focalnet_tiny_srf", "pvt_v2_b2")
+
+
+def problem(row: Row) -> tuple[int, int, str]:
+    return row["size"], row["batch"], row["dtype"]
+
+
+def rate(row: Row | None, form: str = "eager") -> float | None:
+    """Images per second, or None for a model that did not compete."""
+    seconds = median(row, form) if row else None
+    return row["batch"] / seconds if row and seconds else None
+
+
+def beside(rows: list[Row], row: Row, model: str, dtype: str | None = None) -> Row | None:
+    """The row of another model with the same problem, in the same dtype or in another."""
+    wanted = (*problem(row)[:2], dtype or row["dtype"])
+    return next((other for other in rows if other["model"] == model and problem(other) == wanted), None)
+
+
+def targets(row: Row, rows: list[Row], environment: dict[str, Any]) -> list[Target]:
+    """The targets of a row of SPANet, as far as what it is compared with has been measured."""
+    ours = rate(row)
+    if ours is None or not is_ours(row["model"]):
+        return []
+    found = []
+
+    def ratio(what: str, mine: float | None, other: float | None, limit: float) -> None:
+        if mine and other:
+            found.append(Target("model", what, mine / other, limit))
+
+    published = row["model"].replace("spanet", "published")
+    gpu, fp32 = environment["device"] == "cuda", row["dtype"] == "fp32"
+    if gpu or fp32:
+        ratio("published network", ours, rate(beside(rows, row, published)), 2.5 if gpu else 1.8)
+    else:
+        ratio("published network in fp32", ours, rate(beside(rows, row, published, "fp32")), 3.5)
+    if pool := POOLFORMERS.get(row["model"]):
+        other = beside(rows, row, f"poolformer_{pool}")
+        ratio("PoolFormer of the same size, eager", ours, rate(other), 1)
+        ratio("PoolFormer of the same size, compiled", rate(row, "compiled"), rate(other, "compiled"), 0.75)
+    if row["model"] == "spanet_small":
+        for name in FIELD:
+            if other := beside(rows, row, name):
+                ratio(other["title"], ours, rate(other), 1)
+                ratio(f"{other['title']}, compiled", rate(row, "compiled"), rate(other, "compiled"), 1)
+    found.append(Target("model", "time in matrix products", row["gemm seconds"] / row["competitors"]["eager"]["median"], 0.85))
+    other = beside(rows, row, published)
+    if row["mode"] == "train" and other and "peak bytes" in other:
+        found.append(Target("memory", "peak memory of the published network", row["peak bytes"] / other["peak bytes"], 0.6))
+    return found
+
+
+def targets_table(section: str) -> Callable[[Results], str]:
+    def table(results: Results) -> str:
+        rows, environment = results[section]["rows"], results[section]["environment"]
+        lines = [
+            [row["title"], f"{row['size']}", f"{row['batch']}", row["dtype"], target.what, str(target)]
+            for row in rows
+            for target in targets(row, rows, environment)
+        ]
+        return markdown(["model", "size", "batch", "dtype", "against", "ratio"], lines)
+
+    return table
+
+
+def cells(row: Row, rows: list[Row], environment: dict[str, Any]) -> list[str]:
+    """Model, problem, speed, and what of the limit that is."""
+    batch = f"{row['batch']}" + (f" (of {row['asked batch']})" if row["batch"] != row["asked batch"] else "")
+    start = [row["title"], f"{row['size']}", batch, row["dtype"], row.get("layout", "-").replace("nchw", "NCHW")]
+    eager, compiled = rate(row), rate(row, "compiled")
+    if eager is None:
+        return [*start, "refused", *["-"] * 8]
+    seconds = row["competitors"]["eager"]["median"]
+    small = rate(beside(rows, row, "spanet_small"))
+    return [
+        *start,
+        f"{eager:.1f}" + (" ~" if noisy(row, environment, "eager") else ""),
+        "refused" if compiled is None and "compiled" in row["competitors"] else f"{compiled:.1f}" if compiled else "-",
+        f"{small / eager:.2f}" if small else "-",
+        f"{row['gemm seconds'] / seconds:.2f}",
+        f"{row['flop'] / seconds / 1e9:.0f}",
+        f"{row['touched bytes'] / row['floor bytes']:.1f}",
+        f"{row['peak bytes'] / 2**20:.0f}",
+        f"{row['joules'] / row['batch']:.2f}" if row.get("joules") else "-",
+        f"{row['params'] / 1e6:.1f}",
+    ]
+
+
+HEADER = ["model", "size", "batch", "dtype", "layout", "img/s", "img/s compiled", "SPANet-S / it", "share in GEMM", "GFLOP/s"]
+HEADER += ["bytes / floor", "peak MiB", "J/img", "M parameters"]
+LEGEND = (
+    "\n\nShare in GEMM: its matrix products run alone, over its time. Bytes / floor: what its operators read and write, over the operands "
+    "of its matrix products. Peak: what a call allocates at once."
+)
+
+
+def speed_table(section: str) -> Callable[[Results], str]:
+    def table(results: Results) -> str:
+        rows, environment = results[section]["rows"], results[section]["environment"]
+        return markdown(HEADER, (cells(row, rows, environment) for row in rows)) + LEGEND + notes(rows, environment, "eager")
+
+    return table
+
+
+def limit_table(results: Results) -> str:
+    limit = results["models"]["limit"]
+    lines = [[f"{name}, read and written", f"{value / 1e9:.1f} GB/s"] for name, value in limit["bytes/s"].items()]
+    lines += [[f"fastest matrix product of the models, {dtype}", f"{value / 1e9:.0f} GFLOP/s"] for dtype, value in limit["flop/s"].items()]
+    return markdown(["", "measured in this run"], lines)
+
+
+def breakdown_table(results: Results) -> str:
+    """Milliseconds of each stage, and the parts of the time by kind of operator, of the quick models at the first problem."""
+    rows = [row for row in results["models"]["rows"] if "stages" in row]
+    rows = [row for row in rows if problem(row)[:2] == problem(rows[0])[:2]]
+    stages = list(rows[0]["stages"]) if rows else []
+    lines = []
+    for row in rows:
+        total = sum(row["kinds"].values())
+        kinds = ", ".join(f"{kind} {seconds / total:.0%}" for kind, seconds in row["kinds"].items() if seconds > 0.02 * total)
+        lines.append([row["title"], row["dtype"], *(f"{row['stages'][stage] * 1e3:.3g}" for stage in stages), kinds])
+    return markdown(["model", "dtype", *(f"{stage}, ms" for stage in stages), "kinds of operators"], lines)
+
+
+def curve(row: Row) -> dict[int, dict[str, float]]:
+    """Value to timing, of the points that were right."""
+    points = {int(name.removeprefix("ours ")): verdict for name, verdict in row["competitors"].items()}
+    return {value: verdict for value, verdict in points.items() if "median" in verdict}
+
+
+def fitted(row: Row) -> float | None:
+    """Exponent of the cost along a curve, or None for fewer than two points."""
+    points = curve(row)
+    if len(points) < 2:
+        return None
+    return exponent([abscissa(row["axis"], value) for value in points], [timing["median"] for timing in points.values()])
+
+
+def scaling_table(results: Results) -> str:
+    environment, lines = results["scaling"]["environment"], []
+    for row in results["scaling"]["rows"]:
+        points, found = curve(row), fitted(row)
+        if found is None:
+            continue
+        (first, start), *_, (last, end) = points.items()
+        mark = " ~" if any(noisy(row, environment, f"ours {value}") for value in points) else ""
+        times = f"{time(start['median'])} to {time(end['median'])}{mark}"
+        expected = 2 if row["axis"] == "channels" and row["function"] in ("spectral_gate", "SPAM") else AXES[row["axis"]][2]
+        lines.append(
+            [row["function"], row["axis"], f"{first} to {last}", row["dtype"], row["layout"], times, f"{found:.2f}", f"{expected}"]
+        )
+    header = ["function", "axis", "from, to", "dtype", "layout", "time", "fitted exponent", "expected"]
+    return markdown(header, lines) + (
+        "\n\nExponents: against the pixels, the 2 r + 1 functions per side, or the value itself; fitted over the upper half of the curve. "
+        "Expected: arithmetic or memory traffic alone; an FFT takes over at large radii, and products C x C are not all of the time."
+    )
+
+
+def parallel_table(results: Results) -> str:
+    """Images per second of all processes together, over those of one process times their number."""
+    lines, alone = [], None
+    for entry in results["scaling"].get("data parallel", []):
+        if "refused" in entry:
+            lines.append([f"{entry['processes']}", "refused", entry["refused"], "-"])
+            continue
+        images = entry["processes"] * entry["batch"] / entry["median"]
+        alone = alone or images / entry["processes"]
+        lines.append([f"{entry['processes']}", time(entry["median"]), f"{images:.1f}", f"{images / alone / entry['processes']:.2f}"])
+    return markdown(["processes, one thread or GPU each", "step", "img/s", "efficiency"], lines)
+
+
+def write_csv(results: Results, folder: Path) -> list[Path]:
+    """benchmark-infer.csv and benchmark-train.csv: timm's columns, and after them dtype and layout, which timm has in the file's name."""
+    written = []
+    for section, mode in (("models", "infer"), ("train", "train")):
+        rows = [row for row in results.get(section, {"rows": []})["rows"] if rate(row)]
+        if not rows:
+            continue
+        path = folder / f"benchmark-{mode}.csv"
+        with path.open("w", newline="") as file:
+            table = csv.writer(file)
+            names = ("samples_per_sec", "step_time", "batch_size", "img_size", "gmacs")
+            table.writerow(["model", *(f"{mode}_{name}" for name in names), "param_count", "dtype", "layout"])
+            for row in sorted(rows, key=lambda row: -(rate(row) or 0)):
+                speed = rate(row) or 0
+                numbers = (
+                    f"{speed:.2f}",
+                    f"{1e3 * row['batch'] / speed:.3f}",
+                    row["batch"],
+                    row["size"],
+                    f"{row['flop'] / 2e9 / row['batch']:.2f}",
+                )
+                table.writerow([row["model"], *numbers, f"{row['params'] / 1e6:.2f}", row["dtype"], row["layout"]])
+        written.append(path)
+    return written
