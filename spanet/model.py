@@ -12,11 +12,11 @@ from typing import Any, cast
 import torch
 from huggingface_hub import PyTorchModelHubMixin
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, GroupNorm1, Mlp, calculate_drop_path_rates, create_classifier, get_device_dtype, trunc_normal_
+from timm.layers import DropPath, GroupNorm1, calculate_drop_path_rates, create_classifier, get_device_dtype, trunc_normal_
 from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from spanet_kernels import SPAM
+from spanet_kernels import SPAM, pointwise_mlp
 
 
 class ResScale(nn.Module):
@@ -28,6 +28,18 @@ class ResScale(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.scale[:, None, None]
+
+
+class Mlp(nn.Module):
+    """Two 1x1 convolutions, dim to 4 dim and back, around a GELU."""
+
+    def __init__(self, dim: int, device: Any = None, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.fc1 = nn.Conv2d(dim, 4 * dim, 1, device=device, dtype=dtype)
+        self.fc2 = nn.Conv2d(4 * dim, dim, 1, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return pointwise_mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
 
 
 class Block(nn.Module):
@@ -49,7 +61,7 @@ class Block(nn.Module):
         self.token_mixer = SPAM(dim, **mixer).to(**dd)
         self.res_scale1 = ResScale(dim, **dd) if res_scale else nn.Identity()
         self.norm2 = GroupNorm1(dim, **dd)
-        self.mlp = Mlp(dim, 4 * dim, use_conv=True, **dd)
+        self.mlp = Mlp(dim, **dd)
         self.res_scale2 = ResScale(dim, **dd) if res_scale else nn.Identity()
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 

@@ -6,6 +6,7 @@ SPF(lam, radius, boundary, learnable)        the same as a module
 axial_conv(x, weights and biases, radius)    depthwise 1 x k and k x 1 in one pass, with Fourier coefficients
 spectral_gate(z, weight, bias, ...)          modulation by a context of filtered channels
 spectral_mixer(x, ...)                       proj_in, axial_conv, spectral_gate and proj_out as one operator
+pointwise_mlp(x, weights and biases)         the MLP of a block, its GELU within the matrix product where that can be
 SPG, SPAM                                    the gate and the token mixer of SPANet as modules
 accelerate(model)                            put SPAM in place of the published layer, in a model of any making
 decompositions()                             for export to runtimes without these operators: ONNX and others
@@ -17,6 +18,7 @@ from .backends import backends, use
 from .decompositions import decompositions
 from .nn import SPAM, SPF, SPG, accelerate
 from .ops.axial_conv import axial_conv
+from .ops.pointwise_mlp import pointwise_mlp
 from .ops.radial_filter import radial_filter, spectral_pool
 from .ops.spectral_gate import spectral_gate
 from .ops.spectral_mixer import spectral_mixer
@@ -31,6 +33,7 @@ __all__ = [
     "backends",
     "decompositions",
     "modes",
+    "pointwise_mlp",
     "radial_filter",
     "reference",
     "spectral_gate",

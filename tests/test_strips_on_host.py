@@ -11,7 +11,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(ROOT))
 
-from spanet_kernels import modes, reference  # noqa: E402
+from spanet_kernels import modes, reference
 
 OPERATORS = ("mode_coefficients", "add_modes", "axial_conv", "axial_conv_backward")
 ALL = sys.maxsize  # radius_squared of every frequency
@@ -155,7 +155,9 @@ def test_layouts(host: Host, layout: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("shape", "layout"), [((1, 2, 45, 44), "contiguous"), ((1, 2, 30, 37), "contiguous"), ((1, 9, 23, 30), "channels_last")])
+@pytest.mark.parametrize(
+    ("shape", "layout"), [((1, 2, 45, 44), "contiguous"), ((1, 2, 30, 37), "contiguous"), ((1, 9, 23, 30), "channels_last")]
+)
 def test_planes_in_several_blocks(host: Host, shape: tuple[int, ...], layout: str, dtype: torch.dtype) -> None:
     host.shared_limit = 24 << 10
     x, grad = arrange(draw(*shape, dtype=dtype), layout), arrange(draw(*shape, dtype=dtype, seed=3), layout)
