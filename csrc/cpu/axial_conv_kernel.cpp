@@ -154,15 +154,15 @@ template <class T, class IO> void store_rows(Pixels<const IO> from, int64_t lane
     }
 }
 
-// Vectors of a convolution in the direction of the taps and in the other, or the distances between them.
-struct Extent {
+// In the direction of the taps and in the other: distances between vectors, or how many there are.
+struct Steps {
   int64_t along, across;
 };
 
 // out[a, b] = start[a, b] + sum_m weight[m] s[a + m, b] for M outputs a at a time, which share what they read; start is the
 // bias, for all of them, or what out holds.
 template <int J, int M, class T, class Out>
-SIMD_INLINE void conv_block(const T* weights, const T* start, Extent from_start, const T* s, Extent from, Out* out, Extent to, int64_t across) {
+SIMD_INLINE void conv_block(const T* weights, const T* start, Steps from_start, const T* s, Steps from, Out* out, Steps to, int64_t across) {
   constexpr int64_t vl = lanes_of<T>;
   Vec<T> weight[J];
   UNROLL
@@ -185,19 +185,19 @@ SIMD_INLINE void conv_block(const T* weights, const T* start, Extent from_start,
 
 // Out other than T is for kernels of one group of taps.
 template <class T, class Out>
-void conv(int64_t size, const T* weight, const T* bias, const T* s, Extent from, Out* out, Extent to, Extent extent) {
+void conv(int64_t size, const T* weight, const T* bias, const T* s, Steps from, Out* out, Steps to, Steps count) {
   for_taps(size, [&](int64_t first, auto taps) {
-    for (int64_t a = 0; a < extent.along;) {
+    for (int64_t a = 0; a < count.along;) {
       const auto block = [&](auto m) {
         const T* start = bias;
-        Extent from_start{0, 0};
+        Steps from_start{0, 0};
         if constexpr (std::is_same_v<T, Out>)
           if (first) start = out + a * to.along, from_start = to;
         conv_block<taps(), m()>(weight + first * lanes_of<T>, start, from_start, s + (a + first) * from.along, from, out + a * to.along, to,
-                                extent.across);
+                                count.across);
         a += m();
       };
-      const int64_t left = extent.along - a;
+      const int64_t left = count.along - a;
       if (left >= 4) block(std::integral_constant<int, 4>());
       else if (left == 3) block(std::integral_constant<int, 3>());
       else if (left == 2) block(std::integral_constant<int, 2>());
@@ -273,8 +273,8 @@ template <class T, class IO> struct Work {
     const int64_t fits = cached / (w * vl * static_cast<int64_t>(sizeof(T)));
     capacity = fits < h + 2 * p ? fits : h + 2 * p;
     if (capacity < strip + 2 * p) capacity = strip + 2 * p;
-    const int64_t pad = (strip + p) * (w + p) + p, modes = op.rows.count() * op.columns.count();
-    const int64_t total = 2 * op.sums() + op.size + capacity * w + 2 * pad + 2 * strip * w + h * op.columns.count() + 2 * modes;
+    const int64_t pad = (strip + p) * (w + p) + p, modes = op.modes.inside;
+    const int64_t total = 2 * op.sums() + op.size + capacity * w + 2 * pad + 2 * strip * w + h * op.modes.columns.count() + 2 * modes;
     memory = next = static_cast<T*>(thread_scratch(total * vl * sizeof(T)));
     row_weight = take(op.size);
     row_bias = take(1);
@@ -287,7 +287,7 @@ template <class T, class IO> struct Work {
     middle = {take_zeros(pad) + p * vl, (w + p) * vl, w};
     out = {take(strip * w), w * vl, w};
     rounded = {reinterpret_cast<IO*>(take(strip * w)), w * vl, w};
-    u = take(h * op.columns.count());
+    u = take(h * op.modes.columns.count());
     z = take(modes);
     coefficients = take(modes);
   }
@@ -351,25 +351,21 @@ template <class IO> Planes<IO> part(Planes<IO> all, const Unit& unit, int64_t i)
   return all;
 }
 
-// The number that the a-th function 1, cos 1, sin 1, cos 2, ... has in an axis.
-template <class T> int64_t place(const Axis<T>& axis, int64_t a) { return a % 2 || a == 0 ? (a + 1) / 2 : axis.nc + a / 2 - 1; }
-
 template <class T, class IO> void store_coefficients(const AxialConv<T>& op, Work<T, IO>& s, const Unit& unit, Planes<T> to) {
   constexpr int64_t vl = lanes_of<T>;
-  const int64_t rows = op.rows.count(), columns = op.columns.count();
-  reduce(op.rows, s.u, columns * vl, columns * vl, false, s.z, columns * vl);
-  for (int64_t a = 0; a < rows; ++a)
-    for (int64_t b = 0; b < columns; ++b) {
-      const T* from = s.z + (place(op.rows, a) * columns + place(op.columns, b)) * vl;
-      store<T>(s.coefficients + (a * columns + b) * vl, load_raw<Vec<T>>(from) * T(op.row_norm[a] * op.column_norm[b]));
-    }
-  store_rows<T>(Pixels<const T>{s.coefficients, 0, rows * columns}, unit.lanes, 1, part(to, unit, 0));
+  const int64_t columns = op.modes.columns.count();
+  reduce(op.modes.rows, s.u, columns * vl, columns * vl, false, s.z, columns * vl);
+  for (int64_t k = 0; k < op.modes.inside; ++k) {
+    const Mode& mode = op.modes.mode[k];
+    store<T>(s.coefficients + mode.index * vl, load_raw<Vec<T>>(s.z + (mode.row * columns + mode.column) * vl) * T(mode.scale));
+  }
+  store_rows<T>(Pixels<const T>{s.coefficients, 0, op.modes.inside}, unit.lanes, 1, part(to, unit, 0));
 }
 
 template <class T, class IO>
 void forward(const AxialConv<T>& op, Planes<const IO> x, Planes<IO> z, Planes<T> coefficients, int64_t begin, int64_t end) {
   constexpr int64_t vl = lanes_of<T>;
-  const int64_t columns = op.columns.count();
+  const int64_t columns = op.modes.columns.count();
   Work<T, IO> s(op);
   int64_t prepared = -1;
   for (int64_t i = begin; i < end; ++i) {
@@ -389,7 +385,7 @@ void forward(const AxialConv<T>& op, Planes<const IO> x, Planes<IO> z, Planes<T>
       };
       const auto reduce_rows = [&](const IO* from, int64_t row, int64_t pixel) {
         for (int64_t i = 0; i < rows && columns > 0; ++i)
-          reduce(op.columns, from + i * row, pixel, vl, false, s.u + (top + i) * columns * vl, vl);
+          reduce(op.modes.columns, from + i * row, pixel, vl, false, s.u + (top + i) * columns * vl, vl);
       };
       if (to.c == 1 && unit.lanes == vl && op.size <= 7) {
         column_conv(to.data, to.h, to.w);

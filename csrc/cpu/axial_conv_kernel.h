@@ -9,9 +9,7 @@ namespace spanet {
 template <class T> struct AxialConv {
   int64_t images, channels, h, w, size;
   Planes<const T> row_weight, row_bias, column_weight, column_bias;
-  // for the coefficients; without any functions if none are wanted
-  Axis<T> rows, columns;
-  const double *row_norm, *column_norm;
+  Modes<T> modes;  // of the coefficients; none if they are not wanted
 
   // Sums that backward leaves for an image and a channel: k row weights, the row bias, k column weights, the column bias.
   int64_t sums() const { return 2 * size + 2; }
