@@ -19,7 +19,8 @@ template <class T, class IO> struct AxialConvKernels {
   // units [begin, end) of image and chunk, a chunk being up to `lanes` adjacent channels
   void (*forward)(const AxialConv<T>&, Planes<const IO> x, Planes<IO> z, Planes<T> coefficients, int64_t begin, int64_t end);
   // the same; partial is (chunks, images, sums, lanes)
-  void (*backward)(const AxialConv<T>&, Planes<const IO> grad, Planes<const IO> x, Planes<IO> x_grad, double* partial, int64_t begin, int64_t end);
+  void (*backward)(const AxialConv<T>&, Planes<const IO> grad, Planes<const IO> x, Planes<IO> x_grad, double* partial, int64_t begin,
+                   int64_t end);
   // the sums over images of chunks [begin, end)
   void (*sum_images)(const AxialConv<T>&, const double* partial, Planes<T> row_weight, Planes<T> row_bias, Planes<T> column_weight,
                      Planes<T> column_bias, int64_t begin, int64_t end);
