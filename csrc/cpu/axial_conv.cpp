@@ -1,4 +1,4 @@
-// axial_conv and axial_conv_backward on the CPU: checks, the Fourier tables, the way the work is cut, and the registration.
+// axial_conv and axial_conv_backward on the CPU: checks, the way the work is cut, and the registration.
 // The arithmetic is in axial_conv_kernel.cpp, compiled once per instruction set.
 
 #include <torch/csrc/stable/library.h>
@@ -6,17 +6,13 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
-#include <map>
 #include <memory>
-#include <mutex>
-#include <numbers>
 #include <tuple>
-#include <utility>
 #include <vector>
 
 #include "cpu/axial_conv_kernel.h"
 #include "cpu/capability.h"
-#include "modes.h"
+#include "cpu/mode_table.h"
 
 namespace spanet {
 namespace {
@@ -24,41 +20,6 @@ namespace {
 using torch::headeronly::MemoryFormat;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-// The functions of an axis for the steps of the radial filter, which leave them with a largest value of 1, and their norms.
-template <class T> struct Functions {
-  std::vector<T> table;
-  std::vector<double> norm;  // in the order 1, cos 1, sin 1, cos 2, ...
-  Axis<T> axis;
-
-  Functions(int64_t n, int64_t radius_squared) {
-    const int64_t count = axis_functions(n, radius_squared), nc = count / 2 + 1;
-    for (int64_t i = 0; i <= n / 2; ++i)
-      for (int64_t k = 0; k < count; ++k) {
-        const int64_t f = k < nc ? k : k - nc + 1;
-        const double angle = 2 * std::numbers::pi / n * (f * i % n);
-        table.push_back(static_cast<T>(k < nc ? std::cos(angle) : std::sin(angle)));
-      }
-    for (int64_t a = 0; a < count; ++a) {
-      const int64_t f = (a + 1) / 2;
-      norm.push_back(std::sqrt((f == 0 || 2 * f == n ? 1.0 : 2.0) / n));
-    }
-    axis = {n, nc, count - nc, table.data(), nullptr, nullptr, nullptr, 0, 0};
-  }
-};
-
-template <class T> std::shared_ptr<const Functions<T>> functions(int64_t n, int64_t radius_squared) {
-  using Key = std::pair<int64_t, int64_t>;
-  static std::mutex mutex;
-  static std::map<Key, std::shared_ptr<const Functions<T>>> tables;
-  const std::lock_guard<std::mutex> lock(mutex);
-  auto& found = tables[{n, radius_squared}];
-  if (!found) {
-    if (tables.size() > 256) tables.clear();
-    return tables[{n, radius_squared}] = std::make_shared<const Functions<T>>(n, radius_squared);
-  }
-  return found;
-}
 
 // The kernels of the best instruction set; with vectors half as long if half a vector holds all channels, but not for
 // 16-bit elements, of which AVX2 cannot load a part of a vector.
@@ -122,7 +83,7 @@ template <class T>
 AxialConv<T> problem(const Tensor& x, const Tensor& row_weight, const Tensor& row_bias, const Tensor& column_weight,
                      const Tensor& column_bias) {
   return {x.size(0), x.size(1), x.size(2), x.size(3), row_weight.size(1), row_planes<const T>(row_weight), row_planes<const T>(row_bias),
-          row_planes<const T>(column_weight), row_planes<const T>(column_bias), {}, {}, nullptr, nullptr};
+          row_planes<const T>(column_weight), row_planes<const T>(column_bias), {}};
 }
 
 std::tuple<Tensor, Tensor> axial_conv(const Tensor& x, const Tensor& row_weight, const Tensor& row_bias, const Tensor& column_weight,
@@ -143,14 +104,10 @@ std::tuple<Tensor, Tensor> axial_conv(const Tensor& x, const Tensor& row_weight,
   if (x.numel() == 0) return {z, coefficients};
   for_dtype(x.scalar_type(), channels, [&]<class T, class IO>(const AxialConvKernels<T, IO>& kernel) {
     AxialConv<T> op = problem<T>(x, row_weight, row_bias, column_weight, column_bias);
-    std::shared_ptr<const Functions<T>> of_rows, of_columns;
+    std::shared_ptr<const ModeTable<T>> table;
     if (radius_squared >= 0) {
-      of_rows = functions<T>(h, radius_squared);
-      of_columns = functions<T>(w, radius_squared);
-      op.rows = of_rows->axis;
-      op.columns = of_columns->axis;
-      op.row_norm = of_rows->norm.data();
-      op.column_norm = of_columns->norm.data();
+      table = mode_table<T>(h, w, radius_squared, Extent::square, kernel.lanes);
+      op.modes = table->modes;
     }
     const Planes<T> to{static_cast<T*>(coefficients.data_ptr()), channels * rows * columns, rows * columns, 0, 1};
     const int64_t chunks = (channels + kernel.lanes - 1) / kernel.lanes;

@@ -6,7 +6,7 @@
 //
 // Lanes are channels: up to a vector of planes side by side, a chunk, is worked on at a time, so that a pixel is a vector,
 // taps are whole vectors apart along both axes, and every sum stays in its lane. Channels that are not adjacent in memory
-// are brought into lanes by transposing squares of VL pixels of VL planes, on the way in and out.
+// are brought into lanes on the way in and out (lanes.h).
 // Rows run through in strips: x (or the gradient), widened and with zeros at both ends -> its convolution along one axis in
 // a window of the last 2p rows and a strip -> the convolution along the other -> out; the coefficients of z by the steps of
 // the radial filter (tiles.h), rows as they leave. All of it stays in the first two cache levels.
@@ -17,13 +17,12 @@
 
 #include "cpu/axial_conv_kernel.h"
 
+#include "cpu/lanes.h"
 #include "cpu/tiles.h"
 
 namespace spanet {
 namespace SIMD_NAME {
 namespace {
-
-#define ALL_LANES _Pragma("GCC unroll 16")
 
 template <class T> void zero(T* p, int64_t elements) { std::memset(p, 0, elements * sizeof(T)); }
 
@@ -41,128 +40,16 @@ template <class F> SIMD_INLINE void for_taps(int64_t size, F f) {
   }
 }
 
-// Rows of w pixels in lanes: pixel j of row i is the vector at data + i row + j VL, in T or as it is in memory.
-template <class IO> struct Pixels {
-  IO* data;
-  int64_t row, w;
-  SIMD_MEMBER IO* at(int64_t i, int64_t j) const { return data + i * row + j * (sizeof(IO) == 8 ? lanes_of<double> : lanes_of<float>); }
-};
-
-// A run of n adjacent pixels of each lane's plane, cut into squares of vl pixels of vl lanes: f(first pixel, pixels, lanes);
-// the last square is moved back so that it is full too. Full ones have constant sizes.
-template <class T, class F> SIMD_INLINE void for_squares(int64_t n, int64_t lanes, F f) {
-  constexpr std::integral_constant<int64_t, lanes_of<T>> vl;
-  if (n < vl) return f(0, n, lanes);
-  for (int64_t i = 0; i < n; i += vl) {
-    const int64_t first = i + vl <= n ? i : n - vl;
-    if (lanes == vl) f(first, vl, vl);
-    else f(first, n < vl ? n : vl(), lanes);
-  }
-}
-
-template <class T, class IO> void load_run(const IO* from, int64_t c_stride, int64_t lanes, int64_t n, Pixels<T> to) {
-  constexpr int64_t vl = lanes_of<T>;
-  for_squares<T>(n, lanes, [&](int64_t first, auto pixels, auto lanes) {
-    Vec<T> v[vl];
-    ALL_LANES
-    for (int64_t l = 0; l < vl; ++l)
-      v[l] = l >= lanes ? Vec<T>{} : pixels == vl ? load<T>(from + l * c_stride + first) : load_part<T>(from + l * c_stride + first, pixels);
-    transpose<T>(v);
-    int64_t j = first % to.w;
-    T* p = to.at(first / to.w, j);
-    for (int64_t e = 0; e < pixels; ++e, p += vl) {
-      store<T>(p, v[e]);
-      if (++j == to.w) j = 0, p += to.row - to.w * vl;
-    }
-  });
-}
-
-// Elements as they stand in memory, one to a lane of T: what is only moved is not converted.
-template <class T, class IO> SIMD_INLINE Vec<T> load_bits(const IO* p) {
-  if constexpr (sizeof(IO) == sizeof(T)) return load_raw<Vec<T>>(p);
-  else return (Vec<T>)__builtin_convertvector(load_raw<Simd<float>::U16>(p), Simd<float>::U);
-}
-template <class T, class IO> SIMD_INLINE void store_bits(IO* p, Vec<T> v) {
-  if constexpr (sizeof(IO) == sizeof(T)) {
-    std::memcpy(p, &v, sizeof v);
-  } else {
-    const auto bits = __builtin_convertvector((Simd<float>::U)v, Simd<float>::U16);
-    std::memcpy(p, &bits, sizeof bits);
-  }
-}
-
-template <class T, class IO> void store_run(Pixels<const IO> from, IO* to, int64_t c_stride, int64_t lanes, int64_t n) {
-  constexpr int64_t vl = lanes_of<T>;
-  for_squares<T>(n, lanes, [&](int64_t first, auto pixels, auto lanes) {
-    Vec<T> v[vl] = {};
-    int64_t j = first % from.w;
-    const IO* p = from.at(first / from.w, j);
-    ALL_LANES
-    for (int64_t e = 0; e < vl; ++e, p += vl) {
-      if (e >= pixels) break;
-      v[e] = load_bits<T>(p);
-      if (++j == from.w) j = 0, p += from.row - from.w * vl;
-    }
-    transpose<T>(v);
-    ALL_LANES
-    for (int64_t l = 0; l < vl; ++l) {
-      if (l >= lanes) break;
-      IO* plane = to + l * c_stride + first;
-      if (pixels == vl) {
-        store_bits<T>(plane, v[l]);
-      } else if constexpr (sizeof(IO) == sizeof(T)) {
-        store_part<T>((T*)plane, v[l], pixels);
-      } else {
-        IO part[vl];
-        store_bits<T>(part, v[l]);
-        for (int64_t e = 0; e < pixels; ++e) plane[e] = part[e];
-      }
-    }
-  });
-}
-
-// `rows` rows of the planes of up to a vector of channels, into lanes; lanes without a channel are zeros.
-template <class T, class IO> void load_rows(Planes<const IO> from, int64_t lanes, int64_t rows, Pixels<T> to) {
-  constexpr int64_t vl = lanes_of<T>;
-  if (from.c == 1) {
-    for (int64_t i = 0; i < rows; ++i)
-      for (int64_t j = 0; j < to.w; ++j) {
-        const IO* p = from.data + i * from.h + j * from.w;
-        store<T>(to.at(i, j), lanes == vl ? load<T>(p) : load_part<T>(p, lanes));
-      }
-  } else if (from.w == 1 && (from.h == to.w || rows == 1)) {
-    load_run(from.data, from.c, lanes, rows * to.w, to);
-  } else if (from.w == 1) {
-    for (int64_t i = 0; i < rows; ++i) load_run(from.data + i * from.h, from.c, lanes, to.w, Pixels<T>{to.at(i, 0), to.row, to.w});
-  } else {
-    for (int64_t i = 0; i < rows; ++i)
-      for (int64_t j = 0; j < to.w; ++j)
-        for (int64_t l = 0; l < vl; ++l) to.at(i, j)[l] = l < lanes ? T(widen(from.data[i * from.h + j * from.w + l * from.c])) : T(0);
-  }
-}
-
-// The way back, to planes that are contiguous or whose channels are adjacent.
-template <class T, class IO> void store_rows(Pixels<const IO> from, int64_t lanes, int64_t rows, Planes<IO> to) {
-  if (to.c != 1) return store_run<T>(from, to.data, to.c, lanes, rows * from.w);
-  for (int64_t i = 0; i < rows; ++i)
-    for (int64_t j = 0; j < from.w; ++j) {
-      IO* p = to.data + i * to.h + j * to.w;
-      const IO* pixel = from.at(i, j);
-      if (lanes == lanes_of<T>) store_bits<T>(p, load_bits<T>(pixel));
-      else
-        for (int64_t l = 0; l < lanes; ++l) p[l] = pixel[l];
-    }
-}
-
-// Vectors of a convolution in the direction of the taps and in the other, or the distances between them.
-struct Extent {
+// In the direction of the taps and in the other: distances between vectors, or how many there are.
+struct Steps {
   int64_t along, across;
 };
 
 // out[a, b] = start[a, b] + sum_m weight[m] s[a + m, b] for M outputs a at a time, which share what they read; start is the
 // bias, for all of them, or what out holds.
 template <int J, int M, class T, class Out>
-SIMD_INLINE void conv_block(const T* weights, const T* start, Extent from_start, const T* s, Extent from, Out* out, Extent to, int64_t across) {
+SIMD_INLINE void conv_block(const T* weights, const T* start, Steps from_start, const T* s, Steps from, Out* out, Steps to,
+                            int64_t across) {
   constexpr int64_t vl = lanes_of<T>;
   Vec<T> weight[J];
   UNROLL
@@ -185,19 +72,19 @@ SIMD_INLINE void conv_block(const T* weights, const T* start, Extent from_start,
 
 // Out other than T is for kernels of one group of taps.
 template <class T, class Out>
-void conv(int64_t size, const T* weight, const T* bias, const T* s, Extent from, Out* out, Extent to, Extent extent) {
+void conv(int64_t size, const T* weight, const T* bias, const T* s, Steps from, Out* out, Steps to, Steps count) {
   for_taps(size, [&](int64_t first, auto taps) {
-    for (int64_t a = 0; a < extent.along;) {
+    for (int64_t a = 0; a < count.along;) {
       const auto block = [&](auto m) {
         const T* start = bias;
-        Extent from_start{0, 0};
+        Steps from_start{0, 0};
         if constexpr (std::is_same_v<T, Out>)
           if (first) start = out + a * to.along, from_start = to;
-        conv_block<taps(), m()>(weight + first * lanes_of<T>, start, from_start, s + (a + first) * from.along, from, out + a * to.along, to,
-                                extent.across);
+        conv_block<taps(), m()>(weight + first * lanes_of<T>, start, from_start, s + (a + first) * from.along, from, out + a * to.along,
+                                to, count.across);
         a += m();
       };
-      const int64_t left = extent.along - a;
+      const int64_t left = count.along - a;
       if (left >= 4) block(std::integral_constant<int, 4>());
       else if (left == 3) block(std::integral_constant<int, 3>());
       else if (left == 2) block(std::integral_constant<int, 2>());
@@ -256,12 +143,12 @@ struct Unit {
   int64_t image, chunk, first, lanes;
 };
 
-// The memory that a thread works in. Rows of x and of the result enter and leave in
-// strips; the window slides down over rows -p .. h + p of what the columns are taken from, zeros outside the plane.
+// The memory that a thread works in. Rows of x and of the result enter and leave in strips; the window slides down over
+// rows -p .. h + p of what the columns are taken from, zeros outside the plane.
 template <class T, class IO> struct Work {
   static constexpr int64_t vl = lanes_of<T>, cached = 65536;
   int64_t p, h, w, strip, capacity, first = 0, ready = 0;
-  T *memory, *next;
+  T* next;
   T *row_weight, *row_bias, *column_weight, *column_bias, *row_flipped, *sums;
   Pixels<T> window, padded, middle, out;
   Pixels<IO> rounded;
@@ -273,9 +160,9 @@ template <class T, class IO> struct Work {
     const int64_t fits = cached / (w * vl * static_cast<int64_t>(sizeof(T)));
     capacity = fits < h + 2 * p ? fits : h + 2 * p;
     if (capacity < strip + 2 * p) capacity = strip + 2 * p;
-    const int64_t pad = (strip + p) * (w + p) + p, modes = op.rows.count() * op.columns.count();
-    const int64_t total = 2 * op.sums() + op.size + capacity * w + 2 * pad + 2 * strip * w + h * op.columns.count() + 2 * modes;
-    memory = next = static_cast<T*>(thread_scratch(total * vl * sizeof(T)));
+    const int64_t pad = (strip + p) * (w + p) + p, modes = op.modes.inside;
+    const int64_t total = 2 * op.sums() + op.size + capacity * w + 2 * pad + 2 * strip * w + h * op.modes.columns.count() + 2 * modes;
+    next = static_cast<T*>(thread_scratch(total * vl * sizeof(T)));
     row_weight = take(op.size);
     row_bias = take(1);
     column_weight = take(op.size);
@@ -287,7 +174,7 @@ template <class T, class IO> struct Work {
     middle = {take_zeros(pad) + p * vl, (w + p) * vl, w};
     out = {take(strip * w), w * vl, w};
     rounded = {reinterpret_cast<IO*>(take(strip * w)), w * vl, w};
-    u = take(h * op.columns.count());
+    u = take(h * op.modes.columns.count());
     z = take(modes);
     coefficients = take(modes);
   }
@@ -351,25 +238,21 @@ template <class IO> Planes<IO> part(Planes<IO> all, const Unit& unit, int64_t i)
   return all;
 }
 
-// The number that the a-th function 1, cos 1, sin 1, cos 2, ... has in an axis.
-template <class T> int64_t place(const Axis<T>& axis, int64_t a) { return a % 2 || a == 0 ? (a + 1) / 2 : axis.nc + a / 2 - 1; }
-
 template <class T, class IO> void store_coefficients(const AxialConv<T>& op, Work<T, IO>& s, const Unit& unit, Planes<T> to) {
   constexpr int64_t vl = lanes_of<T>;
-  const int64_t rows = op.rows.count(), columns = op.columns.count();
-  reduce(op.rows, s.u, columns * vl, columns * vl, false, s.z, columns * vl);
-  for (int64_t a = 0; a < rows; ++a)
-    for (int64_t b = 0; b < columns; ++b) {
-      const T* from = s.z + (place(op.rows, a) * columns + place(op.columns, b)) * vl;
-      store<T>(s.coefficients + (a * columns + b) * vl, load_raw<Vec<T>>(from) * T(op.row_norm[a] * op.column_norm[b]));
-    }
-  store_rows<T>(Pixels<const T>{s.coefficients, 0, rows * columns}, unit.lanes, 1, part(to, unit, 0));
+  const int64_t columns = op.modes.columns.count();
+  reduce(op.modes.rows, s.u, columns * vl, columns * vl, false, s.z, columns * vl);
+  for (int64_t k = 0; k < op.modes.inside; ++k) {
+    const Mode& mode = op.modes.mode[k];
+    store<T>(s.coefficients + mode.index * vl, load_raw<Vec<T>>(s.z + (mode.row * columns + mode.column) * vl) * T(mode.scale));
+  }
+  store_rows<T>(Pixels<const T>{s.coefficients, 0, op.modes.inside}, unit.lanes, 1, part(to, unit, 0));
 }
 
 template <class T, class IO>
 void forward(const AxialConv<T>& op, Planes<const IO> x, Planes<IO> z, Planes<T> coefficients, int64_t begin, int64_t end) {
   constexpr int64_t vl = lanes_of<T>;
-  const int64_t columns = op.columns.count();
+  const int64_t columns = op.modes.columns.count();
   Work<T, IO> s(op);
   int64_t prepared = -1;
   for (int64_t i = begin; i < end; ++i) {
@@ -389,7 +272,7 @@ void forward(const AxialConv<T>& op, Planes<const IO> x, Planes<IO> z, Planes<T>
       };
       const auto reduce_rows = [&](const IO* from, int64_t row, int64_t pixel) {
         for (int64_t i = 0; i < rows && columns > 0; ++i)
-          reduce(op.columns, from + i * row, pixel, vl, false, s.u + (top + i) * columns * vl, vl);
+          reduce(op.modes.columns, from + i * row, pixel, vl, false, s.u + (top + i) * columns * vl, vl);
       };
       if (to.c == 1 && unit.lanes == vl && op.size <= 7) {
         column_conv(to.data, to.h, to.w);
@@ -421,7 +304,8 @@ template <class T> void flip(T* weight, int64_t size) {
 }
 
 template <class T, class IO>
-void backward(const AxialConv<T>& op, Planes<const IO> grad, Planes<const IO> x, Planes<IO> x_grad, double* partial, int64_t begin, int64_t end) {
+void backward(const AxialConv<T>& op, Planes<const IO> grad, Planes<const IO> x, Planes<IO> x_grad, double* partial, int64_t begin,
+              int64_t end) {
   constexpr int64_t vl = lanes_of<T>;
   Work<T, IO> s(op);
   int64_t prepared = -1;

@@ -9,9 +9,7 @@ namespace spanet {
 template <class T> struct AxialConv {
   int64_t images, channels, h, w, size;
   Planes<const T> row_weight, row_bias, column_weight, column_bias;
-  // for the coefficients; without any functions if none are wanted
-  Axis<T> rows, columns;
-  const double *row_norm, *column_norm;
+  Modes<T> modes;  // of the coefficients; none if they are not wanted
 
   // Sums that backward leaves for an image and a channel: k row weights, the row bias, k column weights, the column bias.
   int64_t sums() const { return 2 * size + 2; }
@@ -21,7 +19,8 @@ template <class T, class IO> struct AxialConvKernels {
   // units [begin, end) of image and chunk, a chunk being up to `lanes` adjacent channels
   void (*forward)(const AxialConv<T>&, Planes<const IO> x, Planes<IO> z, Planes<T> coefficients, int64_t begin, int64_t end);
   // the same; partial is (chunks, images, sums, lanes)
-  void (*backward)(const AxialConv<T>&, Planes<const IO> grad, Planes<const IO> x, Planes<IO> x_grad, double* partial, int64_t begin, int64_t end);
+  void (*backward)(const AxialConv<T>&, Planes<const IO> grad, Planes<const IO> x, Planes<IO> x_grad, double* partial, int64_t begin,
+                   int64_t end);
   // the sums over images of chunks [begin, end)
   void (*sum_images)(const AxialConv<T>&, const double* partial, Planes<T> row_weight, Planes<T> row_bias, Planes<T> column_weight,
                      Planes<T> column_bias, int64_t begin, int64_t end);
