@@ -15,13 +15,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import safetensors
+import safetensors.torch
 import torch
 from PIL import Image
 from torch import nn
 
+from spanet.cli import main
 from spanet.data import Chunks, Images, find_images
-from spanet.evaluate import evaluate
+from spanet.evaluate import evaluate, evaluate_checkpoint
 from spanet.recipe import Recipe, build, load_recipe, recipe_names
 from spanet.runs import Run
 from spanet.train import fit, train
@@ -318,3 +319,47 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
     with pytest.raises(FloatingPointError, match="the loss of step 3 is nan"):
         fit(SMALL, Poisoned(), images, images, ["r", "g", "b"], tmp_path, CPU)
     assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 2
+
+
+def test_evaluate_reads_the_best_weights(whole, data):
+    command = [sys.executable, "-m", "spanet", "evaluate", "--checkpoint", str(whole / "best.safetensors"), "--device", "cpu"]
+    done = subprocess.run([*command, "--data", str(data / "val"), "--workers", "0"], capture_output=True, text=True)
+    with (whole / "epochs.csv").open() as file:
+        best = max(csv.DictReader(file), key=lambda row: float(row["top1"]))
+    assert done.returncode == 0, done.stderr
+    expected = f"top-1 {float(best['top1']):.2%}, top-5 100.00%, loss {float(best['loss']):.4f} of 11 images, 0 broken"
+    assert expected in done.stdout
+
+
+def test_what_a_checkpoint_does_not_tell(whole, data, tmp_path):
+    with pytest.raises(ValueError, match=r"checkpoint: .*last.pt does not tell its model, give its name"):
+        evaluate_checkpoint(whole / "last.pt", data / "val", CPU)
+    with pytest.raises(FileNotFoundError, match="checkpoint: there is no file"):
+        evaluate_checkpoint(tmp_path / "none.pt", data / "val", CPU)
+
+
+def test_training_starts_from_given_weights(whole, data):
+    recipe = replace(load_recipe(data / "recipe.yaml"), weights=str(whole / "best.safetensors"))
+    trained = safetensors.torch.load_file(whole / "best.safetensors")
+    started = build(recipe, 5).state_dict()
+    assert started["head.weight"].shape == (5, 36)
+    assert all(torch.equal(value, trained[name]) for name, value in started.items() if not name.startswith("head"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config", "nowhere"], "spanet: config: nowhere is neither a file nor one of digits"),
+        (["--set", "lrs=1"], "spanet: recipe: unknown key lrs, the nearest known one is lr"),
+        (["--set", "model=spanet_huge"], "spanet: recipe: model must be a registered name, got spanet_huge"),
+        (["--set", "batch_size=48"], "spanet: recipe: batch_size must be at most the 36 training images, got 48"),
+    ],
+)
+def test_bad_input_gets_one_line(data, tmp_path, arguments, message, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", command(data, tmp_path, "--workers", "0", *arguments)[2:])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 1
+    said = capsys.readouterr().err
+    assert said.startswith(message)
+    assert said.count("\n") == 1
