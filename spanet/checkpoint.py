@@ -5,9 +5,7 @@ Nothing but tensors is read from a file, a file that does not fit changes nothin
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
 import safetensors.torch
@@ -18,6 +16,7 @@ from torch import Tensor, nn
 from spanet_kernels import SPAM
 
 from .model import SPANet, checkpoint_filter_fn
+from .runs import replacing
 
 
 def read_state(path: str | Path) -> dict[str, Tensor]:
@@ -97,22 +96,8 @@ def published_state(model: SPANet) -> dict[str, Tensor]:
 def save_checkpoint(model: nn.Module, path: str | Path) -> None:
     """Write the SPANet of a module: to *.safetensors its own state, to any other name the published one, flat, masks included."""
     model = backbone_of(model)
-    with written(path) as draft:
+    with replacing(Path(path)) as file:
         if Path(path).suffix == ".safetensors":
-            safetensors.torch.save_file({key: value.contiguous() for key, value in model.state_dict().items()}, draft)
+            file.write(safetensors.torch.save({key: value.contiguous() for key, value in model.state_dict().items()}))
         else:
-            torch.save(published_state(model), draft)
-
-
-@contextmanager
-def written(path: str | Path) -> Iterator[Path]:
-    """A file to write to, which takes the place of path when the block ends, and is removed when the block raises."""
-    path = Path(path)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield draft
-        with open(draft, "rb+") as file:
-            os.fsync(file.fileno())
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
+            torch.save(published_state(model), file)

@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from spanet import digits
 from spanet.cli import main
 from spanet.data import Chunks, Images, find_images
 from spanet.evaluate import evaluate, evaluate_checkpoint
@@ -363,3 +364,21 @@ def test_bad_input_gets_one_line(data, tmp_path, arguments, message, capsys, mon
     said = capsys.readouterr().err
     assert said.startswith(message)
     assert said.count("\n") == 1
+
+
+def test_digits_are_split_once_and_learned(tmp_path):
+    images, held_out = digits.digits()
+    assert (len(images), len(held_out)) == (1437, 360)
+    seen = {image.tobytes() for image, _ in images.samples}
+    assert not [image for image, _ in held_out.samples if image.tobytes() in seen]
+    assert min(sum(label == digit for _, label in held_out.samples) for digit in range(10)) >= 34
+    assert images[0, 5][0].shape == (1, 32, 32)
+    recipe = replace(load_recipe("digits"), epochs=2, warmup_epochs=0, batch_size=1437 // 2, micro_batch=1437 // 2)
+    rows = [digits.training(variant, recipe) for variant in ("SPANet, r = 2", "no filter")]
+    result = {"recipe": asdict(recipe), "rows": rows}
+    assert rows[0]["training loss"][1] < rows[0]["training loss"][0]
+    assert rows[0]["training loss"] != rows[1]["training loss"]
+    assert digits.table(result).row_count == 2
+    assert len(digits.figure(result).axes[0].lines) == 3
+    with pytest.raises(ValueError, match="digits: test accuracy must reach 98%, got "):
+        digits.check(result)
