@@ -354,6 +354,8 @@ def test_training_starts_from_given_weights(whole, data):
         (["--set", "lrs=1"], "spanet: recipe: unknown key lrs, the nearest known one is lr"),
         (["--set", "model=spanet_huge"], "spanet: recipe: model must be a registered name, got spanet_huge"),
         (["--set", "batch_size=48"], "spanet: recipe: batch_size must be at most the 36 training images, got 48"),
+        (["--device", "tpu"], "spanet: device: must be cpu, or cuda where torch finds one, got tpu"),
+        (["--fsdp"], "spanet: fsdp: needs processes to share the model among, start it by torchrun"),
     ],
 )
 def test_bad_input_gets_one_line(data, tmp_path, arguments, message, capsys, monkeypatch):
