@@ -172,7 +172,8 @@ def figure(result: dict[str, Any]) -> Figure:
         rows = [row for row in result["rows"] if row["variant"] == variant]
         means = {key: [statistics.fmean(at) for at in zip(*(row[key] for row in rows), strict=True)] for key in ("top1", "test loss")}
         epochs = range(1, len(means["top1"]) + 1)
-        left.plot(epochs, [100 * (1 - accuracy) for accuracy in means["top1"]], label=variant)
+        half_an_image = 50 / 360  # where no error would be
+        left.plot(epochs, [max(100 * (1 - accuracy), half_an_image) for accuracy in means["top1"]], label=variant)
         right.plot(epochs, means["test loss"])
     left.axhline(100 * (1 - WANTED), color="black", linewidth=0.8, linestyle=":")
     left.set(yscale="log", xlabel="epoch", ylabel="test errors, percent")

@@ -96,7 +96,7 @@ def _told_by(checkpoint: Path) -> tuple[Recipe, list[str]]:
     """Recipe and classes in the metadata of the best weights of a run."""
     try:
         with safetensors.safe_open(checkpoint, "pt") as file:
-            facts = file.metadata()
-        return Recipe(**json.loads(facts["recipe"])), json.loads(facts["classes"])
+            facts = json.loads(file.metadata()["run"])
+        return Recipe(**facts["recipe"]), facts["classes"]
     except Exception:  # of many kinds: other formats, other metadata, none
         raise ValueError(f"checkpoint: {checkpoint} does not tell its model, give its name") from None

@@ -3,7 +3,7 @@
 RUN/steps.csv            step, epoch, lr, loss
 RUN/epochs.csv           step, epoch, and the accuracy on the validation images
 RUN/last.pt              all that a resumed run needs
-RUN/best.safetensors     the weights of the best epoch; recipe, classes and accuracy in its metadata, as JSON
+RUN/best.safetensors     the weights of the best epoch; its metadata tells recipe, classes and accuracy as JSON
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ class Run:
 
     def save_best(self, weights: dict[str, Tensor], facts: State) -> None:
         if self.writes:
-            metadata = {name: json.dumps(fact) for name, fact in (self.identity | facts).items()}
+            metadata = {"run": json.dumps(self.identity | facts)}  # one key: safetensors writes several in any order
             with replacing(self.folder / "best.safetensors") as file:
                 file.write(safetensors.torch.save({name: tensor.contiguous() for name, tensor in weights.items()}, metadata))
 

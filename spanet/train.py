@@ -96,9 +96,12 @@ def fit(
         show: a progress bar.
 
     Raises:
-        ValueError: the recipe fits neither the images nor the run; FileExistsError, FileNotFoundError: out holds a run, or none;
-        OSError: a file could not be written, the last one of its name is intact; FloatingPointError: the loss is not finite.
+        ValueError: the recipe does not fit the images or the run, or one process shall shard.
+        FileExistsError, FileNotFoundError: out holds a run, or none. FloatingPointError: the loss is not finite.
+        OSError: a file could not be written, the last one of its name is intact.
     """
+    if fsdp and not dist.is_initialized():
+        raise ValueError("fsdp: needs processes to share the model among, start it by torchrun")
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     chunks = Chunks(len(training), recipe, rank, world)
     run = Run(out, {"recipe": asdict(recipe), "images": len(training), "classes": classes}, resume, rank == 0)
@@ -129,7 +132,7 @@ def fit(
                 for done, loss in enumerate(_mean_over_processes(losses), step + 1 - len(losses)):
                     run.log_step(step=done, epoch=done // chunks.steps_per_epoch, lr=trainer.lr(done), loss=loss)
                     if not abs(loss) < float("inf"):
-                        raise FloatingPointError(f"the loss of step {done} is {loss}; {run.last} is of an earlier step")
+                        raise FloatingPointError(f"the loss of step {done} is {loss}; checkpoints in {out} are of earlier steps")
                 losses.clear()
                 bar.update(task, completed=step + 1, description=f"epoch {epoch + 1}/{recipe.epochs}, loss {loss:.4f}")
             if ends:
@@ -274,7 +277,12 @@ def processes(device: str | None = None) -> Iterator[torch.device]:
 
     Args:
         device: cpu or cuda; by default cuda where there is one.
+
+    Raises:
+        ValueError: there is no such device.
     """
+    if device not in (None, "cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
+        raise ValueError(f"device: must be cpu, or cuda where torch finds one, got {device}")
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if "LOCAL_RANK" not in os.environ:
         yield place

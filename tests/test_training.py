@@ -15,13 +15,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import safetensors
+import safetensors.torch
 import torch
 from PIL import Image
 from torch import nn
 
+from spanet import digits
+from spanet.cli import main
 from spanet.data import Chunks, Images, find_images
-from spanet.evaluate import evaluate
+from spanet.evaluate import evaluate, evaluate_checkpoint
 from spanet.recipe import Recipe, build, load_recipe, recipe_names
 from spanet.runs import Run
 from spanet.train import fit, train
@@ -169,17 +171,13 @@ def test_accuracy_counts_what_it_read(tmp_path):
 
 
 def test_overfits_a_tiny_set(tmp_path, data):
-    samples, classes = find_images(data / "train")
-    recipe = replace(load_recipe(data / "recipe.yaml"), ema=0, drop_path_rate=0, mixup=0, cutmix=0, label_smoothing=0, epochs=30, lr=3e-3)
-    tiny = samples[:4] + samples[12:16] + samples[24:28]
-
-    def resized(image: Image.Image) -> torch.Tensor:
-        return to_tensor(image.resize((32, 32))) - 0.5
-
-    images = Images([(path, 2 - (label + index) % 3) for index, (path, label) in enumerate(tiny)], resized)  # labels without a pattern
-    best = fit(recipe, build(recipe, 3), images, images, classes, tmp_path / "run", CPU, show=False)
+    """A SPANet learns labels without a pattern by heart."""
+    recipe = replace(load_recipe(data / "recipe.yaml"), ema=0, drop_path_rate=0, mixup=0, cutmix=0, label_smoothing=0)
+    recipe = replace(recipe, micro_batch=12, epochs=60, lr=1e-2, warmup_epochs=5)
+    images = Images([(image, 2 - (label + place // 3) % 3) for place, (image, label) in enumerate(pictures(size=32))], to_tensor)
+    best = fit(recipe, build(recipe, 3), images, images, ["a", "b", "c"], tmp_path, CPU, show=False)
     assert best.top1 == 1
-    assert losses(tmp_path / "run")[-1] < 0.05 < losses(tmp_path / "run")[0]
+    assert losses(tmp_path)[-1] < 0.05 < 1 < losses(tmp_path)[0]
 
 
 def test_accumulated_chunks_are_one_batch(tmp_path):
@@ -307,7 +305,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
     assert resumed.start == 1
     assert torch.equal(resumed.state["weights"], torch.ones(1000))
     with safetensors.safe_open(tmp_path / "best.safetensors", "pt") as file:
-        assert json.loads(file.metadata()["epoch"]) == 0
+        assert json.loads(file.metadata()["run"])["epoch"] == 0
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
@@ -322,3 +320,67 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
     with pytest.raises(FloatingPointError, match="the loss of step 3 is nan"):
         fit(SMALL, Poisoned(), images, images, ["r", "g", "b"], tmp_path, CPU)
     assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 2
+
+
+def test_evaluate_reads_the_best_weights(whole, data):
+    command = [sys.executable, "-m", "spanet", "evaluate", "--checkpoint", str(whole / "best.safetensors"), "--device", "cpu"]
+    done = subprocess.run([*command, "--data", str(data / "val"), "--workers", "0"], capture_output=True, text=True)
+    with (whole / "epochs.csv").open() as file:
+        best = max(csv.DictReader(file), key=lambda row: float(row["top1"]))
+    assert done.returncode == 0, done.stderr
+    expected = f"top-1 {float(best['top1']):.2%}, top-5 100.00%, loss {float(best['loss']):.4f} of 11 images, 0 broken"
+    assert expected in done.stdout
+
+
+def test_what_a_checkpoint_does_not_tell(whole, data, tmp_path):
+    with pytest.raises(ValueError, match=r"checkpoint: .*last.pt does not tell its model, give its name"):
+        evaluate_checkpoint(whole / "last.pt", data / "val", CPU)
+    with pytest.raises(FileNotFoundError, match="checkpoint: there is no file"):
+        evaluate_checkpoint(tmp_path / "none.pt", data / "val", CPU)
+
+
+def test_training_starts_from_given_weights(whole, data):
+    recipe = replace(load_recipe(data / "recipe.yaml"), weights=str(whole / "best.safetensors"))
+    trained = safetensors.torch.load_file(whole / "best.safetensors")
+    started = build(recipe, 5).state_dict()
+    assert started["head.weight"].shape == (5, 36)
+    assert all(torch.equal(value, trained[name]) for name, value in started.items() if not name.startswith("head"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config", "nowhere"], "spanet: config: nowhere is neither a file nor one of digits"),
+        (["--set", "lrs=1"], "spanet: recipe: unknown key lrs, the nearest known one is lr"),
+        (["--set", "model=spanet_huge"], "spanet: recipe: model must be a registered name, got spanet_huge"),
+        (["--set", "batch_size=48"], "spanet: recipe: batch_size must be at most the 36 training images, got 48"),
+        (["--device", "tpu"], "spanet: device: must be cpu, or cuda where torch finds one, got tpu"),
+        (["--fsdp"], "spanet: fsdp: needs processes to share the model among, start it by torchrun"),
+    ],
+)
+def test_bad_input_gets_one_line(data, tmp_path, arguments, message, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", command(data, tmp_path, "--workers", "0", *arguments)[2:])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 1
+    said = capsys.readouterr().err
+    assert said.startswith(message)
+    assert said.count("\n") == 1
+
+
+def test_digits_are_split_once_and_learned(tmp_path):
+    images, held_out = digits.digits()
+    assert (len(images), len(held_out)) == (1437, 360)
+    seen = {image.tobytes() for image, _ in images.samples}
+    assert not [image for image, _ in held_out.samples if image.tobytes() in seen]
+    assert min(sum(label == digit for _, label in held_out.samples) for digit in range(10)) >= 34
+    assert images[0, 5][0].shape == (1, 32, 32)
+    recipe = replace(load_recipe("digits"), epochs=2, warmup_epochs=0, batch_size=1437 // 2, micro_batch=1437 // 2)
+    rows = [digits.training(variant, recipe) for variant in ("SPANet, r = 2", "no filter")]
+    result = {"recipe": asdict(recipe), "rows": rows}
+    assert rows[0]["training loss"][1] < rows[0]["training loss"][0]
+    assert rows[0]["training loss"] != rows[1]["training loss"]
+    assert digits.table(result).row_count == 2
+    assert len(digits.figure(result).axes[0].lines) == 3
+    with pytest.raises(ValueError, match="digits: test accuracy must reach 98%, got "):
+        digits.check(result)
