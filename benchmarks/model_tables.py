@@ -133,7 +133,8 @@ def breakdown_table(results: Results) -> str:
     for row in rows:
         total = sum(row["kinds"].values())
         kinds = ", ".join(f"{kind} {seconds / total:.0%}" for kind, seconds in row["kinds"].items() if seconds > 0.02 * total)
-        lines.append([row["title"], row["dtype"], *(f"{row['stages'][stage] * 1e3:.3g}" for stage in stages), kinds])
+        times = (f"{row['stages'][stage] * 1e3:.3g}" if stage in row["stages"] else "-" for stage in stages)
+        lines.append([row["title"], row["dtype"], *times, kinds])
     return markdown(["model", "dtype", *(f"{stage}, ms" for stage in stages), "kinds of operators"], lines)
 
 

@@ -106,7 +106,7 @@ class PublishedSPANet(nn.Module):
             layers.append(nn.Sequential(*(Block(dim, (2, 2, 1, 1)[stage], stage >= 2) for _ in range(depth))))
         self.network = nn.ModuleList(layers)
         self.norm, self.head = nn.GroupNorm(1, dims[-1]), nn.Linear(dims[-1], 1000)
-        self.feature_info = [{"module": f"network.{2 * stage}"} for stage in range(len(dims))]
+        self.feature_info = [{"module": f"network.{2 * stage}", "reduction": 4 << stage} for stage in range(len(dims))]
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.patch_embed(x)

@@ -204,7 +204,7 @@ def test_peak_memory_and_stages():
     model = peers.create("published_small", 64)
     with trace.stage_times(model, CPU) as stages, torch.inference_mode():
         model(torch.ones(1, 3, 64, 64))
-    assert list(stages) == ["stage 1", "stage 2", "stage 3", "stage 4", "head"]
+    assert list(stages) == ["stride 4", "stride 8", "stride 16", "stride 32", "head"]
 
 
 def tiny_rows(mode):
