@@ -8,7 +8,7 @@ from typing import Any
 from .figures import plt, save
 from .model_tables import beside, curve, fitted, problem, rate
 from .peers import is_ours
-from .scaling import AXES, abscissa
+from .scaling import AXES, abscissa, expected
 from .tables import Results
 
 OURS, PUBLISHED, OTHERS = "#1f6feb", "#b62324", "#8c959f"
@@ -149,10 +149,10 @@ def scaling_figure(results: Results, path: Path) -> Path:
             lower, upper = ([timing[end] * 1e3 for timing in points.values()] for end in ("lower", "upper"))
             ax.fill_between(list(points), lower, upper, alpha=0.2, color=shade, linewidth=0)
             last = max(points)
-            guide = [points[last]["median"] * 1e3 * (value / last) ** AXES[axis][2] for value in points]
+            guide = [points[last]["median"] * 1e3 * (value / last) ** expected(row) for value in points]
             ax.plot(list(points), guide, linestyle=":", color=shade, linewidth=1)
         name = {"pixels": "pixels", "radius": "2 radius + 1"}.get(axis, axis)
-        ax.set(title=f"{axis}, dotted: slope {AXES[axis][2]:g}", xlabel=name)
+        ax.set(title=f"{axis}; dotted: expected", xlabel=name)
         plain_logarithms(ax)
         ax.legend(fontsize=8, title="fitted exponent", title_fontsize=8)
     axes[0, 0].set_ylabel("milliseconds")
