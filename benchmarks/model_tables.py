@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .peers import is_ours
-from .scaling import AXES, abscissa, exponent
+from .scaling import abscissa, expected, exponent
 from .tables import Results, Target, markdown, median, noisy, notes, time
 
 Row = dict[str, Any]
@@ -133,7 +133,8 @@ def breakdown_table(results: Results) -> str:
     for row in rows:
         total = sum(row["kinds"].values())
         kinds = ", ".join(f"{kind} {seconds / total:.0%}" for kind, seconds in row["kinds"].items() if seconds > 0.02 * total)
-        lines.append([row["title"], row["dtype"], *(f"{row['stages'][stage] * 1e3:.3g}" for stage in stages), kinds])
+        times = (f"{row['stages'][stage] * 1e3:.3g}" if stage in row["stages"] else "-" for stage in stages)
+        lines.append([row["title"], row["dtype"], *times, kinds])
     return markdown(["model", "dtype", *(f"{stage}, ms" for stage in stages), "kinds of operators"], lines)
 
 
@@ -160,9 +161,8 @@ def scaling_table(results: Results) -> str:
         (first, start), *_, (last, end) = points.items()
         mark = " ~" if any(noisy(row, environment, f"ours {value}") for value in points) else ""
         times = f"{time(start['median'])} to {time(end['median'])}{mark}"
-        expected = 2 if row["axis"] == "channels" and row["function"] in ("spectral_gate", "SPAM") else AXES[row["axis"]][2]
         lines.append(
-            [row["function"], row["axis"], f"{first} to {last}", row["dtype"], row["layout"], times, f"{found:.2f}", f"{expected}"]
+            [row["function"], row["axis"], f"{first} to {last}", row["dtype"], row["layout"], times, f"{found:.2f}", f"{expected(row)}"]
         )
     header = ["function", "axis", "from, to", "dtype", "layout", "time", "fitted exponent", "expected"]
     return markdown(header, lines) + (

@@ -106,7 +106,7 @@ class PublishedSPANet(nn.Module):
             layers.append(nn.Sequential(*(Block(dim, (2, 2, 1, 1)[stage], stage >= 2) for _ in range(depth))))
         self.network = nn.ModuleList(layers)
         self.norm, self.head = nn.GroupNorm(1, dims[-1]), nn.Linear(dims[-1], 1000)
-        self.feature_info = [{"module": f"network.{2 * stage}"} for stage in range(len(dims))]
+        self.feature_info = [{"module": f"network.{2 * stage}", "reduction": 4 << stage} for stage in range(len(dims))]
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.patch_embed(x)
@@ -172,7 +172,7 @@ def is_ours(name: str) -> bool:
 
 @functools.lru_cache(maxsize=2)
 def create(name: str, size: int) -> nn.Module:
-    """A model of MODELS for images of size x size in evaluation mode, with random weights that bf16 holds; not to be changed.
+    """A model of MODELS for images of size x size, with random weights that bf16 holds and nothing dropped; not to be changed.
 
     The published network shares the weights of ours. Raises RuntimeError where a model has no form for that size.
     """
@@ -186,7 +186,7 @@ def create(name: str, size: int) -> nn.Module:
     import spanet  # noqa: F401  registers the models
 
     fixed = size != 224 and name.startswith(("swin", "vit"))
-    model = timm.create_model(name, **({"img_size": size} if fixed else {})).eval()
+    model = timm.create_model(name, drop_path_rate=0.0, **({"img_size": size} if fixed else {})).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(parameter.bfloat16())

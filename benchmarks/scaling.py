@@ -145,6 +145,11 @@ def measure(row: Row, options: Options) -> dict[str, Any]:
     return asdict(row) | {"name": row.name, "busy cores of others": others.cores, "competitors": verdicts}
 
 
+def expected(row: dict[str, Any]) -> float:
+    """The exponent that arithmetic or memory traffic alone would have; the products of gates are C x C."""
+    return 2 if row["axis"] == "channels" and row["function"] in ("spectral_gate", "SPAM") else AXES[row["axis"]][2]
+
+
 def exponent(values: Sequence[float], seconds: Sequence[float]) -> float:
     """Slope of log seconds over log values by least squares, over the upper half of the values, where call overhead matters least."""
     half = len(values) // 2 if len(values) > 3 else 0

@@ -85,7 +85,7 @@ KINDS = {  # a part of an operator's name, to what it is shown as; the first tha
     "spanet_kernels::": "SPAM kernels",
     "fft": "FFT",
     "conv": "convolutions",
-    "mm": "linear layers",
+    "mm": "matrix products",
     "scaled_dot": "attention",
     "softmax": "attention",
     "norm": "norms",
@@ -135,7 +135,7 @@ def profiled(function: Callable[[], object], device: torch.device) -> Profile:
 
 @contextmanager
 def stage_times(model: nn.Module, device: torch.device) -> Iterator[dict[str, float]]:
-    """Seconds of a forward pass by stage: those of `feature_info`, each with what leads to it, and the head."""
+    """Seconds of a forward pass by stride of the features, 4 and more, each with what leads to it; and the head."""
     times: dict[str, float] = {}
     last = 0.0
 
@@ -148,10 +148,10 @@ def stage_times(model: nn.Module, device: torch.device) -> Iterator[dict[str, fl
             times[name] = now - last
         last = now
 
-    names = [info["module"] for info in model.feature_info]
+    stages = {info["reduction"]: info["module"] for info in model.feature_info if info["reduction"] >= 4}
     hooks = [model.register_forward_pre_hook(lambda *_: lap(None)), model.register_forward_hook(lambda *_: lap("head"))]
-    for index, name in enumerate(names, 1):
-        hooks.append(model.get_submodule(name).register_forward_hook(lambda *_, stage=f"stage {index}": lap(stage)))
+    for stride, name in stages.items():
+        hooks.append(model.get_submodule(name).register_forward_hook(lambda *_, stage=f"stride {stride}": lap(stage)))
     try:
         yield times
     finally:

@@ -204,11 +204,11 @@ def test_peak_memory_and_stages():
     model = peers.create("published_small", 64)
     with trace.stage_times(model, CPU) as stages, torch.inference_mode():
         model(torch.ones(1, 3, 64, 64))
-    assert list(stages) == ["stage 1", "stage 2", "stage 3", "stage 4", "head"]
+    assert list(stages) == ["stride 4", "stride 8", "stride 16", "stride 32", "head"]
 
 
 def tiny_rows(mode):
-    return [models.Row(mode, name, 64, 2, "fp32", False) for name in ("spanet_small", "published_small", "resnet50")]
+    return [models.Row(mode, name, 32, 2, "fp32", False) for name in ("spanet_small", "published_small")]
 
 
 def test_models_run_report_and_compare(tmp_path, monkeypatch, capsys):
@@ -218,8 +218,10 @@ def test_models_run_report_and_compare(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(scaling, "rows", lambda options: [scaling.Row("radial_filter", "channels", "fp32", "nchw")])
     monkeypatch.setattr(scaling, "data_parallel", lambda options: [{"processes": 1, "median": 0.5, "batch": 4, "size": 96}])
     monkeypatch.setattr("benchmarks.limit.COPIED", 2**22)
+    monkeypatch.setitem(models.BUDGET, "quick", 0.5)
     names = ["models", "train", "scaling", "report"]
     assert cli.main([*names, "--device", "cpu", "--dtype", "fp32", "--layout", "channels_last", "--out", str(tmp_path)]) == 0
+    capsys.readouterr()
     for section_name, mode in (("models", "infer"), ("train", "train")):
         result = json.loads((tmp_path / f"{section_name}.json").read_text())
         for row in result["rows"]:
@@ -230,10 +232,10 @@ def test_models_run_report_and_compare(tmp_path, monkeypatch, capsys):
             assert row["touched bytes"] > row["floor bytes"] / 2
         header, *lines = (tmp_path / f"benchmark-{mode}.csv").read_text().splitlines()
         assert header.startswith(f"model,{mode}_samples_per_sec,{mode}_step_time,{mode}_batch_size,{mode}_img_size")
-        assert len(lines) == 3
+        assert len(lines) == 2
     page = (tmp_path / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 6
-    assert "| SPANet-S | 64 | 2 | fp32 | published network |" in (tmp_path / "report.md").read_text()
+    assert "| SPANet-S | 32 | 2 | fp32 | published network |" in (tmp_path / "report.md").read_text()
 
     old = json.loads((tmp_path / "models.json").read_text())
     arguments = ["models", "--device", "cpu", "--dtype", "fp32", "--filter", "spanet_small", "--out", str(tmp_path)]
@@ -248,6 +250,14 @@ def test_models_run_report_and_compare(tmp_path, monkeypatch, capsys):
     (tmp_path / "old.json").write_text(json.dumps(old))
     assert cli.main([*arguments, "--compare", str(tmp_path / "old.json")]) == 1
     assert "x its old time" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["resnet50", "swin_tiny_patch4_window7_224"])
+@pytest.mark.parametrize("mode", ["infer", "train"])
+def test_peers_have_shapes_to_trace(name, mode):
+    """Buffers, windows and running statistics too, in the size that the quick form has."""
+    found = models.trace(models.Row(mode, name, 224, 1, "bf16", False), peers.create(name, 224))
+    assert 3.9e9 < sum(count * gemm.macs for gemm, count in found.gemms.items()) / (1 if mode == "infer" else 3) < 4.6e9
 
 
 def test_a_wrong_model_is_refused_and_not_timed(monkeypatch):
