@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import timm.data
 from PIL import Image
+from timm.data.config import resolve_data_config
+from timm.data.transforms_factory import create_transform
 from torch import Tensor, nn
 
 
@@ -34,7 +35,7 @@ def image_files(path: Path) -> list[Path]:
 
 def preprocessing(model: nn.Module, size: int | None = None) -> Callable[[Image.Image], Tensor]:
     """What the model was made for: resize, square centre crop of `size` (the model's own without), normalization."""
-    return timm.data.create_transform(**timm.data.resolve_data_config({"img_size": size}, model=model))
+    return create_transform(**resolve_data_config({"img_size": size}, model=model))
 
 
 def read_images(model: nn.Module, path: Path, size: int | None = None) -> Iterator[Tensor]:

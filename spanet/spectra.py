@@ -100,7 +100,7 @@ def stage_ends(model: nn.Module) -> list[SPAM]:
     if not mixers:
         raise ValueError(f"{type(model).__name__} has no SPAM layer, whose gates this analysis shows")
     dims = [mixer.proj_in.in_channels for mixer in mixers] + [0]
-    return [mixer for mixer, dim, following in zip(mixers, dims, dims[1:], strict=True) if dim != following]
+    return [mixer for mixer, dim, following in zip(mixers, dims[:-1], dims[1:], strict=True) if dim != following]
 
 
 @torch.inference_mode()
@@ -213,7 +213,7 @@ def response_figure(layers: Sequence[Sequence[Response]], columns: int = 6) -> F
             ax.plot(response.frequency, response.profile, color=colour, lw=1, label=f"λ = {response.lam:.3g}")
             ax.plot(response.frequency, response.measured, ".", color=colour, ms=3)
         ax.set_title(f"layer {index + 1}", fontsize=8)
-        ax.set(xlim=(-0.5, 8.5), ylim=(0, 1))
+        ax.set_xlim(-0.5, 8.5)
         ax.tick_params(labelsize=7)
         ax.grid(alpha=0.3)
     axes[0][0].legend(fontsize=6)
