@@ -33,7 +33,9 @@ def compile_programs(name: str, folder: Path) -> Path:
 
     def compile_for(dtype: torch.dtype) -> None:
         element = f"-DELEMENT={ELEMENTS[dtype]}"
-        subprocess.run([compiler, *FLAGS, element, f"-I{ROOT / 'csrc'}", f"-I{source.parent}", "-o", folder / str(dtype), source], check=True)
+        subprocess.run(
+            [compiler, *FLAGS, element, f"-I{ROOT / 'csrc'}", f"-I{source.parent}", "-o", folder / str(dtype), source], check=True
+        )
 
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(compile_for, ELEMENTS))

@@ -155,7 +155,9 @@ def test_layouts(host: Host, layout: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("shape", "layout"), [((1, 2, 45, 44), "contiguous"), ((1, 2, 30, 37), "contiguous"), ((1, 9, 23, 30), "channels_last")])
+@pytest.mark.parametrize(
+    ("shape", "layout"), [((1, 2, 45, 44), "contiguous"), ((1, 2, 30, 37), "contiguous"), ((1, 9, 23, 30), "channels_last")]
+)
 def test_planes_in_several_blocks(host: Host, shape: tuple[int, ...], layout: str, dtype: torch.dtype) -> None:
     host.shared_limit = 24 << 10
     x, grad = arrange(draw(*shape, dtype=dtype), layout), arrange(draw(*shape, dtype=dtype, seed=3), layout)
