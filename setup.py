@@ -28,6 +28,7 @@ if X86:
     avx512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mprefer-vector-width=512"
     SIMD["avx512"] = f"-DSIMD_BYTES=64 {avx512} -Wno-uninitialized -Wno-maybe-uninitialized"
 CPU_KERNELS = ("radial_filter", "axial_conv")
+CUDA_KERNELS = ("radial_filter", "mode_coefficients", "axial_conv")
 ARCHITECTURES = "8.0;9.0;10.0;12.0+PTX"  # 8.6 and 8.9 run the code for 8.0
 
 
@@ -118,7 +119,7 @@ class Build(build_ext):
         flags = f"-O3 -std=c++20 -Xcompiler -fPIC,-fvisibility=hidden --threads 0 -DUSE_CUDA {architectures}"
         try:
             rules = [link_rule(compiler), rule("nvcc", f"{compiler} {flags} {stable}")]
-            self.ninja("_cuda", output, rules, [("cuda/radial_filter.cu", "nvcc")], libraries)
+            self.ninja("_cuda", output, rules, [(f"cuda/{op}.cu", "nvcc") for op in CUDA_KERNELS], libraries)
         except subprocess.CalledProcessError:
             if wanted == "1":
                 raise

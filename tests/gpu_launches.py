@@ -23,9 +23,15 @@ def launch_all() -> int:
         squared = modes.squared_radius(radius)
         y = torch.ops.spanet_kernels.radial_filter(x, base, gain, squared)
         grads = torch.ops.spanet_kernels.radial_filter_backward(grad, x, squared)
-        assert y.isfinite().all()
-        assert all(g.isfinite().all() for g in grads)
-        launches += 2
+        coefficients = torch.ops.spanet_kernels.mode_coefficients(x, squared)
+        added = torch.ops.spanet_kernels.add_modes(grad, coefficients, x, squared)
+        results = [y, *grads, coefficients, added]
+        for size in (7, 11):  # compiled for its taps, and any
+            weights = [torch.ones(shape[1], n, device="cuda", dtype=base.dtype).squeeze(1) / n for n in (size, 1, size, 1)]
+            results += torch.ops.spanet_kernels.axial_conv(x, *weights, squared)
+            results += torch.ops.spanet_kernels.axial_conv_backward(grad, x, *weights[:3])
+        assert all(result.isfinite().all() for result in results)
+        launches += 8
     return launches
 
 

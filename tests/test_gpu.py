@@ -127,5 +127,103 @@ def test_compiled_and_in_a_graph():
         torch.testing.assert_close(layer(x), spectral_pool(x.relu(), 0.7, 2) * 2)
 
 
+def conv_weights(channels, size, dtype, seed=0):
+    """row_weight, row_bias, column_weight, column_bias."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((channels, size), (channels,), (channels, size), (channels,))
+    wide = modes.profile_dtype(dtype)
+    return [(torch.randn(shape, generator=generator, dtype=torch.float64) / size**0.5).to("cuda", wide) for shape in shapes]
+
+
+def widened(tensors, dtype):
+    return [t.to(dtype) for t in tensors]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("shape", "radius"), [*CASES["radial_filter"].test, *LARGE], ids=str)
+def test_axial_conv_error_rule(shape, radius, dtype, layout):
+    squared, wide = modes.squared_radius(radius), modes.profile_dtype(dtype)
+    x = make_input(shape, dtype, layout, "cuda")
+    grad = make_input(shape, dtype, "contiguous" if layout == "expanded" else layout, "cuda", seed=3)
+    for size in (3, 7, 11):
+        weights = conv_weights(shape[1], size, dtype)
+        poison = torch.full((4 * x.numel() + 1,), torch.nan, device="cuda", dtype=dtype)
+        del poison  # the allocator hands this memory out again
+        z, coefficients = torch.ops.spanet_kernels.axial_conv(x, *weights, squared)
+        inputs = [x, *weights]
+        assert_as_accurate(z, reference.axial_conv(*inputs, -1)[0], reference.axial_conv(*widened(inputs, torch.float64), -1)[0])
+        assert z.is_contiguous(memory_format=modes.memory_format(x))
+        check_coefficients(coefficients, z, squared)
+        inputs = [grad, x, *weights[:3]]
+        ours = torch.ops.spanet_kernels.axial_conv_backward(*inputs)
+        same = [reference.axial_conv_backward(*inputs)[0], *reference.axial_conv_backward(*widened(inputs, wide))[1:]]
+        for a, b, c in zip(ours, same, reference.axial_conv_backward(*widened(inputs, torch.float64)), strict=True):
+            assert_as_accurate(a, b, c, units=4)
+
+
+def check_coefficients(coefficients, x, squared):
+    exact = reference.mode_coefficients(x.double(), squared)
+    assert_as_accurate(coefficients, reference.mode_coefficients(x, squared), exact, units=2)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("shape", "radius"), [*CASES["radial_filter"].test, *LARGE], ids=str)
+def test_modes_error_rule(shape, radius, dtype, layout):
+    squared = modes.squared_radius(radius)
+    x, factor = make_input(shape, dtype, layout, "cuda"), make_input(shape, dtype, layout, "cuda", seed=3)
+    coefficients = torch.ops.spanet_kernels.mode_coefficients(x, squared)
+    check_coefficients(coefficients, x, squared)
+    for by in (None, factor):
+        same = reference.add_modes(x, coefficients, by, squared)
+        exact = reference.add_modes(x.double(), coefficients.double(), None if by is None else by.double(), squared)
+        assert_as_accurate(torch.ops.spanet_kernels.add_modes(x, coefficients, by, squared), same, exact)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_20000_repeats_of_axial_conv_on_two_streams_are_bit_equal(dtype, layout):
+    x, grad = make_input((4, 64, 56, 56), dtype, layout, "cuda"), make_input((4, 64, 56, 56), dtype, layout, "cuda", seed=1)
+    weights = conv_weights(64, 7, dtype)
+
+    def step():
+        z, coefficients = torch.ops.spanet_kernels.axial_conv(x, *weights, 4)
+        return z, coefficients, *torch.ops.spanet_kernels.axial_conv_backward(grad, x, *weights[:3])
+
+    expected = step()
+    alone = torch.ops.spanet_kernels.axial_conv(x[1:2], *weights, 4)
+    assert all(torch.equal(a, b[1:2]) for a, b in zip(alone, expected, strict=False))
+    streams = torch.cuda.Stream(), torch.cuda.Stream()
+    torch.cuda.synchronize()
+    wrong = [torch.zeros((), dtype=torch.bool, device="cuda") for _ in streams]
+    for repeat in range(20_000):
+        with torch.cuda.stream(streams[repeat % 2]):
+            for a, b in zip(step(), expected, strict=True):
+                wrong[repeat % 2] |= (a != b).any()
+    torch.cuda.synchronize()
+    assert not any(flag.item() for flag in wrong)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_axial_conv_of_more_than_2_31_elements(layout):
+    shape = (2**31 // (64 * 56 * 56) + 3, 64, 56, 56)
+    if torch.cuda.mem_get_info()[0] < 16 * 2**31:
+        pytest.skip("less than 32 GiB of GPU memory are free")
+    form = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+    x = torch.empty(shape, dtype=torch.bfloat16, device="cuda", memory_format=form).normal_(1.5)
+    weights = conv_weights(64, 7, torch.bfloat16)
+    z, coefficients = torch.ops.spanet_kernels.axial_conv(x, *weights, 4)
+    x_grad = torch.ops.spanet_kernels.axial_conv_backward(z, x, *weights[:3])[0]
+    y = torch.ops.spanet_kernels.add_modes(z, coefficients, x, 4)
+    for image in (0, shape[0] // 2, shape[0] - 1):
+        part = slice(image, image + 1)
+        small, modes_of_it = torch.ops.spanet_kernels.axial_conv(x[part].clone(), *weights, 4)
+        assert torch.equal(z[part], small)
+        assert torch.equal(coefficients[part], modes_of_it)
+        assert torch.equal(x_grad[part], torch.ops.spanet_kernels.axial_conv_backward(small, x[part].clone(), *weights[:3])[0])
+        assert torch.equal(y[part], torch.ops.spanet_kernels.add_modes(small, modes_of_it, x[part].clone(), 4))
+
+
 def test_report_names_what_is_in_use():
     assert backends()["operators"]["radial_filter"]["cuda"]["in use"] in ("cuda", "triton", "modes")

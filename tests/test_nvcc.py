@@ -1,5 +1,6 @@
 """The CUDA kernels compiled for every architecture of the package: no spills, no stack, 16-byte copies in the machine code."""
 
+import itertools
 import os
 import re
 import shutil
@@ -11,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+SOURCES = ("radial_filter", "mode_coefficients", "axial_conv")
 KERNEL = re.compile(
     r"Compiling entry function '(?P<name>\w+)'.*?"
     r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
@@ -33,30 +35,34 @@ def demangled(name: str) -> str:
     """filter_kernel<float, 4, 2> from _ZN6spanet13filter_kernelIfLi4ELi2EEEv..., without a tool."""
     kernel = re.search(r"spanet\d+([a-z_]+_kernel)(?:I(.*?)EEv)?", name)
     assert kernel, name
-    types = {"f": "float", "d": "double", "6__half": "half", "13__nv_bfloat16": "bfloat16"}
-    arguments = re.findall(r"Li(\d+)E|(6__half|13__nv_bfloat16|[fd])", (kernel[2] or "") + "E")
-    return f"{kernel[1]}<{', '.join(number or types[letter] for number, letter in arguments)}>" if arguments else kernel[1]
+    names = {"f": "float", "d": "double", "6__half": "half", "13__nv_bfloat16": "bfloat16", "Lb0": "false", "Lb1": "true"}
+    arguments = re.findall(r"Li(\d+)E|(Lb[01]|6__half|13__nv_bfloat16|[fd])", (kernel[2] or "") + "E")
+    return f"{kernel[1]}<{', '.join(number or names[name] for number, name in arguments)}>" if arguments else kernel[1]
 
 
 @pytest.fixture(scope="session")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[int, str]]:
-    """Folder of sm_*.cubin, and what the assembler reported for each architecture."""
+    """Folder of SOURCE.sm_*.cubin, and what the assembler reported for each architecture."""
     if shutil.which("nvcc") is None and not Path("/usr/local/cuda/bin/nvcc").exists() and "CUDA_HOME" not in os.environ:
         pytest.skip("no nvcc on this machine: registers and spills of the CUDA kernels are not checked")
     torch = pytest.importorskip("torch")
     folder = tmp_path_factory.mktemp("nvcc")
     include = Path(torch.__file__).parent / "include"
 
-    def compile_for(architecture: int) -> str:
+    def compile_for(job: tuple[int, str]) -> str:
+        architecture, source = job
         command = [tool("nvcc"), "-cubin", f"-arch=sm_{architecture}", "-O3", "-std=c++20", "-Xptxas", "-v", "-DUSE_CUDA"]
         command += ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY", f"-I{include}", f"-I{ROOT / 'csrc'}"]
-        command += ["-o", folder / f"sm_{architecture}.cubin", ROOT / "csrc" / "cuda" / "radial_filter.cu"]
+        command += ["-o", folder / f"{source}.sm_{architecture}.cubin", ROOT / "csrc" / "cuda" / f"{source}.cu"]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-4000:]
         return done.stderr
 
     with ThreadPoolExecutor(2) as pool:
-        return folder, dict(zip(ARCHITECTURES, pool.map(compile_for, ARCHITECTURES), strict=True))
+        reports = list(pool.map(compile_for, itertools.product(ARCHITECTURES, SOURCES)))
+    return folder, {
+        architecture: "".join(reports[k * len(SOURCES) : (k + 1) * len(SOURCES)]) for k, architecture in enumerate(ARCHITECTURES)
+    }
 
 
 def test_no_spills(compiled: tuple[Path, dict[int, str]]) -> None:
@@ -81,11 +87,18 @@ def test_sixteen_byte_copies(compiled: tuple[Path, dict[int, str]]) -> None:
     disassembler = tool("cuobjdump")
     if disassembler is None:
         pytest.skip("no cuobjdump on this machine: the width of the copies is not checked")
-    code = subprocess.run([disassembler, "-sass", compiled[0] / "sm_90.cubin"], capture_output=True, text=True, check=True).stdout
-    functions = re.split(r"\n\s*Function : ", code)[1:]
-    filters = [function for function in functions if "filter_kernel" in function.split(maxsplit=1)[0]]
-    assert filters
-    for function in filters:
+    functions = []
+    for source in SOURCES:
+        command = [disassembler, "-sass", compiled[0] / f"{source}.sm_90.cubin"]
+        code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        functions += re.split(r"\n\s*Function : ", code)[1:]
+    tiled = [
+        function
+        for function in functions
+        if re.search(r"(filter|add_modes|axial_conv|axial_conv_backward)_kernel", function.split(maxsplit=1)[0])
+    ]
+    assert tiled
+    for function in tiled:
         name = demangled(function.split(maxsplit=1)[0])
         assert re.search(r"LDGSTS\.E\.BYPASS\S*128", function), f"{name} reads without 16-byte asynchronous copies"
         assert re.search(r"STG\.E\S*128", function), f"{name} writes without 16-byte stores"
