@@ -23,9 +23,12 @@ def launch_all() -> int:
         squared = modes.squared_radius(radius)
         y = torch.ops.spanet_kernels.radial_filter(x, base, gain, squared)
         grads = torch.ops.spanet_kernels.radial_filter_backward(grad, x, squared)
+        weight = make_input((1, 1, shape[1], shape[1]), dtype, device="cuda", seed=2)[0, 0] / shape[1]
+        gate = x, None, weight, weight[0], base, gain, squared
+        gated = torch.ops.spanet_kernels.spectral_gate(*gate), *torch.ops.spanet_kernels.spectral_gate_backward(grad, *gate, True)
         assert y.isfinite().all()
-        assert all(g.isfinite().all() for g in grads)
-        launches += 2
+        assert all(g.isfinite().all() for g in (*grads, *gated))
+        launches += 4
     return launches
 
 
