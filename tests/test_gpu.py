@@ -225,5 +225,50 @@ def test_axial_conv_of_more_than_2_31_elements(layout):
         assert torch.equal(y[part], torch.ops.spanet_kernels.add_modes(small, modes_of_it, x[part].clone(), 4))
 
 
+GATES = (((2, 20, 7, 7), 1), ((3, 64, 56, 56), 2), ((5, 320, 14, 14), 1), ((9, 512, 7, 7), 1), ((2, 65, 25, 42), 3), ((2, 33, 12, 10), 4.5))
+
+
+def gate_sample(shape, radius, dtype, layout):
+    """z, its coefficients, weight, bias, base, gain and squared radius."""
+    squared, channels = modes.squared_radius(radius), shape[1]
+    z = make_input(shape, dtype, layout, "cuda")
+    weight = make_input((1, 1, channels, channels), dtype, device="cuda", seed=5)[0, 0] / channels**0.5
+    bias = make_input((1, 1, 1, channels), dtype, device="cuda", seed=6).flatten()
+    return z, reference.mode_coefficients(z, squared), weight, bias, *make_profile(channels, radius, dtype, "cuda"), squared
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("shape", "radius"), GATES, ids=str)
+def test_gate_error_rule(shape, radius, dtype, layout):
+    sample = gate_sample(shape, radius, dtype, layout)
+    judge = [a.double() if isinstance(a, torch.Tensor) else a for a in sample]
+    grad = make_input(shape, dtype, layout, "cuda", seed=3) / 64
+    poison = torch.full((4 * grad.numel() + 1,), torch.nan, device="cuda", dtype=dtype)
+    del poison
+    ops = torch.ops.spanet_kernels
+    y, *grads = ops.spectral_gate(*sample), *ops.spectral_gate_backward(grad, *sample, True)
+    assert y.is_contiguous(memory_format=modes.memory_format(sample[0]))
+    same = reference.spectral_gate(*sample), *reference.spectral_gate_backward(grad, *sample, True)
+    exact = reference.spectral_gate(*judge), *reference.spectral_gate_backward(grad.double(), *judge, True)
+    for a, b, c in zip((y, *grads), same, exact, strict=True):
+        assert a.dtype == b.dtype
+        assert_as_accurate(a, b, c, units=4, alike=True)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gate_repeats_are_bit_equal_whatever_the_batch(dtype, layout):
+    z, zhat, *rest = gate_sample((9, 128, 14, 14), 2, dtype, layout)
+    grad = make_input(z.shape, dtype, layout, "cuda", seed=3)
+    ops = torch.ops.spanet_kernels
+    expected = ops.spectral_gate(z, zhat, *rest), *ops.spectral_gate_backward(grad, z, zhat, *rest, True)
+    for _ in range(1000):
+        actual = ops.spectral_gate(z, zhat, *rest), *ops.spectral_gate_backward(grad, z, zhat, *rest, True)
+        assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+    assert torch.equal(ops.spectral_gate(z[4:5], zhat[4:5], *rest), expected[0][4:5])
+    assert torch.equal(ops.spectral_gate_backward(grad[4:5], z[4:5], zhat[4:5], *rest, True)[0], expected[1][4:5])
+
+
 def test_report_names_what_is_in_use():
     assert backends()["operators"]["radial_filter"]["cuda"]["in use"] in ("cuda", "triton", "modes")

@@ -39,7 +39,7 @@ def pointwise_mlp(x: Tensor, weight_in: Tensor, bias_in: Tensor | None, weight_o
 
 
 def _fuses(x: Tensor, weight: Tensor) -> bool:
-    return (
+    return bool(
         x.device.type == "cpu"
         and x.dtype == weight.dtype
         and (x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()))

@@ -15,8 +15,8 @@ and backward, c = grad o z, chat[k, o] = sum_n phi_k[n] c[n, o],
 Both are one matrix product whose last step is the modes. A program owns a tile (BN pixels of one image, BO channels);
 programs of the same pixels are neighbours, so that z leaves memory once. One code serves NCHW and channels_last: the strides
 decide which axis of a tile is contiguous. A tile never straddles images: a NaN and a rounding stay in their image whatever the
-batch. The price is padding of the products, not of memory: 49 pixels fill 64 (23 % idle), 196 fill 256 (23 %), 784 896 (13 %),
-3136 3200 (2 %).
+batch. The price is padding of the products, not of memory: 49 pixels fill 64 (23 % idle), 196 fill 256 (23 %), and in 16 bits, with
+tiles of 128 forward and 64 backward, 784 fill 896 and 832 (13 and 6 %), 3136 fill 3200 and 3136 (2 and 0 %).
 
     forward     _mix: v and W'     _gate: y
     backward    _mix     _context: grad o ctx, c, parts of chat     _fold: chat     _mix_backward: back     _gradient: z_grad, in
@@ -24,9 +24,9 @@ batch. The price is padding of the products, not of memory: 49 pixels fill 64 (2
 
 The floor in 16 bits is 4 bytes per pixel and channel forward (z, y) and 6 backward (grad, z, z_grad); backward moves
 18 (_context 8, _gradient 6, _outer 4). Products: 2 C FLOP per pixel and channel forward, 6 C backward, before padding.
-Prediction, not measured, for an H200 with 4.3 TB/s and 790 TFLOP/s in bf16: _gate is bound by memory up to C = 128 and
+Predictions, not measured, for an H200 with 4.3 TB/s and 790 TFLOP/s in bf16: _gate is bound by memory up to C = 128 and
 reaches 0.8 of the copy's bandwidth there; at C = 320 and 512 the products bind and reach half of the peak, 0.4 of the
-bandwidth.
+bandwidth. Backward takes four to five times as long as forward.
 
 Coefficients, basis and v stay fp32: a 16-bit v or phi errs as much as the result's rounding where features have a mean. The
 steps that multiply them split fp32 into bf16 terms: two terms and three products for 16-bit planes (error 2^-16), three terms
@@ -207,9 +207,10 @@ def _context_kernel(
 
 @triton.jit
 def _fold_kernel(parts, chat, T, M, BT: tl.constexpr, BM: tl.constexpr):
-    """chat (B, M) from its parts (B, T, M) of the pixel tiles; program (block of M, b)."""
-    m = tl.program_id(0) * BM + tl.arange(0, BM)
-    b = tl.program_id(1).to(tl.int64)
+    """chat (B, M) from its parts (B, T, M) of the pixel tiles."""
+    groups = tl.cdiv(M, BM)
+    b = (tl.program_id(0) // groups).to(tl.int64)
+    m = tl.program_id(0) % groups * BM + tl.arange(0, BM)
     total = tl.zeros((BT, BM), tl.float32)
     for t0 in range(0, T, BT):
         total += _rows(parts + b * T * M, t0 + tl.arange(0, BT), T, m, M)
@@ -287,11 +288,15 @@ def disc(height: int, width: int, radius_squared: int, device: torch.device) -> 
         return Disc(*(table.to(device) for table in tables))
 
 
+@functools.lru_cache(maxsize=1024)
+def _few_modes(height: int, width: int, radius_squared: int) -> bool:
+    shell = modes.shell_map(height, width, radius_squared, torch.device("cpu"))
+    return int((shell < len(modes.shells(radius_squared))).sum()) <= MAX_MODES
+
+
 def serves(z: Tensor, radius_squared: int) -> bool:
     """Whether the kernels take such planes and such a disc."""
-    count = len(modes.shells(radius_squared))
-    inside = modes.shell_map(z.shape[2], z.shape[3], radius_squared, torch.device("cpu")) < count
-    return z.dtype != torch.float64 and z.numel() > 0 and int(inside.sum()) <= MAX_MODES
+    return z.dtype != torch.float64 and z.numel() > 0 and _few_modes(z.shape[2], z.shape[3], radius_squared)
 
 
 class Plan(NamedTuple):
@@ -405,7 +410,7 @@ def spectral_gate_backward(
     with torch.cuda.device_of(z):
         v, scaled = _mix(coefficients, weight, base, gain, table)
         _context_kernel[choice.programs(B, C, N)](grad, z, z_grad, c, parts, scaled, v, table.phi, bias, N, C, K, **planes)
-        _fold_kernel[triton.cdiv(K * C, 64), B](parts, chat, tiles, K * C, BT=16, BM=64, **small)
+        _fold_kernel[B * triton.cdiv(K * C, 64),](parts, chat, tiles, K * C, BT=16, BM=64, **small)
         _mix_backward_kernel[triton.cdiv(B * K, 32), triton.cdiv(C, 64)](
             chat, coefficients, v, products, weight, gain, table.place, table.shell, B, C, K, M, *gain.stride(), sqrt(N),
             BR=32, BO=32, BC=64, PRECISION=precision(z.dtype), **small,
