@@ -3,6 +3,7 @@
 section.py   what a section is, and the choices they all get
 photos.py    real photographs through spectral_pool
 ops.py       radial_filter against a memory copy and against FFT chains
+layers.py    the SPAM layer against the published one and against its own limit
 models.py    whole models, inference; train.py: their training step
 scaling.py   cost against size, radius, channels, batch, threads and processes
 

@@ -21,6 +21,7 @@ from .section import DTYPES, LAYOUTS, Options, Section, usable
 SECTIONS = {
     "photos": "real photographs through spectral_pool, each result against fp64, and a figure to look at",
     "ops": "radial_filter against clone() and FFT chains: forward, gradients, any radius, call overhead",
+    "layers": "the SPAM layer against the published one, against itself without filters, and against its matrix products",
     "models": "inference of whole models: SPANet, the published code, their peers of timm",
     "train": "the training step of the same models",
     "scaling": "cost against size, radius, channels, batch, threads and processes",

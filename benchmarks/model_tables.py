@@ -9,7 +9,7 @@ from typing import Any
 
 from .peers import is_ours
 from .scaling import abscissa, expected, exponent
-from .tables import Results, Target, markdown, median, noisy, notes, time
+from .tables import Results, Target, markdown, median, noisy, notes, shape_text, time
 
 Row = dict[str, Any]
 POOLFORMERS = {"spanet_small": "s24", "spanet_medium": "s36", "spanet_base": "m36", "spanet_basex": "m48"}  # of the same dims and depths
@@ -115,6 +115,42 @@ def speed_table(section: str) -> Callable[[Results], str]:
         return markdown(HEADER, (cells(row, rows, environment) for row in rows)) + LEGEND + notes(rows, environment, "eager")
 
     return table
+
+
+def layers_table(results: Results) -> str:
+    """The SPAM layer: times, and ratios with their targets; those of the published layer are for training, on CPUs in fp32."""
+    environment, lines = results["layers"]["environment"], []
+    gpu = environment["device"] == "cuda"
+    for row in results["layers"]["rows"]:
+        start = [row["kind"], shape_text(row), row["dtype"], row["layout"].replace("nchw", "NCHW")]
+        ours, training = median(row, "ours"), row["kind"] == "training"
+        if ours is None:
+            lines.append([*start, "refused", *["-"] * 6])
+            continue
+        limits = {"published": 4 if gpu else 2, "compiled": 3 if gpu else 2} if training and (gpu or row["dtype"] == "fp32") else {}
+        ratios = []
+        for name in ("published", "compiled"):
+            other = median(row, name)
+            ratio = other / ours if other else None
+            ratios.append("refused" if ratio is None else str(Target(name, name, ratio, limits[name])) if limits else f"{ratio:.1f}")
+        plain, gemms = median(row, "no filter"), median(row, "gemms")
+        cost = ours / plain if plain else None
+        peaks = [row["competitors"][name].get("peak") for name in ("ours", "published")]
+        memory = peaks[0] / peaks[1] if all(peaks) else None
+        lines.append(
+            [
+                *start,
+                time(ours) + (" ~" if noisy(row, environment) else ""),
+                "-" if cost is None else str(Target("no filter", "no filter", cost, 1.05)) if training else f"{cost:.2f}",
+                *ratios,
+                f"{gemms / ours:.2f}" if gemms else "-",
+                "-" if memory is None else str(Target("memory", "memory", memory, 0.5)) if training else f"{memory:.2f}",
+                f"{row['competitors']['ours']['bytes over floor']}",
+            ]
+        )
+    header = ["", "shape", "dtype", "layout", "ours", "ours / no filter", "published / ours", "compiled / ours"]
+    header += ["share in GEMM", "peak memory / published", "bytes / floor"]
+    return markdown(header, lines) + notes(results["layers"]["rows"], environment)
 
 
 def limit_table(results: Results) -> str:

@@ -29,6 +29,7 @@ TABLES: dict[str, tuple[str, str, Callable[[Results], str]]] = {
     "model-targets": ("models", "Targets of inference", model_tables.targets_table("models")),
     "train": ("train", "Training steps of whole models", model_tables.speed_table("train")),
     "train-targets": ("train", "Targets of training", model_tables.targets_table("train")),
+    "layers": ("layers", "The SPAM layer", model_tables.layers_table),
     "limit": ("models", "The machine's limits", model_tables.limit_table),
     "breakdown": ("models", "Where the time of a forward pass goes", model_tables.breakdown_table),
     "scaling": ("scaling", "Cost against one axis at a time", model_tables.scaling_table),

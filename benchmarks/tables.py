@@ -8,13 +8,13 @@ from typing import Any
 
 from .record import spread
 
-AT_MOST = ("clone", "memory")
+AT_MOST = ("clone", "memory", "no filter")
 Results = dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class Target:
-    """A ratio and what it should be: at most the limit against a copy or in memory, at least the limit against all others."""
+    """A ratio and what it should be: at most the limit against a copy, a simpler layer or in memory, at least the limit against all others."""
 
     against: str
     what: str

@@ -171,7 +171,14 @@ def test_every_section_lists_its_rows(capsys):
     assert cli.main(["all", "--list", "--device", "cpu"]) == 0
     names = capsys.readouterr().out.splitlines()
     assert len(set(names)) == len(names)
-    for part in ("astronaut, ", "stages S, ", "spanet_small, infer, 224x224, batch 8", "spanet_small, train, ", "SPAM against pixels"):
+    for part in (
+        "astronaut, ",
+        "stages S, ",
+        "spanet_small, infer, 224x224, batch 8",
+        "spanet_small, train, ",
+        "SPAM S, stage 1",
+        "SPAM against pixels",
+    ):
         assert any(name.startswith(part) for name in names), part
     full = section.Options("full", CPU, ["fp32"], ["nchw"], batches=[4])
     assert {row.model for row in models.rows(full)} == set(peers.MODELS)
