@@ -14,7 +14,7 @@ Results = dict[str, dict[str, Any]]
 
 @dataclass(frozen=True)
 class Target:
-    """A ratio and what it should be: at most the limit against a copy, a simpler layer or in memory, at least the limit against all others."""
+    """A ratio and what it should be: at most the limit against what is in AT_MOST, at least the limit against all others."""
 
     against: str
     what: str
