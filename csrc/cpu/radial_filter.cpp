@@ -108,9 +108,15 @@ struct Plan {
   }
 };
 
+// How many adjacent elements a kernel sees.
+int64_t adjacent(const Tensor& x, bool channels_last, int64_t radius_squared) {
+  const int64_t h = x.size(2), w = x.size(3);
+  return channels_last ? x.size(1) : serves_flat(h, w, radius_squared) ? h * w : w;
+}
+
 // Calls f(kernels, modes, plan) for the operator on x.
 template <class F> void for_planes(const char* op, const Tensor& x, int64_t radius_squared, Extent extent, F f) {
-  for_dtype(op, x.scalar_type(), is_channels_last(x) ? x.size(1) : x.size(3), [&]<class T, class IO>(const Kernels<T, IO>& kernel) {
+  for_dtype(op, x.scalar_type(), adjacent(x, is_channels_last(x), radius_squared), [&]<class T, class IO>(const Kernels<T, IO>& kernel) {
     const auto table = mode_table<T>(x.size(2), x.size(3), radius_squared, extent, kernel.lanes);
     f(kernel, table->modes, Plan(x, kernel.lanes));
   });
@@ -198,7 +204,7 @@ std::tuple<Tensor, Tensor> radial_filter_backward(const Tensor& grad, const Tens
                       grad.size(3) == w,
                   "radial_filter_backward: grad must have the shape and dtype of x");
   const bool channels_last = grad.stride(1) == 1 && x.stride(1) == 1 && channels > 1;
-  for_dtype("radial_filter_backward", x.scalar_type(), channels_last ? channels : w, [&]<class T, class IO>(const Kernels<T, IO>& kernel) {
+  for_dtype("radial_filter_backward", x.scalar_type(), adjacent(x, channels_last, radius_squared), [&]<class T, class IO>(const Kernels<T, IO>& kernel) {
     const auto table = mode_table<T>(h, w, radius_squared, Extent::disc, kernel.lanes);
     const Modes<T>& modes = table->modes;
     std::vector<double> sums((modes.inside + 1) * channels);
