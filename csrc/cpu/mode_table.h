@@ -13,6 +13,31 @@
 
 namespace spanet {
 
+// Whether contiguous planes go through whole, as rows of a matrix product with all modes: small ones with few modes.
+inline bool serves_flat(int64_t h, int64_t w, int64_t radius_squared) {
+  return h * w >= 16 && h * w <= 256 && axis_functions(h, radius_squared) * axis_functions(w, radius_squared) <= 25;
+}
+
+// Function k of an axis at i, not normalised.
+template <class T> double function_value(const Axis<T>& axis, int64_t k, int64_t i) {
+  const int64_t f = k < axis.nc ? k : k - axis.nc + 1;
+  const double angle = 2 * std::numbers::pi / static_cast<double>(axis.n) * static_cast<double>(f * i % axis.n);
+  return k < axis.nc ? std::cos(angle) : std::sin(angle);
+}
+
+// Values for n elements laid out in slots (Step in tiles.h): the last vector of several is moved back to end with the elements.
+// Of those that stand there twice, `once` keeps the first and has zeros for the second.
+template <class T, class F> void fill_slots(int64_t n, int64_t lanes, T* slots, T* once, F value) {
+  const int64_t vectors = (n + lanes - 1) / lanes, width = vectors * lanes;
+  for (int64_t slot = 0; slot < width; ++slot) {
+    const bool moved = n >= lanes && slot / lanes == vectors - 1;
+    const int64_t i = moved ? slot - (width - n) : slot;
+    if (i >= n) continue;
+    slots[slot] = value(i);
+    if (!moved || i >= slot / lanes * lanes) once[slot] = value(i);
+  }
+}
+
 template <class T> struct AxisTable {
   std::vector<T> table, functions, once, transposed;
   Axis<T> axis;
@@ -24,22 +49,13 @@ template <class T> struct AxisTable {
     once.resize(count * width);
     transposed.resize(width * padded);
     table.resize((n / 2 + 1) * count);
-    for (int64_t k = 0; k < count; ++k) {
-      const int64_t f = k < nc ? k : k - nc + 1;
-      const auto value = [&](int64_t i) {
-        const double angle = 2 * std::numbers::pi / n * (f * i % n);
-        return static_cast<T>(k < nc ? std::cos(angle) : std::sin(angle));
-      };
-      for (int64_t i = 0; i <= n / 2; ++i) table[i * count + k] = value(i);
-      for (int64_t slot = 0; slot < width; ++slot) {
-        const bool moved = n >= lanes && slot / lanes == vectors - 1;
-        const int64_t i = moved ? slot - (width - n) : slot;
-        if (i >= n) continue;
-        functions[k * width + slot] = value(i);
-        if (!moved || i >= slot / lanes * lanes) once[k * width + slot] = transposed[slot * padded + k] = value(i);
-      }
-    }
     axis = {n, nc, ns, table.data(), functions.data(), once.data(), transposed.data(), width, padded};
+    for (int64_t k = 0; k < count; ++k) {
+      const auto value = [&](int64_t i) { return static_cast<T>(function_value(axis, k, i)); };
+      for (int64_t i = 0; i <= n / 2; ++i) table[i * count + k] = value(i);
+      fill_slots(n, lanes, &functions[k * width], &once[k * width], value);
+      for (int64_t slot = 0; slot < width; ++slot) transposed[slot * padded + k] = once[k * width + slot];
+    }
   }
 };
 
@@ -49,6 +65,7 @@ enum class Extent { disc, square };
 template <class T> struct ModeTable {
   AxisTable<T> rows, columns;
   std::vector<Mode> mode;
+  std::vector<T> flat, flat_once;
   Modes<T> modes;
 
   ModeTable(int64_t h, int64_t w, int64_t radius_squared, Extent extent, int64_t lanes)
@@ -67,7 +84,17 @@ template <class T> struct ModeTable {
         if (extent == Extent::square) mode.push_back({a, b, static_cast<int32_t>(index), a * width, b * width, std::sqrt(scale)});
         else if (squared <= radius_squared) mode.push_back({a, b, shell_of[squared], a * width, b * width, scale});
       }
-    modes = {rows.axis, columns.axis, mode.data(), static_cast<int64_t>(mode.size()), shell_count(radius_squared)};
+    const int64_t flat_width = (h * w + lanes - 1) / lanes * lanes;
+    if (serves_flat(h, w, radius_squared)) {
+      flat.resize(flat_rows(mode.size()) * flat_width);
+      flat_once.resize(flat.size());
+      for (size_t k = 0; k < mode.size(); ++k)
+        fill_slots(h * w, lanes, &flat[k * flat_width], &flat_once[k * flat_width], [&](int64_t i) {
+          return static_cast<T>(function_value(rows.axis, mode[k].row, i / w) * function_value(columns.axis, mode[k].column, i % w));
+        });
+    }
+    modes = {rows.axis, columns.axis, mode.data(), static_cast<int64_t>(mode.size()), shell_count(radius_squared),
+             flat.empty() ? nullptr : flat.data(), flat_once.data(), flat_width};
   }
 };
 

@@ -6,8 +6,8 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <array>
 #include <optional>
-#include <string>
 #include <tuple>
 #include <vector>
 
@@ -83,10 +83,26 @@ int64_t lanes_chunk(int64_t lanes, int64_t plane_bytes) {
 
 bool is_channels_last(const Tensor& x) { return !x.is_contiguous() && x.stride(1) == 1; }
 
+// A new tensor, straight from the allocator: `torch::stable::empty` goes through the dispatcher, which costs as much again.
+Tensor empty(std::array<int64_t, 4> sizes, int32_t dtype, bool channels_last = false) {
+  const auto [b, c, h, w] = sizes;
+  const std::array<int64_t, 4> contiguous{c * h * w, h * w, w, 1}, last{h * w * c, 1, w * c, c};
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(4, sizes.data(), (channels_last ? last : contiguous).data(), dtype,
+                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
 Tensor empty_in_layout_of(const Tensor& x) {
-  using torch::headeronly::MemoryFormat;
-  return torch::stable::empty(x.sizes(), x.scalar_type(), std::nullopt, x.device(), std::nullopt,
-                              is_channels_last(x) ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  int32_t dtype;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+  return empty({x.size(0), x.size(1), x.size(2), x.size(3)}, dtype, is_channels_last(x));
+}
+
+// An uninitialised tensor of coefficients of x, in the dtype of the accumulators.
+Tensor empty_coefficients(const Tensor& x, int64_t a_h, int64_t a_w) {
+  const bool wide = x.scalar_type() == ScalarType::Double;
+  return empty({x.size(0), x.size(1), a_h, a_w}, wide ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32());
 }
 
 // The work on the planes of x, cut into units of so many elements.
@@ -108,9 +124,15 @@ struct Plan {
   }
 };
 
+// How many adjacent elements a kernel sees.
+int64_t adjacent(const Tensor& x, bool channels_last, int64_t radius_squared) {
+  const int64_t h = x.size(2), w = x.size(3);
+  return channels_last ? x.size(1) : serves_flat(h, w, radius_squared) ? h * w : w;
+}
+
 // Calls f(kernels, modes, plan) for the operator on x.
 template <class F> void for_planes(const char* op, const Tensor& x, int64_t radius_squared, Extent extent, F f) {
-  for_dtype(op, x.scalar_type(), is_channels_last(x) ? x.size(1) : x.size(3), [&]<class T, class IO>(const Kernels<T, IO>& kernel) {
+  for_dtype(op, x.scalar_type(), adjacent(x, is_channels_last(x), radius_squared), [&]<class T, class IO>(const Kernels<T, IO>& kernel) {
     const auto table = mode_table<T>(x.size(2), x.size(3), radius_squared, extent, kernel.lanes);
     f(kernel, table->modes, Plan(x, kernel.lanes));
   });
@@ -135,10 +157,9 @@ Tensor radial_filter(const Tensor& x, const Tensor& base, const Tensor& gain, in
 }
 
 Tensor mode_coefficients(const Tensor& x, int64_t radius_squared) {
-  const ScalarType dtype = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   const auto functions = [&](int64_t n) { return radius_squared < 0 ? 0 : axis_functions(n, radius_squared); };
   const int64_t channels = x.size(1), a_h = functions(x.size(2)), a_w = functions(x.size(3)), count = a_h * a_w;
-  Tensor coefficients = torch::stable::empty({x.size(0), channels, a_h, a_w}, dtype, std::nullopt, x.device());
+  Tensor coefficients = empty_coefficients(x, a_h, a_w);
   if (coefficients.numel() == 0) return coefficients;
   for_planes("mode_coefficients", x, radius_squared, Extent::square,
              [&]<class T, class IO>(const Kernels<T, IO>& kernel, const Modes<T>& modes, const Plan& plan) {
@@ -154,7 +175,7 @@ Tensor add_modes(const Tensor& x, Tensor coefficients, std::optional<Tensor> fac
   const int64_t images = x.size(0), channels = x.size(1), h = x.size(2), w = x.size(3);
   const ScalarType dtype = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   if (radius_squared < 0) {  // no modes: a constant of nothing
-    coefficients = torch::stable::empty({images, channels, 1, 1}, dtype, std::nullopt, x.device());
+    coefficients = empty_coefficients(x, 1, 1);
     torch::stable::zero_(coefficients);
     radius_squared = 0;
   }
@@ -198,7 +219,7 @@ std::tuple<Tensor, Tensor> radial_filter_backward(const Tensor& grad, const Tens
                       grad.size(3) == w,
                   "radial_filter_backward: grad must have the shape and dtype of x");
   const bool channels_last = grad.stride(1) == 1 && x.stride(1) == 1 && channels > 1;
-  for_dtype("radial_filter_backward", x.scalar_type(), channels_last ? channels : w, [&]<class T, class IO>(const Kernels<T, IO>& kernel) {
+  for_dtype("radial_filter_backward", x.scalar_type(), adjacent(x, channels_last, radius_squared), [&]<class T, class IO>(const Kernels<T, IO>& kernel) {
     const auto table = mode_table<T>(h, w, radius_squared, Extent::disc, kernel.lanes);
     const Modes<T>& modes = table->modes;
     std::vector<double> sums((modes.inside + 1) * channels);

@@ -17,6 +17,7 @@
 
 #include "cpu/radial_filter_kernel.h"
 
+#include "cpu/flat.h"
 #include "cpu/tiles.h"
 
 namespace spanet {
@@ -67,13 +68,21 @@ template <class IO> void compact(const IO* rows, int64_t vector, IO* to, int64_t
   }
 }
 
-// A plane as rows of adjacent columns: the plane itself, or a copy in scratch if its columns are apart.
-template <class IO> const IO* adjacent_columns(const IO* x, int64_t& h_stride, int64_t w_stride, int64_t h, int64_t w, IO* copy) {
-  if (w_stride == 1) return x;
+template <class IO> const IO* copy_plane(const IO* x, Planes<const IO> p, int64_t h, int64_t w, IO* copy) {
   for (int64_t i = 0; i < h; ++i)
-    for (int64_t j = 0; j < w; ++j) copy[i * w + j] = x[i * h_stride + j * w_stride];
-  h_stride = w;
+    for (int64_t j = 0; j < w; ++j) copy[i * w + j] = x[i * p.h + j * p.w];
   return copy;
+}
+
+// A plane as rows of adjacent columns: the plane itself, or a copy in scratch if its columns are apart.
+template <class IO> const IO* adjacent_columns(const IO* x, Planes<const IO> p, int64_t& h_stride, int64_t h, int64_t w, IO* copy) {
+  h_stride = p.w == 1 ? p.h : w;
+  return p.w == 1 ? x : copy_plane(x, p, h, w, copy);
+}
+
+// The same as rows that follow each other.
+template <class IO> const IO* packed_plane(const IO* x, Planes<const IO> p, int64_t h, int64_t w, IO* copy) {
+  return p.w == 1 && p.h == w ? x : copy_plane(x, p, h, w, copy);
 }
 
 // What the columns cut works in, for each of a group of planes. v and t are (A_H, width) in slots; z has one number a mode; full and weighed, (A_H, padded), serve the GEMM.
@@ -152,14 +161,16 @@ void over_columns(const Modes<T>& m, Planes<const IO> x, Planes<const IO> factor
   const int64_t h = m.rows.n, w = m.columns.n, width = m.columns.width, bytes = h * w * static_cast<int64_t>(sizeof(IO));
   const int64_t planes = x.w != 1 || bytes * 2 > cached ? 1 : (cached / bytes < most ? cached / bytes : most);
   ColumnsScratch<T, IO> s(m, planes);
+  int64_t image = begin / channels, channel = begin % channels;
   for (int64_t first = begin; first < end; first += planes) {
     const int64_t group = end - first < planes ? end - first : planes;
     const IO* plane[most];
-    int64_t h_stride = x.h, b[most], c[most];
+    int64_t h_stride, b[most], c[most];
     for (int64_t g = 0; g < group; ++g) {
-      b[g] = (first + g) / channels;
-      c[g] = (first + g) % channels;
-      plane[g] = adjacent_columns(x.data + b[g] * x.b + c[g] * x.c, h_stride, x.w, h, w, s.plane[0]);
+      b[g] = image;
+      c[g] = channel;
+      if (++channel == channels) channel = 0, ++image;
+      plane[g] = adjacent_columns(x.data + b[g] * x.b + c[g] * x.c, x, h_stride, h, w, s.plane[0]);
       if constexpr (REDUCE) reduce(m.rows, plane[g], h_stride, w, true, s.v + g * s.rows, width);
     }
     if constexpr (REDUCE)
@@ -181,6 +192,50 @@ void over_columns(const Modes<T>& m, Planes<const IO> x, Planes<const IO> factor
     }
   }
   if (stream) fence_streaming();
+}
+
+// Planes [begin, end) as over_columns, whole planes at a time; planes that are not contiguous are first copied.
+template <bool REDUCE, Out OUT, class T, class IO, class Base, class Between>
+void over_flat(const Modes<T>& m, Planes<const IO> x, Planes<const IO> factor, Planes<IO> y, int64_t channels, bool stream, int64_t begin,
+               int64_t end, Base base, Between between) {
+  constexpr int64_t most = 16, vl = lanes_of<T>;
+  const int64_t h = m.rows.n, w = m.columns.n, rows = flat_rows(m.inside);
+  const int64_t planes = x.w == 1 && x.h == w ? most : 1;
+  Scratch<T> scratch(planes * rows * (vl + 1) + vl * vl + 3 * line_up(h * w) + 256);
+  Vec<T>* sums = reinterpret_cast<Vec<T>*>(scratch.take(planes * rows * vl + vl * vl));
+  T* z = scratch.take(planes * rows + vl);
+  IO* copy[3];
+  for (IO*& part : copy) part = reinterpret_cast<IO*>(scratch.take(h * w));
+  int64_t image = begin / channels, channel = begin % channels;
+  for (int64_t first = begin; first < end; first += planes) {
+    const int64_t group = end - first < planes ? end - first : planes;
+    const IO* plane[most];
+    int64_t b[most], c[most];
+    for (int64_t g = 0; g < group; ++g) {
+      b[g] = image;
+      c[g] = channel;
+      if (++channel == channels) channel = 0, ++image;
+      plane[g] = packed_plane(x.data + b[g] * x.b + c[g] * x.c, x, h, w, copy[0]);
+      if constexpr (REDUCE) flat_reduce(m, plane[g], sums + g * rows);
+    }
+    if constexpr (REDUCE)
+      for (int64_t i = 0; i < group * rows; i += vl) store<T>(z + i, sum_lanes<T>(sums + i));
+    for (int64_t g = 0; g < group; ++g) between(b[g], c[g], z + g * rows);
+    if constexpr (OUT != Out::sum)
+      for (int64_t g = 0; g < group; ++g) {
+        IO* out = y.data + b[g] * y.b + c[g] * y.c;
+        const IO* by = OUT == Out::modulated ? packed_plane(factor.data + b[g] * factor.b + c[g] * factor.c, factor, h, w, copy[1]) : nullptr;
+        flat_expand<OUT>(m, z + g * rows, base(c[g]), plane[g], by, stream ? copy[2] : out);
+        if (stream) stream_copy(copy[2], out, h * w);
+      }
+  }
+  if (stream) fence_streaming();
+}
+
+// Planes [begin, end), by the one or the other.
+template <bool REDUCE, Out OUT, class T, class IO, class... More> void over_planes(const Modes<T>& m, Planes<const IO> x, More... more) {
+  if (m.flat) over_flat<REDUCE, OUT>(m, x, more...);
+  else over_columns<REDUCE, OUT>(m, x, more...);
 }
 
 struct Chunk {
@@ -255,11 +310,11 @@ template <class T, class IO>
 void filter(Cut cut, const Modes<T>& m, Planes<const IO> x, Planes<IO> y, const Profile<T>& p, int64_t channels, int64_t chunk, bool stream,
             int64_t begin, int64_t end) {
   if (cut == Cut::columns) {
-    over_columns<true, Out::scaled>(
+    over_planes<true, Out::scaled>(
         m, x, x, y, channels, stream, begin, end, [&](int64_t c) { return p.base[c * p.base_stride]; },
         [&](int64_t, int64_t c, T* z) {
           const T* gain = p.gain + c * p.gain_channel;
-          for (int64_t k = 0; k < m.inside; ++k) z[k] = T(z[k] * (m.mode[k].scale * gain[m.mode[k].index * p.gain_shell]));
+          for (int64_t k = 0; k < m.inside; ++k) z[k] *= T(m.mode[k].scale) * gain[m.mode[k].index * p.gain_shell];
         });
     return;
   }
@@ -284,7 +339,7 @@ void mode_coefficients(Cut cut, const Modes<T>& m, Planes<const IO> x, Coefficie
                        int64_t end) {
   const Planes<IO> none{};
   if (cut == Cut::columns) {
-    over_columns<true, Out::sum>(m, x, x, none, channels, false, begin, end, 0, [&](int64_t b, int64_t c, T* z) {
+    over_planes<true, Out::sum>(m, x, x, none, channels, false, begin, end, 0, [&](int64_t b, int64_t c, T* z) {
       T* to = out.data + b * out.b + c * out.c;
       for (int64_t k = 0; k < m.inside; ++k) to[m.mode[k].index * out.mode] = T(z[k] * m.mode[k].scale);
     });
@@ -305,7 +360,7 @@ template <Out OUT, class T, class IO>
 void add_modes_as(Cut cut, const Modes<T>& m, Planes<const IO> x, Planes<const IO> factor, Planes<IO> y, Coefficients<const T> in,
                   int64_t channels, int64_t chunk, bool stream, int64_t begin, int64_t end) {
   if (cut == Cut::columns) {
-    over_columns<false, OUT>(m, x, factor, y, channels, stream, begin, end, [](int64_t) { return T(1); }, [&](int64_t b, int64_t c, T* z) {
+    over_planes<false, OUT>(m, x, factor, y, channels, stream, begin, end, [](int64_t) { return T(1); }, [&](int64_t b, int64_t c, T* z) {
       const T* from = in.data + b * in.b + c * in.c;
       for (int64_t k = 0; k < m.inside; ++k) z[k] = T(from[m.mode[k].index * in.mode] * m.mode[k].scale);
     });
@@ -332,13 +387,43 @@ void add_modes(Cut cut, const Modes<T>& m, Planes<const IO> x, Planes<const IO> 
   else add_modes_as<Out::scaled>(cut, m, x, x, y, in, channels, chunk, stream, begin, end);
 }
 
-// total[l] += sum over w pixels of <grad, x>, lane by lane; partial sums in T, totals in fp64.
+// total[l] += sum over n rows of <grad, x>, lane by lane; partial sums in T, totals in fp64.
 template <class T, class IO>
-void accumulate_dot(const IO* grad, int64_t grad_w, const IO* x, int64_t x_w, int64_t w, int64_t lanes, T* partial, double* total) {
-  for (int64_t l = 0; l < lanes; ++l) partial[l] = T(0);
-  for (int64_t j = 0; j < w; ++j)
-    for (int64_t l = 0; l < lanes; ++l) partial[l] += T(widen(grad[j * grad_w + l])) * T(widen(x[j * x_w + l]));
+void accumulate_dot(const IO* grad, int64_t grad_stride, const IO* x, int64_t x_stride, int64_t n, int64_t lanes, T* partial, double* total) {
+  for_lanes<T, 2>(lanes, [&](auto nv, int64_t l, int64_t last) {
+    const Step<nv(), T> step{last, false};
+    Vec<T> sum[step.vectors] = {};
+    for (int64_t i = 0; i < n; ++i)
+      UNROLL
+      for (int v = 0; v < step.vectors; ++v)
+        sum[v] += step.read(grad + i * grad_stride + l + step.at(v)) * step.read(x + i * x_stride + l + step.at(v));
+    UNROLL
+    for (int v = 0; v < step.vectors; ++v) step.write(partial + l + step.at(v), sum[v]);
+  });
   for (int64_t l = 0; l < lanes; ++l) total[l] += partial[l];
+}
+
+template <class T, class IO>
+void backward_flat(const Modes<T>& m, Planes<const IO> grad, Planes<const IO> x, double* sums, int64_t images, int64_t channels,
+                   int64_t begin, int64_t end) {
+  constexpr int64_t vl = lanes_of<T>;
+  const int64_t h = m.rows.n, w = m.columns.n, rows = flat_rows(m.inside), count = 2 * rows + 1;
+  Scratch<T> scratch((count + vl) * (vl + 1) + 2 * line_up(h * w) + 256);
+  Vec<T>* parts = reinterpret_cast<Vec<T>*>(scratch.take((count + vl) * vl));
+  T* z = scratch.take(count + vl);
+  IO* copy[2];
+  for (IO*& part : copy) part = reinterpret_cast<IO*>(scratch.take(h * w));
+  for (int64_t c = begin; c < end; ++c)
+    for (int64_t b = 0; b < images; ++b) {
+      const IO* g = packed_plane(grad.data + b * grad.b + c * grad.c, grad, h, w, copy[0]);
+      const IO* f = packed_plane(x.data + b * x.b + c * x.c, x, h, w, copy[1]);
+      flat_reduce(m, g, parts);
+      flat_reduce(m, f, parts + rows);
+      parts[2 * rows] = flat_dot(m, g, f);
+      for (int64_t i = 0; i < count; i += vl) store<T>(z + i, sum_lanes<T>(parts + i));
+      for (int64_t k = 0; k < m.inside; ++k) sums[k * channels + c] += double(z[k]) * double(z[rows + k]);
+      sums[m.inside * channels + c] += z[2 * rows];
+    }
 }
 
 template <class T, class IO>
@@ -349,9 +434,9 @@ void backward_columns(const Modes<T>& m, Planes<const IO> grad, Planes<const IO>
   for (int64_t c = begin; c < end; ++c) {
     for (int64_t j = 0; j < w; ++j) s.dots[j] = 0;
     for (int64_t b = 0; b < images; ++b) {
-      int64_t h_stride[2] = {grad.h, x.h};
-      const IO* plane[2] = {adjacent_columns(grad.data + b * grad.b + c * grad.c, h_stride[0], grad.w, h, w, s.plane[0]),
-                            adjacent_columns(x.data + b * x.b + c * x.c, h_stride[1], x.w, h, w, s.plane[1])};
+      int64_t h_stride[2];
+      const IO* plane[2] = {adjacent_columns(grad.data + b * grad.b + c * grad.c, grad, h_stride[0], h, w, s.plane[0]),
+                            adjacent_columns(x.data + b * x.b + c * x.c, x, h_stride[1], h, w, s.plane[1])};
       for (int side = 0; side < 2; ++side) {
         reduce(m.rows, plane[side], h_stride[side], w, true, s.v, m.columns.width);
         columns_coefficients(m, s.v, s, s.z + side * s.modes);
@@ -393,7 +478,8 @@ void backward_lanes(const Modes<T>& m, Planes<const IO> grad, Planes<const IO> x
 template <class T, class IO>
 void backward(Cut cut, const Modes<T>& m, Planes<const IO> grad, Planes<const IO> x, double* sums, int64_t images, int64_t channels,
               int64_t chunk, int64_t begin, int64_t end) {
-  if (cut == Cut::columns) backward_columns(m, grad, x, sums, images, channels, begin, end);
+  if (cut == Cut::columns && m.flat) backward_flat(m, grad, x, sums, images, channels, begin, end);
+  else if (cut == Cut::columns) backward_columns(m, grad, x, sums, images, channels, begin, end);
   else backward_lanes(m, grad, x, sums, images, channels, chunk, begin, end);
 }
 

@@ -34,7 +34,14 @@ template <class T> struct Modes {
   Axis<T> rows, columns;
   const Mode* mode;  // those inside the disc, or all, by rows
   int64_t inside, shells;
+  // the modes of small planes as functions of the pixel, (flat_rows(inside), flat_width) in slots; nullptr for other planes
+  const T* flat;
+  const T* flat_once;
+  int64_t flat_width;
 };
+
+// Rows of Modes::flat: tiles of five modes first, then of four.
+inline int64_t flat_rows(int64_t inside) { return inside < 6 ? 5 : 5 + (inside - 2) / 4 * 4; }
 
 template <class IO> struct Planes {  // (B, C, H, W) with strides in elements
   IO* data;

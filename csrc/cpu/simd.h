@@ -139,11 +139,9 @@ template <class IO, class T> SIMD_INLINE auto narrow(Vec<T> v) {
     return v;
   } else if constexpr (std::is_same_v<IO, Bf16>) {
     using S = Simd<float>;
-    const S::U bits = (S::U)v;
-    const S::U rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-    const S::U nan = bits >> 16 | 0x40;
-    const S::U is_nan = (S::U)(v != v);
-    return __builtin_convertvector((is_nan & nan) | (~is_nan & rounded), S::U16);
+    // to nearest even; a NaN that arithmetic made is quiet, and cut off it stays one
+    const S::U bits = (S::U)v, up = (bits >> 16 & 1) + 0x7fff;
+    return __builtin_convertvector((bits + (up & (S::U)(v == v))) >> 16, S::U16);
   } else {
 #if SIMD_BYTES == 64
     return _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);

@@ -284,7 +284,7 @@ template <Out OUT, class T, class IO>
 void expand(const Axis<T>& axis, const T* t, int64_t t_stride, int64_t lanes, bool slots, const Rows<T, IO>& all) {
   const bool few = axis.nc == axis.ns + 1 && axis.ns <= 2;
   if (few) {
-    for_lanes<T, max_vectors / 2>(lanes, [&](auto nv, int64_t l, int64_t last) {
+    for_lanes<T, max_vectors>(lanes, [&](auto nv, int64_t l, int64_t last) {
       const Step<nv(), T> step{last, slots};
       if (axis.ns == 0) expand_few<1, 0, OUT>(axis, t + l, t_stride, step, all + l);
       else if (axis.ns == 1) expand_few<2, 1, OUT>(axis, t + l, t_stride, step, all + l);
