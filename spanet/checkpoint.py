@@ -5,9 +5,8 @@ Nothing but tensors is read from a file, a file that does not fit changes nothin
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import safetensors.torch
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from spanet_kernels import SPAM
 
 from .model import SPANet, checkpoint_filter_fn
+from .runs import replacing
 
 
 def read_state(path: str | Path) -> dict[str, Tensor]:
@@ -67,12 +67,12 @@ def model_of(state: Mapping[str, Tensor]) -> SPANet:
     Raises:
         ValueError: it is no state of a SPANet; what `SPANet.load_state_dict` raises.
     """
+    stages = [key.removesuffix("0.norm1.weight") for key in state if re.fullmatch(r"network\.\d+\.0\.norm1\.weight", key)]
     try:
-        first = [f"network.{i}.0." for i in (0, 2, 4, 6)]
         model = SPANet(
-            depths=[len({key.split(".")[2] for key in state if key.startswith(f"network.{i}.")}) for i in (0, 2, 4, 6)],
-            dims=[len(state[f"{block}norm1.weight"]) for block in first],
-            kernel_size=state[f"{first[0]}token_mixer.conv.0.weight"].shape[-1],
+            depths=[sum(key.startswith(stage) and key.endswith(".norm1.weight") for key in state) for stage in stages],
+            dims=[len(state[f"{stage}0.norm1.weight"]) for stage in stages],
+            kernel_size=state["network.0.0.token_mixer.conv.0.weight"].shape[-1],
             in_chans=state["patch_embed.proj.weight"].shape[1],
             num_classes=len(state.get("head.weight", ())),
             dense="norm0.weight" in state,
@@ -97,22 +97,8 @@ def published_state(model: SPANet) -> dict[str, Tensor]:
 def save_checkpoint(model: nn.Module, path: str | Path) -> None:
     """Write the SPANet of a module: to *.safetensors its own state, to any other name the published one, flat, masks included."""
     model = backbone_of(model)
-    with written(path) as draft:
+    with replacing(Path(path)) as file:
         if Path(path).suffix == ".safetensors":
-            safetensors.torch.save_file({key: value.contiguous() for key, value in model.state_dict().items()}, draft)
+            file.write(safetensors.torch.save({key: value.contiguous() for key, value in model.state_dict().items()}))
         else:
-            torch.save(published_state(model), draft)
-
-
-@contextmanager
-def written(path: str | Path) -> Iterator[Path]:
-    """A file to write to, which takes the place of path when the block ends, and is removed when the block raises."""
-    path = Path(path)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield draft
-        with open(draft, "rb+") as file:
-            os.fsync(file.fileno())
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
+            torch.save(published_state(model), file)

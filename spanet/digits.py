@@ -43,8 +43,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "SPANet, r = 2": PAPER,
     "r = 1": PAPER | {"radius": 1},
     "r = 4": PAPER | {"radius": 4},
-    "boundary 1 - lam": PAPER | {"boundary": None},
-    "high-pass only": PAPER | {"lams": (0.0, 0.0, 0.0), "boundary": None},
+    "boundary 1 - lam": PAPER | {"boundary": "paper"},
+    "high-pass only": PAPER | {"lams": (0.0, 0.0, 0.0), "boundary": "paper"},
     "no filter": PAPER | {"lams": ()},
 }
 
@@ -61,7 +61,7 @@ def digits(seed: int = 0) -> tuple[Images, Images]:
     return training, Images(list(zip(parts[1], parts[3], strict=True)), transforms.Compose([resize, normalise]))
 
 
-def network(recipe: Recipe, lams: tuple[float, ...], radius: float, boundary: float | None) -> SPANet:
+def network(recipe: Recipe, lams: tuple[float, ...], radius: float, boundary: float | str) -> SPANet:
     """SPANet of two stages for images of one channel."""
     seed_all(recipe.seed, "weights")
     return SPANet(

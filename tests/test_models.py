@@ -277,8 +277,9 @@ def test_compiles_whole(features_only):
     torch.compiler.reset()
     counter = CompileCounter()
     compiled = torch.compile(model, fullgraph=True, backend=counter, dynamic=True)
-    for size in ((64, 64), (64, 96), (96, 64), (57, 83)):
-        x = image(1, 3, *size)
+    # the first one decides: equal sides would be taken for one symbol, and small convolutions have another implementation
+    for size in ((96, 128), (128, 96), (113, 160), (128, 128)):
+        x = image(2, 3, *size)
         with torch.no_grad():
             ours, expected = compiled(x), model(x)
         for one, other in zip(ours, expected, strict=True):
