@@ -5,6 +5,7 @@ Nothing but tensors is read from a file, a file that does not fit changes nothin
 
 from __future__ import annotations
 
+import argparse
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,7 +31,8 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
-        state = checkpoint_filter_fn(load_state_dict(str(path), weights_only=True))
+        with torch.serialization.safe_globals([argparse.Namespace]):  # training scripts keep their arguments
+            state = checkpoint_filter_fn(load_state_dict(str(path), weights_only=True))
     except Exception as error:  # every reader has its own kinds
         raise ValueError(
             f"{path} cannot be read as a checkpoint: {str(error).splitlines()[0] if str(error) else type(error).__name__}"

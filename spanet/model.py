@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from huggingface_hub import PyTorchModelHubMixin
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, GroupNorm1, calculate_drop_path_rates, create_classifier, get_device_dtype, trunc_normal_
+from timm.layers import DropPath, GroupNorm1, calculate_drop_path_rates, create_classifier, trunc_normal_
 from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
@@ -218,7 +218,8 @@ class SPANet(nn.Module, PyTorchModelHubMixin, library_name="spanet", license="ap
         """A new head for num_classes, none for 0; and another pooling if one is given."""
         self.num_classes = num_classes
         pool = self.global_pool.pool_type if global_pool is None else global_pool
-        dd = get_device_dtype(self, device, dtype)
+        stem = self.patch_embed.proj.weight
+        dd = {"device": device or stem.device, "dtype": dtype or stem.dtype}
         self.global_pool, self.head = create_classifier(self.num_features, num_classes, pool_type=pool, **dd)
         _init_weights(self.head.train(self.training))
 
