@@ -84,7 +84,7 @@ def gates(mixer: SPAM, x: Tensor) -> Iterator[tuple[float | None, nn.Conv2d, Ten
     """lam, 1x1 convolution, channels z_i and SPF_i(z_i) of each gate of a SPAM layer on its input x; no lam, no filter."""
     z = mixer.conv(mixer.proj_in(x))
     pointwise = cast(list[nn.Conv2d], list(mixer.pws))
-    lams = [float(lam) for lam in mixer.lams] or [None]
+    lams: list[float | None] = [float(lam) for lam in mixer.lams] or [None]
     for lam, pw, chunk in zip(lams, pointwise, z.split([pw.in_channels for pw in pointwise], 1), strict=True):
         yield lam, pw, chunk, chunk if lam is None else spectral_pool(chunk, lam, mixer.radius, mixer.boundary)
 
