@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 from spanet_kernels import SPAM
 
+from .model import Mlp
+
 
 def count_macs(model: nn.Module, x: Tensor) -> int:
     """Multiply-adds of all convolutions and linear layers of model for x; a model on the meta device computes nothing.
@@ -17,12 +19,12 @@ def count_macs(model: nn.Module, x: Tensor) -> int:
 
     def add(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         nonlocal count
-        # the mixer runs its convolutions as one operator, each on as many pixels as come out
+        # mixer and MLP run their convolutions as one operator, each on as many pixels as come out
         weights = [part.weight for part in layer.modules() if isinstance(part, nn.Conv2d | nn.Linear)]
         pixels = output[0, 0].numel() if output.dim() == 4 else 1
         count += len(output) * pixels * sum(weight.numel() for weight in weights)
 
-    hooks = [module.register_forward_hook(add) for module in model.modules() if isinstance(module, SPAM | nn.Conv2d | nn.Linear)]
+    hooks = [module.register_forward_hook(add) for module in model.modules() if isinstance(module, SPAM | Mlp | nn.Conv2d | nn.Linear)]
     with torch.no_grad():
         model(x)
     for hook in hooks:

@@ -281,8 +281,7 @@ def _init_weights(module: nn.Module) -> None:
     layers = (module.fc1, module.fc2) if isinstance(module, Mlp) else (module,) if isinstance(module, nn.Linear) else ()
     for layer in layers:
         trunc_normal_(layer.weight, std=0.02)
-        if layer.bias is not None:
-            nn.init.zeros_(layer.bias)
+        nn.init.zeros_(cast(Tensor, layer.bias))
 
 
 def _first(keys: set[str], count: int = 4) -> list[str]:
