@@ -21,7 +21,17 @@ ROOT = Path(__file__).parent.parent
 ELEMENTS = {torch.float64: "double", torch.float32: "float", torch.float16: "half", torch.bfloat16: "bfloat16"}
 DTYPES = list(ELEMENTS)
 H200_SHARED = 227 << 10
-FLAGS = "-std=c++20 -O1 -g -fsanitize=address,undefined -fno-sanitize-recover -Wall -Wextra -Werror -Wno-unknown-pragmas".split()
+FLAGS = [
+    "-std=c++20",
+    "-O1",
+    "-g",
+    "-fsanitize=address,undefined",
+    "-fno-sanitize-recover",
+    "-Wall",
+    "-Wextra",
+    "-Werror",
+    "-Wno-unknown-pragmas",
+]
 
 
 def compile_programs(name: str, folder: Path) -> Path:

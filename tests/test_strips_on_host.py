@@ -11,7 +11,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(ROOT))
 
-from spanet_kernels import modes, reference  # noqa: E402
+from spanet_kernels import modes, reference
 
 OPERATORS = ("mode_coefficients", "add_modes", "axial_conv", "axial_conv_backward")
 ALL = sys.maxsize  # radius_squared of every frequency
