@@ -171,14 +171,8 @@ def test_every_section_lists_its_rows(capsys):
     assert cli.main(["all", "--list", "--device", "cpu"]) == 0
     names = capsys.readouterr().out.splitlines()
     assert len(set(names)) == len(names)
-    for part in (
-        "astronaut, ",
-        "stages S, ",
-        "spanet_small, infer, 224x224, batch 8",
-        "spanet_small, train, ",
-        "SPAM S, stage 1",
-        "SPAM against pixels",
-    ):
+    infer = "spanet_small, infer, 224x224, batch 8"
+    for part in ("astronaut, ", "stages S, ", "SPAM S, stage 1", infer, "spanet_small, train, ", "SPAM against pixels"):
         assert any(name.startswith(part) for name in names), part
     full = section.Options("full", CPU, ["fp32"], ["nchw"], batches=[4])
     assert {row.model for row in models.rows(full)} == set(peers.MODELS)
@@ -278,6 +272,19 @@ def test_a_wrong_model_is_refused_and_not_timed(monkeypatch):
     assert len(models.wrong({"rows": [found]})) == 1
     environment = {"device": "cpu", "cores": 2, "threads": 2}
     assert report.TABLES["models"][2]({"models": {"rows": [found], "environment": environment}}).count("refused") == 1
+
+
+def test_targets_of_the_layer():
+    environment = {"device": "cpu", "cores": 2, "threads": 2}
+    names = ("ours", "no filter", "published", "compiled", "gemms")
+    times = {
+        name: {"median": value, "peak": 100, "bytes over floor": 3} for name, value in zip(names, (1.0, 0.9, 3, 1.5, 0.8), strict=True)
+    }
+    problem = {"name": "row", "shape": [8, 64, 56, 56], "dtype": "fp32", "layout": "nchw", "bytes": 1, "competitors": times}
+    rows = [problem | {"kind": kind} for kind in ("forward", "training")]
+    table = report.TABLES["layers"][2]({"layers": {"rows": rows, "environment": environment}})
+    assert "| 1.11 | 3.0 | 1.5 | 0.80 | 1.00 | 3 |" in table
+    assert "| 1.11 > 1.05 ✗ | 3.0 ≥ 2 ✓ | 1.50 < 2 ✗ | 0.80 | 1.00 > 0.5 ✗ | 3 |" in table
 
 
 def test_batches_shrink_into_memory():
