@@ -1,5 +1,7 @@
 # make bench    build, filter photographs, run the quick benchmark, print its table, write its figures
 # make test     build, then lint, types and every test that needs no GPU
+# make train-demo    train a small SPANet on handwritten digits, with other filters and without
+# make soak     every operator 20,000 times in two threads
 # make gpu      on a GPU machine, with what is installed there: build for it, test, sanitize, benchmark in full
 
 PYTHON ?= python3
@@ -7,10 +9,10 @@ BIN := .venv/bin
 SOURCES := $(wildcard csrc/* csrc/*/*) setup.py pyproject.toml
 OUT ?= benchmarks/out
 
-.PHONY: bench bench-full test build gpu gpu-build gpu-sanitize compat install-check clean
+.PHONY: bench bench-full test train-demo soak build gpu gpu-build gpu-sanitize compat install-check clean
 
 bench: build
-	$(BIN)/python -m benchmarks --quick --out $(OUT)
+	$(BIN)/python -m benchmarks photos ops layers models report --quick --out $(OUT)
 
 bench-full: build
 	$(BIN)/python -m benchmarks --full --out $(OUT)
@@ -19,7 +21,13 @@ test: build
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+train-demo: build
+	$(BIN)/python -m spanet train-demo --out $(OUT)
+
+soak: build
+	$(BIN)/python tests/soak.py
 
 build: .venv/built
 
@@ -30,7 +38,7 @@ build: .venv/built
 	touch $@
 
 .venv/built: .venv/installed $(SOURCES)
-	$(BIN)/python -m pip install -q --disable-pip-version-check --no-build-isolation -e '.[bench,test]'
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-build-isolation -e '.[bench,demo,test]'
 	touch $@
 
 # the machine may have no network: nothing is installed, the libraries are built in place for the GPU that is there
