@@ -12,6 +12,7 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
 from .checkpoint import model_of, read_state, save_checkpoint
 from .macs import count_macs
@@ -95,6 +96,119 @@ def evaluate(
     with training.processes(device) as place:
         found = evaluate_checkpoint(checkpoint, data, place, model, batch, amp, workers)
     _say(f"top-1 {found.top1:.2%}, top-5 {found.top5:.2%}, loss {found.loss:.4f} of {found.images} images, {found.broken} broken")
+
+
+Model = Annotated[str, typer.Option(help="Registered name.")]
+Checkpoint = Annotated[Path | None, typer.Option(help="Weights; without, they are random.")]
+ImageFile = Annotated[Path, typer.Argument(metavar="IMAGE", help="A photograph.")]
+
+
+@app.command()
+def predict(
+    image: ImageFile,
+    model: Annotated[str | None, typer.Option(help="Registered name; best.safetensors of a run tells it itself.")] = None,
+    checkpoint: Checkpoint = None,
+    out: Annotated[Path | None, typer.Option(help="Picture of the aggregated contexts and of the best class's activation.")] = None,
+    top: Annotated[int, typer.Option(min=1, help="How many classes to print.")] = 5,
+    size: Annotated[int | None, typer.Option(min=1, help="Side of the square that the model sees; by default its own.")] = None,
+) -> None:
+    """Classify a photograph, and show where the model looks."""
+    from . import images, predict
+
+    network, classes, own_size = _classifier(model, checkpoint)
+    x = next(images.read_images(network, image, size or own_size))
+    guesses = predict.predict(network, x, classes, top)
+    if out:
+        predict.prediction_figure(network, x, guesses).savefig(out, dpi=100)
+    for guess in guesses:
+        _say(f"{guess.probability:7.2%}  {guess.name}")
+
+
+@app.command()
+def segment(
+    image: ImageFile,
+    out: Annotated[Path, typer.Option(help="The photograph under the colours of its classes.")],
+    model: Model = "spanet_small",
+    checkpoint: Checkpoint = None,
+    num_classes: Annotated[int, typer.Option(min=1, help="Classes; 150 are those of ADE20K.")] = 150,
+    size: Annotated[int, typer.Option(min=1, help="Shorter side that the model sees.")] = 512,
+) -> None:
+    """Segment a photograph by Semantic FPN."""
+    from . import images, segmentation
+    from .pyramid import load_task
+
+    photograph = images.read_image(image)
+    network = segmentation.semantic_fpn(model, num_classes)
+    load_task(network, checkpoint) if checkpoint else _warn_random()
+    classes = segmentation.segment(network, photograph, size)
+    segmentation.draw_segmentation(photograph, classes).save(out)
+    shares = classes.flatten().bincount(minlength=num_classes) / classes.numel()
+    for share, index in zip(*shares.topk(min(5, int((shares > 0).sum()))), strict=True):
+        _say(f"{share:7.2%}  class {index}")
+
+
+@app.command()
+def detect(
+    image: ImageFile,
+    out: Annotated[Path, typer.Option(help="The photograph with boxes, and masks if there are any.")],
+    model: Model = "spanet_small",
+    checkpoint: Checkpoint = None,
+    masks: Annotated[bool, typer.Option("--masks", help="By Mask R-CNN instead of RetinaNet.")] = False,
+    num_classes: Annotated[int, typer.Option(min=1, help="Classes of objects; 80 are those of COCO.")] = 80,
+    threshold: Annotated[float, typer.Option(min=0, max=1, help="Least score of what is drawn.")] = 0.5,
+    size: Annotated[int, typer.Option(min=1, help="Shorter side that the model sees.")] = 800,
+) -> None:
+    """Detect objects in a photograph by RetinaNet, or by Mask R-CNN."""
+    from . import detection, images
+    from .pyramid import load_task
+
+    photograph = images.read_image(image)
+    network = (detection.mask_rcnn if masks else detection.retinanet)(model, num_classes, min_size=size, max_size=size * 5 // 3)
+    load_task(network, checkpoint) if checkpoint else _warn_random()
+    found = detection.detect(network, photograph)
+    detection.draw_detections(photograph, found, threshold=threshold).save(out)
+    _say(f"{out}: {int((found['scores'] >= threshold).sum())} objects that score at least {threshold:g}")
+
+
+@app.command()
+def spectra(
+    source: Annotated[Path, typer.Argument(metavar="IMAGE", help="A photograph, or a folder of them.")],
+    out: Annotated[Path, typer.Option(help="Folder of fourier.png, amplitude.png, context.png and response.png.")],
+    model: Annotated[str, typer.Option(help="Registered name of a SPANet.")] = "spanet_small",
+    checkpoint: Checkpoint = None,
+    peer: Annotated[list[str] | None, typer.Option(help="A model of timm beside it, with timm's weights; any number.")] = None,
+    pretrained: Annotated[bool, typer.Option(help="Download the peers' weights, or leave them random.")] = True,
+    size: Annotated[int | None, typer.Option(min=1, help="Side of the square that the models see; by default their own.")] = None,
+) -> None:
+    """Draw the paper's analyses: Fourier maps, relative log amplitudes, aggregated contexts, responses of the filters."""
+    from . import spectra
+
+    network, _, own_size = _classifier(model, checkpoint)
+    for name in peer or ():
+        _check_name(name)
+    peers = {name: timm.create_model(name, pretrained=pretrained) for name in peer or ()}
+    for path in spectra.save_figures({model: network} | peers, source, out, size or own_size):
+        _say(str(path))
+
+
+def _check_name(name: str) -> None:
+    if not timm.is_model(name):
+        raise ValueError(f"model: must be a registered name such as spanet_small, got {name}")
+
+
+def _classifier(model: str | None, checkpoint: Path | None) -> tuple[nn.Module, list[str] | None, int | None]:
+    """A classifier, the names of its classes and its image size; without a checkpoint the weights are random."""
+    from .evaluate import load_classifier
+
+    if checkpoint:
+        return load_classifier(checkpoint, model)
+    _check_name(model or "spanet_small")
+    _warn_random()
+    return timm.create_model(model or "spanet_small"), None, None
+
+
+def _warn_random() -> None:
+    print("spanet: no checkpoint: the weights are random, and so is the result", file=sys.stderr)
 
 
 @app.command()

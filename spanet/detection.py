@@ -13,11 +13,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from PIL import Image
 from torch import Tensor
 from torchvision.models.detection import MaskRCNN, RetinaNet
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
-from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image, to_tensor
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from .pyramid import PyramidBackbone
@@ -48,6 +49,13 @@ def mask_rcnn(name: str, num_classes: int = 80, min_size: int = 800, max_size: i
     pyramid = PyramidBackbone(name, (0, 1, 2, 3), lambda *_: LastLevelMaxPool(), **backbone)
     mean, std = pyramid.normalization
     return MaskRCNN(pyramid, num_classes + 1, min_size=min_size, max_size=max_size, image_mean=mean, image_std=std)
+
+
+@torch.inference_mode()
+def detect(model: RetinaNet | MaskRCNN, image: Image.Image) -> dict[str, Tensor]:
+    """What a model finds in one photograph: boxes, labels, scores and, of Mask R-CNN, masks."""
+    found = model.eval()([to_tensor(image.convert("RGB")).to(next(model.parameters()))])[0]
+    return {name: values.cpu() for name, values in found.items()}
 
 
 def draw_detections(

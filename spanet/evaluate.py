@@ -76,20 +76,33 @@ def evaluate_checkpoint(
         FileNotFoundError: no such file or images; ValueError: the file does not tell its model and none is given, it does not fit
         the model, or the classes are not those of the model.
     """
-    if not checkpoint.is_file():
-        raise FileNotFoundError(f"checkpoint: there is no file {checkpoint}")
-    network: nn.Module
-    if model:
-        network, classes, size = timm.create_model(model, checkpoint_path=str(checkpoint)), None, None
-    else:
-        recipe, classes = _told_by(checkpoint)
-        network, size = build(replace(recipe, weights=None), len(classes)), recipe.image_size
-        load_checkpoint(network, str(checkpoint))
+    network, classes, size = load_classifier(checkpoint, model)
     samples, found = find_images(data, classes)
     if len(found) != network.num_classes:
         raise ValueError(f"data: {data} must hold {network.num_classes} classes, those of the model, got {len(found)}")
     images = Images(samples, evaluation_transform(size, network))
     return evaluate(network.to(device, memory_format=torch.channels_last), images, batch_size, device, amp, workers)  # type: ignore[call-overload]
+
+
+def load_classifier(checkpoint: Path, model: str | None = None) -> tuple[nn.Module, list[str] | None, int | None]:
+    """The model of a file, its classes and its image size: of the best weights of a run, or of any checkpoint of a registered model.
+
+    Raises:
+        FileNotFoundError: no such file; ValueError: it does not tell its model and none is given, or cannot be read as the model's.
+    """
+    if not checkpoint.is_file():
+        raise FileNotFoundError(f"checkpoint: there is no file {checkpoint}")
+    if model and not timm.is_model(model):
+        raise ValueError(f"model: must be a registered name such as spanet_small, got {model}")
+    if model:
+        try:
+            return timm.create_model(model, checkpoint_path=str(checkpoint)), None, None
+        except Exception as error:  # every reader has its own kinds
+            raise ValueError(f"checkpoint: {checkpoint} does not fit {model}: {str(error).splitlines()[0]}") from error
+    recipe, classes = _told_by(checkpoint)
+    network = build(replace(recipe, weights=None), len(classes))
+    load_checkpoint(network, str(checkpoint))
+    return network, classes, recipe.image_size
 
 
 def _told_by(checkpoint: Path) -> tuple[Recipe, list[str]]:

@@ -1,14 +1,16 @@
-"""Photographs in: files, folders, and what a model wants of them."""
+"""Photographs: from files and folders to a model's input, and back to pictures."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from PIL import Image
 from timm.data.config import resolve_data_config
-from timm.data.transforms_factory import create_transform
 from torch import Tensor, nn
+
+from .data import evaluation_transform
 
 
 def read_image(path: Path) -> Image.Image:
@@ -33,13 +35,14 @@ def image_files(path: Path) -> list[Path]:
     return found
 
 
-def preprocessing(model: nn.Module, size: int | None = None) -> Callable[[Image.Image], Tensor]:
-    """What the model was made for: resize, square centre crop of `size` (the model's own without), normalization."""
-    return create_transform(**resolve_data_config({"img_size": size}, model=model))
-
-
 def read_images(model: nn.Module, path: Path, size: int | None = None) -> Iterator[Tensor]:
-    """(1, 3, S, S) input of the model for one file or each of a folder's."""
-    transform = preprocessing(model, size)
+    """(1, 3, S, S) what the model is evaluated on, for one file or each of a folder's."""
+    transform = evaluation_transform(size, model)
     for file in image_files(path):
         yield transform(read_image(file))[None]
+
+
+def as_picture(model: nn.Module, x: Tensor) -> Tensor:
+    """(S, S, 3) on a scale of 0 to 1 from a model's input (1, 3, S, S): the normalization undone."""
+    config = resolve_data_config({}, model=model)
+    return (x[0].permute(1, 2, 0) * torch.tensor(config["std"]) + torch.tensor(config["mean"])).clamp(0, 1)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import timm
+from timm.models import load_state_dict
 from torch import Tensor, nn
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
@@ -47,3 +49,15 @@ class PyramidBackbone(nn.Module):
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         levels: dict[str, Tensor] = self.pyramid({str(index): stage for index, stage in enumerate(self.features(x))})
         return levels
+
+
+def load_task(model: nn.Module, path: Path) -> None:
+    """Load a file with all weights of a task's model; `checkpoint.load_checkpoint` takes one of its backbone.
+
+    Raises:
+        ValueError: it is missing, cannot be read or does not fit.
+    """
+    try:
+        model.load_state_dict(load_state_dict(str(path), weights_only=True))
+    except Exception as error:  # every reader has its own kinds
+        raise ValueError(f"checkpoint: {path} does not fit {type(model).__name__}: {' '.join(str(error).split())[:300]}") from error

@@ -11,13 +11,14 @@ each before a BatchNorm, have none; the multiply-adds are those of convolutions,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
-from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+from torchvision.transforms.functional import normalize, pil_to_tensor, resize, to_pil_image, to_tensor
 from torchvision.utils import draw_segmentation_masks
 
 from .pyramid import PyramidBackbone
@@ -25,9 +26,9 @@ from .pyramid import PyramidBackbone
 IGNORE = 255
 
 
-def upsample(x: Tensor, like: Tensor) -> Tensor:
-    """x bilinearly to the height and width of another map, pixel areas aligned."""
-    return functional.interpolate(x, like.shape[2:], mode="bilinear", align_corners=False)
+def upsample(x: Tensor, size: Sequence[int]) -> Tensor:
+    """x (B, C, h, w) bilinearly to a height and width, pixel areas aligned."""
+    return functional.interpolate(x, tuple(size), mode="bilinear", align_corners=False)
 
 
 class SemanticFPN(nn.Module):
@@ -61,9 +62,9 @@ class SemanticFPN(nn.Module):
             for step, block in enumerate(cast(nn.ModuleList, self.levels[level])):
                 y = block(y)
                 if level:
-                    y = upsample(y, maps[level - step - 1])
+                    y = upsample(y, maps[level - step - 1].shape[2:])
             total = total + y
-        return upsample(self.classifier(self.dropout(total)), x)
+        return upsample(self.classifier(self.dropout(total)), x.shape[2:])
 
 
 def semantic_fpn(name: str, num_classes: int = 150, **backbone: Any) -> SemanticFPN:
@@ -83,6 +84,14 @@ def semantic_fpn(name: str, num_classes: int = 150, **backbone: Any) -> Semantic
 def segmentation_loss(logits: Tensor, target: Tensor) -> Tensor:
     """Mean cross entropy over the pixels; target (B, H, W) integers, 255 where there is no label."""
     return functional.cross_entropy(logits, target, ignore_index=IGNORE)
+
+
+@torch.inference_mode()
+def segment(model: SemanticFPN, image: Image.Image, size: int = 512) -> Tensor:
+    """(H, W) class of each pixel of a photograph, seen by the model with its shorter side scaled to `size` pixels."""
+    x = normalize(to_tensor(resize(image.convert("RGB"), size)), *model.backbone.normalization)
+    logits = model.eval()(x[None].to(model.classifier.weight))
+    return upsample(logits, (image.height, image.width)).argmax(1)[0].cpu()
 
 
 def draw_segmentation(image: Image.Image, classes: Tensor, alpha: float = 0.6) -> Image.Image:

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -23,6 +25,8 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from spanet_kernels import SPAM, reference, spectral_pool
+
+from .images import as_picture, read_images
 
 # the child of a block whose output is the mixer's: MetaFormers; the residual branch of transformers; ConvNeXt; ResNet
 MIXERS = ("token_mixer", "drop_path1", "conv_dw", "conv2")
@@ -183,7 +187,7 @@ def amplitude_figure(spectra: dict[str, list[Tensor]]) -> Figure:
     return fig
 
 
-def context_figure(rows: Sequence[tuple[Any, list[Tensor]]]) -> Figure:
+def context_figure(rows: Sequence[tuple[Tensor, list[Tensor]]]) -> Figure:
     """A row per image (H, W, 3): itself, and the aggregated context at the end of each stage over it."""
     fig, axes = panels(len(rows), 1 + len(rows[0][1]), 2.2)
     for line, (image, contexts) in zip(axes, rows, strict=True):
@@ -197,9 +201,9 @@ def context_figure(rows: Sequence[tuple[Any, list[Tensor]]]) -> Figure:
     return fig
 
 
-def overlay(ax: Axes, values: Tensor, size: tuple[int, int]) -> None:
+def overlay(ax: Axes, values: Tensor, size: Sequence[int]) -> None:
     """values (h, w), bilinearly to the size of the image in the panel, over it."""
-    values = nn.functional.interpolate(values[None, None], size, mode="bilinear", align_corners=False)[0, 0]
+    values = nn.functional.interpolate(values[None, None], tuple(size), mode="bilinear", align_corners=False)[0, 0]
     ax.imshow(values, cmap="turbo", alpha=0.55)
 
 
@@ -219,3 +223,38 @@ def response_figure(layers: Sequence[Sequence[Response]], columns: int = 6) -> F
     axes[0][0].legend(fontsize=6)
     fig.suptitle("Gain of the filters over frequency in cycles per image: made for (lines), measured (dots)", fontsize=10)
     return fig
+
+
+def save_figures(models: dict[str, nn.Module], source: Path, out: Path, size: int | None = None) -> list[Path]:
+    """Write all analyses of one image or a folder's: spectra of every model, contexts and responses of the first, a SPANet.
+
+    Args:
+        models: by the name to show.
+        out: folder, made if it is not there.
+        size: of the square that the models see; their own without.
+
+    Returns:
+        the figures' files; the spectra are means over all images, contexts are of the first 8 and responses of the first.
+
+    Raises:
+        ValueError: no readable image; a model without blocks or SPAM layers.
+    """
+    first = next(iter(models.values()))
+    mixers, blocks = {}, {}
+    for name, model in models.items():
+        parts = blocks_and_mixers(model)
+        amplitudes = mean_log_amplitudes(model, [module for part in parts for module in part], read_images(model, source, size))
+        blocks[name], mixers[name] = amplitudes[: len(parts[0])], amplitudes[len(parts[0]) :]
+    images = list(islice(read_images(first, source, size), 8))
+    figures = {
+        "fourier": fourier_figure(mixers),
+        "amplitude": amplitude_figure(blocks),
+        "context": context_figure([(as_picture(first, x), context_maps(first, x)) for x in images]),
+        "response": response_figure(filter_responses(first, images[0])),
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for name, figure in figures.items():
+        paths.append(out / f"{name}.png")
+        figure.savefig(paths[-1], dpi=100)
+    return paths
