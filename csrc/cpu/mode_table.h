@@ -25,6 +25,16 @@ template <class T> double function_value(const Axis<T>& axis, int64_t k, int64_t
   return k < axis.nc ? std::cos(angle) : std::sin(angle);
 }
 
+// Zeros that start on a cache line.
+template <class T> struct Lines {
+  struct alignas(64) Line {
+    T values[64 / sizeof(T)];
+  };
+  std::vector<Line> lines;
+  explicit Lines(int64_t elements = 0) : lines((elements + 64 / sizeof(T) - 1) / (64 / sizeof(T))) {}
+  T* data() { return lines.empty() ? nullptr : lines[0].values; }
+};
+
 // Values for n elements laid out in slots (Step in tiles.h): the last vector of several is moved back to end with the elements.
 // Of those that stand there twice, `once` keeps the first and has zeros for the second.
 template <class T, class F> void fill_slots(int64_t n, int64_t lanes, T* slots, T* once, F value) {
@@ -39,22 +49,23 @@ template <class T, class F> void fill_slots(int64_t n, int64_t lanes, T* slots, 
 }
 
 template <class T> struct AxisTable {
-  std::vector<T> table, functions, once, transposed;
+  std::vector<T> table;
+  Lines<T> functions, once, transposed;
   Axis<T> axis;
 
   AxisTable(int64_t n, int64_t radius_squared, int64_t lanes) {
     const int64_t count = axis_functions(n, radius_squared), nc = count / 2 + 1, ns = count - nc, padded = line_up(count);
     const int64_t vectors = (n + lanes - 1) / lanes, width = vectors * lanes;
-    functions.resize(count * width);
-    once.resize(count * width);
-    transposed.resize(width * padded);
+    functions = Lines<T>(count * width);
+    once = Lines<T>(count * width);
+    transposed = Lines<T>(width * padded);
     table.resize((n / 2 + 1) * count);
     axis = {n, nc, ns, table.data(), functions.data(), once.data(), transposed.data(), width, padded};
     for (int64_t k = 0; k < count; ++k) {
       const auto value = [&](int64_t i) { return static_cast<T>(function_value(axis, k, i)); };
       for (int64_t i = 0; i <= n / 2; ++i) table[i * count + k] = value(i);
-      fill_slots(n, lanes, &functions[k * width], &once[k * width], value);
-      for (int64_t slot = 0; slot < width; ++slot) transposed[slot * padded + k] = once[k * width + slot];
+      fill_slots(n, lanes, functions.data() + k * width, once.data() + k * width, value);
+      for (int64_t slot = 0; slot < width; ++slot) transposed.data()[slot * padded + k] = once.data()[k * width + slot];
     }
   }
 };
@@ -65,7 +76,7 @@ enum class Extent { disc, square };
 template <class T> struct ModeTable {
   AxisTable<T> rows, columns;
   std::vector<Mode> mode;
-  std::vector<T> flat, flat_once;
+  Lines<T> flat, flat_once;
   Modes<T> modes;
 
   ModeTable(int64_t h, int64_t w, int64_t radius_squared, Extent extent, int64_t lanes)
@@ -86,15 +97,14 @@ template <class T> struct ModeTable {
       }
     const int64_t flat_width = (h * w + lanes - 1) / lanes * lanes;
     if (serves_flat(h, w, radius_squared)) {
-      flat.resize(flat_rows(mode.size()) * flat_width);
-      flat_once.resize(flat.size());
+      flat = flat_once = Lines<T>(flat_rows(mode.size()) * flat_width);
       for (size_t k = 0; k < mode.size(); ++k)
-        fill_slots(h * w, lanes, &flat[k * flat_width], &flat_once[k * flat_width], [&](int64_t i) {
+        fill_slots(h * w, lanes, flat.data() + k * flat_width, flat_once.data() + k * flat_width, [&](int64_t i) {
           return static_cast<T>(function_value(rows.axis, mode[k].row, i / w) * function_value(columns.axis, mode[k].column, i % w));
         });
     }
     modes = {rows.axis, columns.axis, mode.data(), static_cast<int64_t>(mode.size()), shell_count(radius_squared),
-             flat.empty() ? nullptr : flat.data(), flat_once.data(), flat_width};
+             flat.data(), flat_once.data(), flat_width};
   }
 };
 
