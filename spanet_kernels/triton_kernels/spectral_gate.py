@@ -316,6 +316,7 @@ def plan(channels: int, pixels: int, itemsize: int, backward: bool) -> Plan:
     bn = min(64 if backward else wide, max(16, triton.next_power_of_2(pixels)))
     # channels in tiles of 128 where that pads no more than tiles of 64
     bo = wide if triton.cdiv(channels, 64) % 2 == 0 else min(64, max(16, triton.next_power_of_2(channels)))
+    bo = min(bo, 32) if backward and itemsize == 4 else bo  # the terms of fp32 operands fill the registers
     bc = min(64 if itemsize == 2 else 16, max(16, triton.next_power_of_2(channels)))
     launch = dict(num_warps=8 if bn * bo * itemsize >= 16384 else 4, num_stages=2 if AMD or itemsize == 4 else 3, **_OPTIONS)
     return Plan(dict(BN=bn, BO=bo, BC=bc), launch)
