@@ -116,7 +116,9 @@ def _mixer_fake(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if not keep:
         return y, x.new_empty(0), x.new_empty(0), x.new_empty(0, dtype=modes.profile_dtype(x.dtype))
     t = torch.empty_like(x, memory_format=torch.channels_last)
-    return y, t, torch.empty_like(t), coefficients_fake(x, radius_squared)
+    # the gate of GPUs takes coefficients
+    coefficients = coefficients_fake(x, radius_squared) if x.device.type == "cuda" else x.new_empty(0, dtype=modes.profile_dtype(x.dtype))
+    return y, t, torch.empty_like(t), coefficients
 
 
 @torch.library.register_fake("spanet_kernels::spectral_mixer_backward")
