@@ -77,9 +77,9 @@ def test_no_spills(compiled: tuple[Path, dict[int, str]]) -> None:
             if any(kernel[kind] != "0" for kind in ("stack", "stores", "loads")):
                 amounts = ", ".join(f"{kernel[kind]} B {kind}" for kind in ("stack", "stores", "loads"))
                 spilling.append(f"{name} on sm_{architecture}: {amounts}")
-    print(f"\n{'registers (+ static shared memory)':40}" + "".join(f"{f'sm_{architecture}':>10}" for architecture in ARCHITECTURES))
+    print(f"\n{'registers (+ static shared memory)':46}" + "".join(f"{f'sm_{architecture}':>10}" for architecture in ARCHITECTURES))
     for name, counts in sorted(registers.items()):
-        print(f"{name:40}" + "".join(f"{count:>10}" for count in counts))
+        print(f"{name:46}" + "".join(f"{count:>10}" for count in counts))
     assert not spilling, "\n".join(spilling)
 
 

@@ -180,12 +180,13 @@ Tensor add_modes(const Tensor& x, Tensor coefficients, std::optional<Tensor> fac
     radius_squared = 0;
   }
   const int64_t a_h = axis_functions(h, radius_squared), a_w = axis_functions(w, radius_squared);
-  STD_TORCH_CHECK(coefficients.scalar_type() == dtype && coefficients.is_cpu() && coefficients.dim() == 4 && coefficients.size(0) == images &&
-                      coefficients.size(1) == channels && coefficients.size(2) == a_h && coefficients.size(3) == a_w,
-                  "add_modes: coefficients must have shape (B, C, ", a_h, ", ", a_w, "), in the dtype of the accumulators");
-  STD_TORCH_CHECK(!factor || (factor->scalar_type() == x.scalar_type() && factor->is_cpu() && factor->dim() == 4 && factor->size(0) == images &&
-                              factor->size(1) == channels && factor->size(2) == h && factor->size(3) == w),
-                  "add_modes: factor must have the shape and dtype of x");
+  const auto fits = [&](const Tensor& t, ScalarType of, int64_t rows, int64_t columns) {
+    return t.scalar_type() == of && t.is_cpu() && t.dim() == 4 && t.size(0) == images && t.size(1) == channels && t.size(2) == rows &&
+           t.size(3) == columns;
+  };
+  STD_TORCH_CHECK(fits(coefficients, dtype, a_h, a_w), "add_modes: coefficients must have shape (B, C, ", a_h, ", ", a_w,
+                  "), in the dtype of the accumulators");
+  STD_TORCH_CHECK(!factor || fits(*factor, x.scalar_type(), h, w), "add_modes: factor must have the shape and dtype of x");
   Tensor y = empty_in_layout_of(x);
   if (x.numel() == 0) return y;
   if (a_h > 1 && a_w > 1 && coefficients.stride(2) != a_w * coefficients.stride(3)) coefficients = torch::stable::contiguous(coefficients);
@@ -219,7 +220,8 @@ std::tuple<Tensor, Tensor> radial_filter_backward(const Tensor& grad, const Tens
                       grad.size(3) == w,
                   "radial_filter_backward: grad must have the shape and dtype of x");
   const bool channels_last = grad.stride(1) == 1 && x.stride(1) == 1 && channels > 1;
-  for_dtype("radial_filter_backward", x.scalar_type(), adjacent(x, channels_last, radius_squared), [&]<class T, class IO>(const Kernels<T, IO>& kernel) {
+  const int64_t lanes = adjacent(x, channels_last, radius_squared);
+  for_dtype("radial_filter_backward", x.scalar_type(), lanes, [&]<class T, class IO>(const Kernels<T, IO>& kernel) {
     const auto table = mode_table<T>(h, w, radius_squared, Extent::disc, kernel.lanes);
     const Modes<T>& modes = table->modes;
     std::vector<double> sums((modes.inside + 1) * channels);

@@ -11,6 +11,7 @@
 //
 // Cuts: columns (NCHW): l is a column, the reduced axis the rows; along columns, up to one vector of modes is summed
 //         by dot products, more by a small GEMM. Columns that are not adjacent are first copied, a plane at a time.
+//         Small planes go through whole instead, as rows of pixels (flat.h).
 //       lanes (channels_last): l is a channel; reduce along columns, then along rows, expand in reverse.
 // Every output is owned by one thread and the order of its sum is fixed: bit-equal for any number of threads.
 // Memory: x is read once from memory and once more from the cache, y is written once, past the cache if `stream` (columns).
@@ -85,7 +86,8 @@ template <class IO> const IO* packed_plane(const IO* x, Planes<const IO> p, int6
   return p.w == 1 && p.h == w ? x : copy_plane(x, p, h, w, copy);
 }
 
-// What the columns cut works in, for each of a group of planes. v and t are (A_H, width) in slots; z has one number a mode; full and weighed, (A_H, padded), serve the GEMM.
+// What the columns cut works in, for each of a group of planes. v and t are (A_H, width) in slots; z has one number a mode;
+// full and weighed, (A_H, padded), serve the GEMM.
 template <class T, class IO> struct ColumnsScratch {
   ColumnsScratch(const Modes<T>& m, int64_t planes)
       : rows(m.rows.count() * m.columns.width), modes(line_up(m.inside + lanes_of<T>)),
@@ -152,11 +154,11 @@ template <class T, class IO> void columns_expand(const Modes<T>& m, const T* z, 
 }
 
 // Planes [begin, end), in groups that stay in the first-level cache: the short steps of one overlap with those of the next.
-// REDUCE: z are first the coefficients of x, not normalised; between(b, c, z) is what happens to them.
+// REDUCE: z are first the coefficients of x, not normalised; between(b, c, z) is what happens to them, or makes them.
 // OUT: their functions are added to base(c) x, and multiplied with the factor; nothing is written with Out::sum.
 template <bool REDUCE, Out OUT, class T, class IO, class Base, class Between>
-void over_columns(const Modes<T>& m, Planes<const IO> x, Planes<const IO> factor, Planes<IO> y, int64_t channels, bool stream, int64_t begin,
-                  int64_t end, Base base, Between between) {
+void over_columns(const Modes<T>& m, Planes<const IO> x, Planes<const IO> factor, Planes<IO> y, int64_t channels, bool stream,
+                  int64_t begin, int64_t end, Base base, Between between) {
   constexpr int64_t most = 8, cached = 16384;
   const int64_t h = m.rows.n, w = m.columns.n, width = m.columns.width, bytes = h * w * static_cast<int64_t>(sizeof(IO));
   const int64_t planes = x.w != 1 || bytes * 2 > cached ? 1 : (cached / bytes < most ? cached / bytes : most);
@@ -224,7 +226,8 @@ void over_flat(const Modes<T>& m, Planes<const IO> x, Planes<const IO> factor, P
     if constexpr (OUT != Out::sum)
       for (int64_t g = 0; g < group; ++g) {
         IO* out = y.data + b[g] * y.b + c[g] * y.c;
-        const IO* by = OUT == Out::modulated ? packed_plane(factor.data + b[g] * factor.b + c[g] * factor.c, factor, h, w, copy[1]) : nullptr;
+        const IO* by = nullptr;
+        if constexpr (OUT == Out::modulated) by = packed_plane(factor.data + b[g] * factor.b + c[g] * factor.c, factor, h, w, copy[1]);
         flat_expand<OUT>(m, z + g * rows, base(c[g]), plane[g], by, stream ? copy[2] : out);
         if (stream) stream_copy(copy[2], out, h * w);
       }
@@ -275,11 +278,11 @@ void lanes_coefficients(const Modes<T>& m, const IO* x, int64_t h_stride, int64_
   reduce(m.rows, u, row, row, false, z, row);
 }
 
-// Units [begin, end): chunks of the channels of one image. REDUCE, OUT: as over_columns; between(b, part, wide, z) has z (A_H, A_W, wide).
-// prepare(part, wide, base, gains) is called for each chunk before its first image: base (wide), gains like z, zeros before.
+// Units [begin, end): chunks of the channels of one image. REDUCE, OUT: as over_columns; here with z (A_H, A_W, wide).
+// prepare(part, wide, base, gains) fills base (wide) and gains (like z), zeros before, whenever the chunk is another one.
 template <bool REDUCE, Out OUT, class T, class IO, class Prepare, class Between>
-void over_lanes(const Modes<T>& m, Planes<const IO> x, Planes<const IO> factor, Planes<IO> y, int64_t channels, int64_t chunk, int64_t begin,
-                int64_t end, Prepare prepare, Between between) {
+void over_lanes(const Modes<T>& m, Planes<const IO> x, Planes<const IO> factor, Planes<IO> y, int64_t channels, int64_t chunk,
+                int64_t begin, int64_t end, Prepare prepare, Between between) {
   const int64_t columns = m.columns.count(), chunks = chunks_of(channels, chunk);
   LanesScratch<T> s(m, channels, chunk);
   int64_t prepared = -1;
@@ -389,7 +392,8 @@ void add_modes(Cut cut, const Modes<T>& m, Planes<const IO> x, Planes<const IO> 
 
 // total[l] += sum over n rows of <grad, x>, lane by lane; partial sums in T, totals in fp64.
 template <class T, class IO>
-void accumulate_dot(const IO* grad, int64_t grad_stride, const IO* x, int64_t x_stride, int64_t n, int64_t lanes, T* partial, double* total) {
+void accumulate_dot(const IO* grad, int64_t grad_stride, const IO* x, int64_t x_stride, int64_t n, int64_t lanes, T* partial,
+                    double* total) {
   for_lanes<T, 2>(lanes, [&](auto nv, int64_t l, int64_t last) {
     const Step<nv(), T> step{last, false};
     Vec<T> sum[step.vectors] = {};
@@ -483,7 +487,8 @@ void backward(Cut cut, const Modes<T>& m, Planes<const IO> grad, Planes<const IO
   else backward_lanes(m, grad, x, sums, images, channels, chunk, begin, end);
 }
 
-template <class T, class IO> constexpr Kernels<T, IO> kernels{filter<T, IO>, mode_coefficients<T, IO>, add_modes<T, IO>, backward<T, IO>, lanes_of<T>};
+template <class T, class IO>
+constexpr Kernels<T, IO> kernels{filter<T, IO>, mode_coefficients<T, IO>, add_modes<T, IO>, backward<T, IO>, lanes_of<T>};
 
 }  // namespace
 
