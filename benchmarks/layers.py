@@ -54,6 +54,7 @@ class Row:
     radius: float
     dtype: str
     layout: str
+    compiled: bool  # measure torch.compile of the published layer too, which takes long to compile
 
     @property
     def name(self) -> str:
@@ -65,10 +66,11 @@ def rows(options: Options) -> list[Row]:
     batches = options.batches or ((8,) if not options.full else (1, 8) if options.device.type == "cpu" else (8, 128))
     models = ("S", "B") if options.full else ("S",)
     return [
-        Row(model, stage, kind, (batch, channels, size, size), radius, dtype, layout)
+        Row(model, stage, kind, (batch, channels, size, size), radius, dtype, layout, options.full or options.compile or first)
         for batch, model, kind in itertools.product(batches, models, KINDS)
         for stage, (channels, size, radius) in enumerate(STAGES[model], 1)
         for dtype, layout in itertools.product(options.dtypes, options.layouts)
+        for first in [dtype == options.dtypes[0] and layout == options.layouts[0]]
     ]
 
 
@@ -89,6 +91,7 @@ class Problem:
             layer.to(device, dtype)
         self.layers["no filter"] = SPAM(dim, lams=()).to(device, dtype)
         torch._dynamo.reset()  # one graph per row, without the limit on recompilations
+        torch._functorch.config.donated_buffer = False  # a backward graph is to run many times
         self.layers["compiled"] = torch.compile(self.layers["published"], dynamic=False)
         judge.load_state_dict(state)
         self.judge = judge.to(device).double()
@@ -134,12 +137,13 @@ def checker(row: Row) -> Callable[[Results, Results], tuple[float, float]]:
 def measure(row: Row, device: torch.device, clock: Clock, budget: float) -> dict[str, Any]:
     """Check what computes the layer, then time everything; bytes and peak memory of one call each."""
     problem = Problem(row, device)
-    functions = {name: problem.function(name) for name in COMPETITORS}
+    competitors = [name for name in COMPETITORS if name != "compiled" or row.compiled]
+    functions = {name: problem.function(name) for name in competitors}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Torchinductor does not support code generation for complex")
-        checked = {name: functions[name] for name in ("ours", "published", "compiled")}
+        checked = {name: functions[name] for name in ("ours", "published", "compiled") if name in functions}
         verdicts = admit(checked, problem.wanted(), checker(row)) | {"no filter": {}, "gemms": {}}
-    right = {name: functions[name] for name in COMPETITORS if "refused" not in verdicts[name]}
+    right = {name: functions[name] for name in competitors if "refused" not in verdicts[name]}
     with Others() as others:
         timings = interleave(right, clock, budget)
     floor = (2 if row.kind == "forward" else 4) * problem.x.nbytes  # x and y; and their gradients
