@@ -119,7 +119,7 @@ def predict(
     x = next(images.read_images(network, image, size or own_size))
     guesses = predict.predict(network, x, classes, top)
     if out:
-        predict.prediction_figure(network, x, guesses).savefig(out, dpi=100)
+        predict.prediction_figure(network, x, guesses[0]).savefig(out, dpi=100)
     for guess in guesses:
         _say(f"{guess.probability:7.2%}  {guess.name}")
 
