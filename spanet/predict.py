@@ -55,7 +55,7 @@ def prediction_figure(model: nn.Module, x: Tensor, guess: Guess) -> Figure:
     shown["activation of the class"] = class_activation(model, x, guess.label)
     fig, axes = panels(1, 1 + len(shown), 2.4)
     for ax in axes[0]:
-        ax.imshow(picture)
+        ax.imshow(picture.numpy())
         ax.set_axis_off()
     for ax, (title, values) in zip(axes[0][1:], shown.items(), strict=True):
         overlay(ax, values, x.shape[2:])
