@@ -119,7 +119,7 @@ def predict(
     x = next(images.read_images(network, image, size or own_size))
     guesses = predict.predict(network, x, classes, top)
     if out:
-        predict.prediction_figure(network, x, guesses).savefig(out, dpi=100)
+        predict.prediction_figure(network, x, guesses[0]).savefig(out, dpi=100)
     for guess in guesses:
         _say(f"{guess.probability:7.2%}  {guess.name}")
 
@@ -189,6 +189,32 @@ def spectra(
     peers = {name: timm.create_model(name, pretrained=pretrained) for name in peer or ()}
     for path in spectra.save_figures({model: network} | peers, source, out, size or own_size):
         _say(str(path))
+
+
+@app.command()
+def train_task(
+    config: Annotated[str, typer.Argument(help="ade20k_semantic_fpn, coco_retinanet, coco_mask_rcnn, or a YAML file, see spanet.tasks.")],
+    data: Annotated[Path, typer.Option(help="Folder of ADE20K or COCO, as they are published.")],
+    out: Annotated[Path, typer.Option(help="Folder of the run, which goes on from its last checkpoint.")],
+    weights: Annotated[str | None, typer.Option(help="Checkpoint of the backbone, in place of the recipe's.")] = None,
+    device: Device = None,
+    workers: Workers = 4,
+) -> None:
+    """Train segmentation or detection by a recipe, and evaluate the result."""
+    from dataclasses import replace
+
+    from . import tasks
+    from .pyramid import load_task
+    from .train import processes
+
+    recipe = tasks.load_task_recipe(config)
+    recipe = replace(recipe, weights=weights or recipe.weights)
+    with processes(device) as place:
+        tasks.train_task(recipe, data, out, place, workers)
+        model = tasks.build_task(recipe)
+        load_task(model, out / "model.safetensors")
+        for name, value in tasks.evaluate_task(recipe, model.to(place), data).items():
+            _say(f"{name}: {value:.2%}")
 
 
 def _check_name(name: str) -> None:

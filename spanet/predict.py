@@ -48,17 +48,17 @@ def class_activation(model: nn.Module, x: Tensor, index: int) -> Tensor:
     return as_map((features * gradient).detach())[0].sum(0)
 
 
-def prediction_figure(model: nn.Module, x: Tensor, guesses: list[Guess]) -> Figure:
-    """The image (1, 3, S, S), the aggregated context at the end of each stage over it, and the activation of the best class."""
+def prediction_figure(model: nn.Module, x: Tensor, guess: Guess) -> Figure:
+    """The image (1, 3, S, S), the aggregated context at the end of each stage over it, and the activation of a class."""
     picture = as_picture(model, x)
     shown = {f"context, stage {stage}": context for stage, context in enumerate(context_maps(model, x), 1)}
-    shown[f"activation: {guesses[0].name}"] = class_activation(model, x, guesses[0].label)
+    shown["activation of the class"] = class_activation(model, x, guess.label)
     fig, axes = panels(1, 1 + len(shown), 2.4)
     for ax in axes[0]:
-        ax.imshow(picture)
+        ax.imshow(picture.numpy())
         ax.set_axis_off()
     for ax, (title, values) in zip(axes[0][1:], shown.items(), strict=True):
         overlay(ax, values, x.shape[2:])
-        ax.set_title(title, fontsize=8, wrap=True)
-    axes[0][0].set_title("\n".join(f"{guess.probability:.1%} {guess.name}" for guess in guesses), fontsize=6)
+        ax.set_title(title, fontsize=9)
+    axes[0][0].set_title(f"{guess.name.split(',')[0]}, {guess.probability:.1%}", fontsize=9)
     return fig

@@ -163,7 +163,7 @@ def fourier_figure(spectra: dict[str, list[Tensor]], columns: int = 8) -> Figure
     for line, (name, maps) in zip(axes, spectra.items(), strict=True):
         chosen = torch.linspace(0, len(maps) - 1, columns).round().int().unique().tolist()
         for ax, index in zip(line, chosen, strict=False):
-            ax.imshow(maps[index], cmap="magma")
+            ax.imshow(maps[index].numpy(), cmap="magma")
             ax.set_title(f"block {index + 1}, {len(maps[index])}²", fontsize=8)
         for ax in line:
             ax.set(xticks=[], yticks=[], frame_on=False)
@@ -180,7 +180,7 @@ def amplitude_figure(spectra: dict[str, list[Tensor]]) -> Figure:
         for index, spectrum in enumerate(maps):
             curve = relative_log_amplitude(spectrum)
             frequency = torch.arange(len(curve)) / (len(spectrum) / 2)
-            ax.plot(frequency, curve, color=depth(index / max(len(maps) - 1, 1)))
+            ax.plot(frequency.numpy(), curve.numpy(), color=depth(index / max(len(maps) - 1, 1)))
         ax.set(title=name, xlabel="frequency / π", ylabel="relative log amplitude")
         ax.grid(alpha=0.3)
     fig.colorbar(ScalarMappable(cmap=depth), ax=list(axes[0]), label="depth")
@@ -192,7 +192,7 @@ def context_figure(rows: Sequence[tuple[Tensor, list[Tensor]]]) -> Figure:
     fig, axes = panels(len(rows), 1 + len(rows[0][1]), 2.2)
     for line, (image, contexts) in zip(axes, rows, strict=True):
         for ax in line:
-            ax.imshow(image)
+            ax.imshow(image.numpy())
             ax.set_axis_off()
         for ax, context in zip(line[1:], contexts, strict=True):
             overlay(ax, context, image.shape[:2])
@@ -204,7 +204,7 @@ def context_figure(rows: Sequence[tuple[Tensor, list[Tensor]]]) -> Figure:
 def overlay(ax: Axes, values: Tensor, size: Sequence[int]) -> None:
     """values (h, w), bilinearly to the size of the image in the panel, over it."""
     values = nn.functional.interpolate(values[None, None], tuple(size), mode="bilinear", align_corners=False)[0, 0]
-    ax.imshow(values, cmap="turbo", alpha=0.55)
+    ax.imshow(values.numpy(), cmap="turbo", alpha=0.55)
 
 
 def response_figure(layers: Sequence[Sequence[Response]], columns: int = 6) -> Figure:
@@ -214,8 +214,8 @@ def response_figure(layers: Sequence[Sequence[Response]], columns: int = 6) -> F
         ax.set_visible(False)
     for index, (ax, filters) in enumerate(zip(axes.flat, layers, strict=False)):
         for response, colour in zip(filters, ("#1f6feb", "#d4790f", "#b62324", "#2da44e") * len(filters), strict=False):
-            ax.plot(response.frequency, response.profile, color=colour, lw=1, label=f"λ = {response.lam:.3g}")
-            ax.plot(response.frequency, response.measured, ".", color=colour, ms=3)
+            ax.plot(response.frequency.numpy(), response.profile.numpy(), color=colour, lw=1, label=f"λ = {response.lam:.3g}")
+            ax.plot(response.frequency.numpy(), response.measured.numpy(), ".", color=colour, ms=3)
         ax.set_title(f"layer {index + 1}", fontsize=8)
         ax.set_xlim(-0.5, 8.5)
         ax.tick_params(labelsize=7)

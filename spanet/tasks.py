@@ -1,0 +1,297 @@
+"""Training and evaluation of the dense tasks by a recipe, on the folders of ADE20K and of COCO as they are published.
+
+    lr(step) = lr min(1, ratio + (1 - ratio) step / warmup_steps) 0.1^(milestones passed) (1 - step / steps)^power
+
+All randomness is a function of the seed, the epoch and the image, or of the step. The last checkpoint is whole at any moment, and a
+run that finds one in its folder goes on from there as if it had not been interrupted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Callable, Iterator, Sequence, Sized
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import safetensors.torch
+import torch
+import yaml
+from PIL import Image
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from pycocotools.mask import encode
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision import tv_tensors
+from torchvision.datasets import CocoDetection, wrap_dataset_for_transforms_v2
+from torchvision.models.detection import MaskRCNN
+from torchvision.transforms import v2
+from torchvision.transforms.functional import pil_to_tensor
+
+from .checkpoint import load_checkpoint
+from .detection import detect, mask_rcnn, retinanet
+from .images import read_image
+from .recipe import RECIPES, seed_all
+from .runs import replacing
+from .segmentation import IGNORE, SemanticFPN, segment, segmentation_loss, semantic_fpn
+from .train import progress_bar
+
+BUILDERS: dict[str, Callable[..., nn.Module]] = {"semantic_fpn": semantic_fpn, "retinanet": retinanet, "mask_rcnn": mask_rcnn}
+
+
+@dataclass(frozen=True)
+class TaskRecipe:
+    """How a model of a dense task is trained, from a YAML file; its length is in steps, or in epochs if steps is 0."""
+
+    task: str
+    """semantic_fpn, retinanet or mask_rcnn"""
+    num_classes: int
+    batch_size: int
+    lr: float
+    weight_decay: float
+    size: int
+    """side of the crops of segmentation; shorter side of the images of detection, the longer one at most 5 / 3 of it"""
+    steps: int = 0
+    epochs: int = 0
+    milestones: list[int] = field(default_factory=list)
+    """epochs after which the learning rate is a tenth"""
+    warmup_steps: int = 0
+    warmup_ratio: float = 0.001
+    power: float = 0.0
+    """of the polynomial decay"""
+    model: str = "spanet_small"
+    model_args: dict[str, Any] = field(default_factory=dict)
+    weights: str | None = None
+    """checkpoint of the backbone"""
+    seed: int = 0
+    checkpoint_steps: int = 1000
+
+    def __post_init__(self) -> None:
+        if self.task not in BUILDERS:
+            raise ValueError(f"recipe: task must be one of {', '.join(BUILDERS)}, got {self.task}")
+        if (self.steps > 0) == (self.epochs > 0):
+            raise ValueError(f"recipe: either steps or epochs must be at least 1, got {self.steps} and {self.epochs}")
+
+    def rate(self, step: int, steps: int, per_epoch: int) -> float:
+        """Learning rate at a step of `steps`."""
+        warmup = min(1.0, self.warmup_ratio + (1 - self.warmup_ratio) * step / self.warmup_steps) if self.warmup_steps else 1.0
+        passed = sum(step >= epoch * per_epoch for epoch in self.milestones)
+        return self.lr * warmup * 0.1**passed * (1 - step / steps) ** self.power
+
+
+def load_task_recipe(config: str) -> TaskRecipe:
+    """The recipe of a YAML file, or of its name in the package. Raises ValueError: no file, no YAML, keys or values that do not fit."""
+    named = RECIPES / "tasks" / f"{config}.yaml"
+    path = named if named.is_file() else Path(config)
+    try:
+        return TaskRecipe(**yaml.safe_load(path.read_text()))
+    except (OSError, TypeError, yaml.YAMLError) as error:
+        known = ", ".join(sorted(file.stem for file in named.parent.glob("*.yaml")))
+        raise ValueError(f"config: {config} is no recipe of a task ({known}): {' '.join(str(error).split())}") from None
+
+
+def build_task(recipe: TaskRecipe) -> nn.Module:
+    """The recipe's model, from its seed, its backbone from the recipe's weights."""
+    seed_all(recipe.seed, "weights")
+    sizes = {} if recipe.task == "semantic_fpn" else {"min_size": recipe.size, "max_size": recipe.size * 5 // 3}
+    model = BUILDERS[recipe.task](recipe.model, recipe.num_classes, **sizes, **recipe.model_args)
+    if recipe.weights:
+        load_checkpoint(model, recipe.weights)
+    return model
+
+
+class Scenes(Dataset[tuple[Tensor, Tensor]]):
+    """ADE20K: ROOT/images/SPLIT/*.jpg and ROOT/annotations/SPLIT/*.png, in whose pixels 0 is no label; SPLIT training or validation."""
+
+    def __init__(self, root: Path, split: str, transform: Callable[..., Any]) -> None:
+        self.images = sorted((root / "images" / split).glob("*.jpg"))
+        self.labels = [root / "annotations" / split / f"{path.stem}.png" for path in self.images]
+        self.transform = transform
+        if missing := next((path for path in self.labels if not path.is_file()), None if self.images else root / "images" / split):
+            raise FileNotFoundError(f"data: there is no {missing}" + ("" if self.images else "/*.jpg"))
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def target(self, index: int) -> Tensor:
+        """(1, H, W) bytes: classes from 0, and 255 where there is no label."""
+        with Image.open(self.labels[index]) as file:
+            return pil_to_tensor(file) - 1  # bytes: 0 becomes 255
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        image, target = self.transform(tv_tensors.Image(read_image(self.images[index])), tv_tensors.Mask(self.target(index)))
+        return image, target[0]
+
+
+class Objects(Dataset[tuple[Tensor, dict[str, Tensor]]]):
+    """COCO: ROOT/SPLIT/*.jpg and ROOT/annotations/instances_SPLIT.json, images that have boxes; SPLIT train2017 or val2017.
+
+    Args:
+        first: label of the first category; the others follow in the order of their ids.
+    """
+
+    def __init__(self, root: Path, split: str, first: int, transform: Callable[..., Any]) -> None:
+        annotations = root / "annotations" / f"instances_{split}.json"
+        if not annotations.is_file():
+            raise FileNotFoundError(f"data: there is no {annotations}")
+        with contextlib.redirect_stdout(io.StringIO()):  # the reader prints
+            self.coco = CocoDetection(root / split, annotations)
+        self.coco.ids = sorted({a["image_id"] for a in self.coco.coco.anns.values() if not a["iscrowd"] and min(a["bbox"][2:]) >= 1})
+        self.first = first
+        self.categories = sorted(self.coco.coco.cats)
+        self.labels = {category: label for label, category in enumerate(self.categories, first)}
+        self.samples = wrap_dataset_for_transforms_v2(self.coco, target_keys=("boxes", "labels", "masks"))
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.coco)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
+        image, target = self.transform(*self.samples[index])
+        crowd = [a["iscrowd"] for a in self.coco.coco.imgToAnns[self.coco.ids[index]]]
+        keep = (target["boxes"][:, 2:] - target["boxes"][:, :2]).amin(1).ge(1) & ~torch.tensor(crowd, dtype=torch.bool)
+        target["labels"] = torch.tensor([self.labels[label] for label in target["labels"].tolist()])
+        return image, {name: values[keep].as_subclass(Tensor) for name, values in target.items()}
+
+
+def training_data(recipe: TaskRecipe, model: nn.Module, root: Path) -> Dataset[Any]:
+    """The task's training images: scaled, cropped, distorted in colour and flipped for segmentation, flipped for detection."""
+    tail: list[nn.Module] = [v2.RandomHorizontalFlip(0.5), v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True)]
+    if recipe.task != "semantic_fpn":
+        return Objects(root, "train2017", int(recipe.task == "mask_rcnn"), v2.Compose([v2.ToImage(), *tail]))
+    scale = v2.RandomShortestSize(list(range(recipe.size // 2, 2 * recipe.size + 1)))
+    crop = v2.RandomCrop(recipe.size, pad_if_needed=True, fill={tv_tensors.Image: 0, tv_tensors.Mask: IGNORE})
+    backbone = cast(SemanticFPN, model).backbone
+    return Scenes(root, "training", v2.Compose([scale, crop, v2.RandomPhotometricDistort(), *tail, v2.Normalize(*backbone.normalization)]))
+
+
+def losses(model: nn.Module, batch: Sequence[tuple[Tensor, Any]], device: torch.device) -> Tensor:
+    """The task's loss of one batch."""
+    images, targets = zip(*batch, strict=True)
+    if isinstance(model, SemanticFPN):
+        return segmentation_loss(model(torch.stack(images).to(device)), torch.stack(targets).long().to(device))
+    found = model([image.to(device) for image in images], [{name: t.to(device) for name, t in target.items()} for target in targets])
+    return torch.stack(list(found.values())).sum()
+
+
+class Seeded(Dataset[Any]):
+    """Samples of other data by (epoch, index), whose random numbers are a function of the seed and of these."""
+
+    def __init__(self, data: Dataset[Any], seed: int) -> None:
+        self.data, self.seed = data, seed
+
+    def __getitem__(self, key: tuple[int, int]) -> Any:
+        seed_all(self.seed, *key)
+        return self.data[key[1]]
+
+
+def keys(images: int, recipe: TaskRecipe, start: int, steps: int) -> Iterator[list[tuple[int, int]]]:
+    """Epoch and index of the images of each batch from step `start` on; an epoch is a permutation, without what fills no batch."""
+    per_epoch = images // recipe.batch_size
+    for epoch in range(start // per_epoch, -(-steps // per_epoch)):
+        order = torch.randperm(images, generator=torch.Generator().manual_seed(recipe.seed + epoch)).tolist()
+        for step in range(max(start, epoch * per_epoch), min(steps, (epoch + 1) * per_epoch)):
+            place = step % per_epoch * recipe.batch_size
+            yield [(epoch, index) for index in order[place : place + recipe.batch_size]]
+
+
+def train_task(recipe: TaskRecipe, root: Path, out: Path, device: torch.device, workers: int = 4) -> list[float]:
+    """Train by a recipe; OUT/last.pt is the last checkpoint, from which a run goes on, OUT/model.safetensors the result.
+
+    Returns:
+        the losses of the steps of this call.
+
+    Raises:
+        FileNotFoundError: the data is not there; ValueError: fewer images than a batch, a checkpoint of another recipe;
+        FloatingPointError: a loss that is no number.
+    """
+    model = build_task(recipe).to(device)
+    data = training_data(recipe, model, root)
+    images = len(cast(Sized, data))
+    per_epoch = images // recipe.batch_size
+    if not per_epoch:
+        raise ValueError(f"recipe: batch_size must be at most the {images} training images, got {recipe.batch_size}")
+    steps = recipe.steps or recipe.epochs * per_epoch
+    optimizer = torch.optim.AdamW(model.parameters(), recipe.lr, weight_decay=recipe.weight_decay)
+    out.mkdir(parents=True, exist_ok=True)
+    last, start = out / "last.pt", 0
+    if last.exists():
+        state = torch.load(last, map_location="cpu", weights_only=True)
+        if state["recipe"] != asdict(recipe):
+            raise ValueError(f"out: {out} holds a run of another recipe; name another folder")
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        start = state["step"]
+    batches = list(keys(images, recipe, start, steps))
+    loader = DataLoader(Seeded(data, recipe.seed), batch_sampler=batches, num_workers=workers, collate_fn=list)
+    course: list[float] = []
+    model.train()
+    with progress_bar() as bar:
+        for step, batch in enumerate(bar.track(loader, total=steps, completed=start, description=recipe.task), start):
+            for group in optimizer.param_groups:
+                group["lr"] = recipe.rate(step, steps, per_epoch)
+            seed_all(recipe.seed, "step", step)
+            loss = losses(model, batch, device)
+            if not loss.isfinite():
+                raise FloatingPointError(f"the loss of step {step} is {loss.item()}; the last checkpoint is {last}")
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            course.append(loss.item())
+            if (step + 1) % recipe.checkpoint_steps == 0 or step + 1 == steps:
+                with replacing(last) as file:
+                    torch.save(
+                        {"recipe": asdict(recipe), "model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}, file
+                    )
+    with replacing(out / "model.safetensors") as file:
+        file.write(safetensors.torch.save({name: tensor.contiguous() for name, tensor in model.state_dict().items()}))
+    return course
+
+
+def evaluate_task(recipe: TaskRecipe, model: nn.Module, root: Path) -> dict[str, float]:
+    """mIoU of segmentation on ROOT's validation images; AP of detection's boxes, and masks, as COCO defines it."""
+    if isinstance(model, SemanticFPN):
+        scenes = Scenes(root, "validation", lambda *sample: sample)
+        counts = torch.zeros(recipe.num_classes, recipe.num_classes, dtype=torch.long)
+        for index, path in enumerate(scenes.images):
+            counts += confusion(segment(model, read_image(path), recipe.size), scenes.target(index)[0].long(), recipe.num_classes)
+        return {"mIoU": mean_iou(counts)}
+    objects = Objects(root, "val2017", int(recipe.task == "mask_rcnn"), lambda *sample: sample)
+    results: dict[str, list[dict[str, Any]]] = {kind: [] for kind in (("bbox", "segm") if recipe.task == "mask_rcnn" else ("bbox",))}
+    for image_id, image in objects.coco.coco.imgs.items():
+        found = detect(cast(MaskRCNN, model), read_image(Path(objects.coco.root) / image["file_name"]))
+        for index, (box, label, score) in enumerate(zip(found["boxes"], found["labels"].tolist(), found["scores"].tolist(), strict=True)):
+            common = {"image_id": image_id, "category_id": objects.categories[label - objects.first], "score": score}
+            x1, y1, x2, y2 = box.tolist()
+            results["bbox"].append(common | {"bbox": [x1, y1, x2 - x1, y2 - y1]})
+            if "segm" in results:
+                mask = (found["masks"][index, 0] >= 0.5).byte().numpy()
+                results["segm"].append(common | {"segmentation": encode(np.asfortranarray(mask))})
+    return {f"AP {kind}": _average_precision(objects.coco.coco, those, kind) for kind, those in results.items()}
+
+
+def confusion(found: Tensor, target: Tensor, classes: int) -> Tensor:
+    """(classes, classes) pixels by their class, row, and the one found, column; without those that have no label."""
+    known = target < classes
+    return (target[known] * classes + found[known]).bincount(minlength=classes * classes).view(classes, classes)
+
+
+def mean_iou(counts: Tensor) -> float:
+    """Mean over the classes that occur of intersection over union, from their confusion matrix."""
+    union = counts.sum(0) + counts.sum(1) - counts.diag()
+    return float((counts.diag()[union > 0] / union[union > 0]).mean())
+
+
+def _average_precision(truth: COCO, results: list[dict[str, Any]], kind: str) -> float:
+    """AP over IoU 0.50 to 0.95, 0 if nothing was found."""
+    if not results:
+        return 0.0
+    with contextlib.redirect_stdout(io.StringIO()):
+        judge = COCOeval(truth, truth.loadRes(results), kind)
+        judge.evaluate()
+        judge.accumulate()
+        judge.summarize()
+    return float(judge.stats[0])
