@@ -169,20 +169,20 @@ def spectral_mixer(
     """`reference.spectral_mixer`; keep returns t, z and the coefficients of z for the gradients, else they are empty."""
     wanted = radius_squared if x.is_cuda else -1  # the fused gate of GPUs takes coefficients
     out = torch.empty_like(x, memory_format=modes.memory_format(x))
-    ts, zs, coefficients = [], [], x.new_empty(0)
+    t = z = coefficients = x.new_empty(0)
     parts = _parts(x)
+    kept = [torch.empty_like(x, memory_format=torch.channels_last) for _ in range(2)] if keep and len(parts) > 1 else []
     for part in parts:
         t = pointwise(x[part], in_weight, in_bias)
         z, coefficients = _ops.axial_conv(t, row_weight, row_bias, column_weight, column_bias, wanted)
-        if keep:
-            ts.append(t)
-            zs.append(z)
+        for whole, value in zip(kept, (t, z), strict=False):
+            whole[part] = value
         y = _ops.spectral_gate(z, coefficients if x.is_cuda else None, weight, bias, base, gain, radius_squared)
         _pointwise_into(out[part], y, out_weight, out_bias)
     if not keep:
         return out, x.new_empty(0), x.new_empty(0), base.new_empty(0)
-    coefficients = coefficients if x.is_cuda else base.new_empty(0)
-    return out, ts[0] if len(parts) == 1 else torch.cat(ts), zs[0] if len(parts) == 1 else torch.cat(zs), coefficients
+    t, z = kept or (t, z)
+    return out, t, z, coefficients if x.is_cuda else base.new_empty(0)
 
 
 @exact
