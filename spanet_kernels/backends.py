@@ -94,7 +94,12 @@ if _cpu_missing:
 _cuda_missing = _load("_cuda")
 _triton_why_not = _triton_missing()
 
-_IN_CUDA = tuple(op for op in OPERATORS if torch._C._dispatch_has_kernel_for_dispatch_key(f"spanet_kernels::{op}", "CUDA"))
+
+def _has_kernel(op: str, key: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"spanet_kernels::{op}", key)
+
+
+_IN_CUDA = tuple(op for op in OPERATORS if _has_kernel(op, "CUDA"))
 
 
 def _on_cuda(op: str) -> str:
@@ -161,7 +166,9 @@ def backends() -> dict[str, Any]:
         },
         "operators": {
             op: {
-                "cpu": {"in use": f"C++ ({capability})", "not in use": {"modes": "C++ comes first"}},
+                "cpu": {"in use": f"C++ ({capability})", "not in use": {"modes": "C++ comes first"}}
+                if _has_kernel(op, "CPU")
+                else {"in use": "composed", "not in use": {}},
                 "cuda": on_cuda(op),
                 "other": {"in use": "modes", "not in use": {}},
             }
