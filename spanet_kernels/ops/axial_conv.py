@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import modes, reference
 from .autograd import by_composition
-from .checks import check_input, check_parameter, check_radius
+from .checks import check_input, check_parameter, check_radius, odd_size
 
 _conv = torch.ops.spanet_kernels.axial_conv.default
 _gradient = torch.ops.spanet_kernels.axial_conv_backward.default
@@ -49,9 +49,7 @@ def axial_conv(
     """
     check_input("axial_conv", x)
     radius_squared = -1 if radius is None else modes.squared_radius(check_radius("axial_conv", radius))
-    size = row_weight.shape[-1] if isinstance(row_weight, Tensor) and row_weight.dim() else 0
-    if size % 2 == 0:
-        raise ValueError(f"axial_conv: row_weight must have shape (C, 1, 1, k) with an odd k, got {_described(row_weight)}")
+    size = odd_size("axial_conv", row_weight)
     channels, dtype = x.shape[1], modes.profile_dtype(x.dtype)
     shapes = {"row_weight": (channels, 1, 1, size), "row_bias": (channels,), "column_weight": (channels, 1, size, 1)}
     row_weight, row_bias, column_weight, column_bias = (
@@ -65,10 +63,6 @@ def axial_conv(
     )
     out: tuple[Tensor, Tensor] = _call(x, row_weight.flatten(1), row_bias, column_weight.flatten(1), column_bias, radius_squared)
     return out
-
-
-def _described(value: Any) -> str:
-    return str(tuple(value.shape)) if isinstance(value, Tensor) else type(value).__name__
 
 
 def _gradients(

@@ -44,3 +44,12 @@ def check_parameter(op: str, name: str, value: Tensor | None, shape: tuple[int, 
     if value.device != x.device:
         raise ValueError(f"{op}: {name} must be on {x.device} like its input, got {value.device}")
     return value
+
+
+def odd_size(op: str, row_weight: Tensor) -> int:
+    """k of the weight (C, 1, 1, k) of an axial convolution, or an error where it is not odd."""
+    size = row_weight.shape[-1] if isinstance(row_weight, Tensor) and row_weight.dim() else 0
+    if size % 2 == 0:
+        came = tuple(row_weight.shape) if isinstance(row_weight, Tensor) else type(row_weight).__name__
+        raise ValueError(f"{op}: row_weight must have shape (C, 1, 1, k) with an odd k, got {came}")
+    return size

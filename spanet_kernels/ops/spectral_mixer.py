@@ -11,7 +11,7 @@ from torch.nn import functional
 from .. import modes
 from .autograd import by_composition
 from .axial_conv import axial_conv, coefficients_fake
-from .checks import PROFILE_DTYPE, check_input, check_parameter, check_radius
+from .checks import PROFILE_DTYPE, check_input, check_parameter, check_radius, odd_size
 from .spectral_gate import spectral_gate
 
 _mixer = torch.ops.spanet_kernels.spectral_mixer.default
@@ -59,10 +59,7 @@ def spectral_mixer(
         x = x.to(torch.get_autocast_dtype(x.device.type))
     squared = -1 if radius is None else modes.squared_radius(check_radius("spectral_mixer", radius))
     channels, wide = x.shape[1], PROFILE_DTYPE[x.dtype]
-    size = row_weight.shape[-1] if isinstance(row_weight, Tensor) and row_weight.dim() else 0
-    if size % 2 == 0:
-        came = tuple(row_weight.shape) if isinstance(row_weight, Tensor) else type(row_weight).__name__
-        raise ValueError(f"spectral_mixer: row_weight must have shape (C, 1, 1, k) with an odd k, got {came}")
+    size = odd_size("spectral_mixer", row_weight)
     square, flat = (channels, channels), (channels,)
     args = [
         check_parameter("spectral_mixer", name, value, shape, x).to(dtype)
