@@ -14,9 +14,9 @@ from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from . import modes
+from .products import linear
 
 PART = 2 * 2**20  # bytes of a tensor of the images that a CPU takes at a time
 
@@ -45,28 +45,18 @@ def _rows(x: Tensor) -> Tensor:
     return x.flatten(2).mT.flatten(0, 1)
 
 
-def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def _pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """The 1x1 convolution of x, as channels_last."""
-    return functional.linear(x.flatten(2).mT, weight, bias).mT.unflatten(2, x.shape[2:])
-
-
-def _pointwise_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
-    """Write the 1x1 convolution of x, which is channels_last, into out of either layout."""
-    if modes.channels_last(out):
-        matrix, rows = _rows(out), _rows(x)
-        torch.mm(rows, weight.mT, out=matrix) if bias is None else torch.addmm(bias, rows, weight.mT, out=matrix)
-    else:
-        columns, weights, planes = x.flatten(2), weight.expand(len(x), -1, -1), out.flatten(2)
-        torch.bmm(weights, columns, out=planes) if bias is None else torch.baddbmm(bias[:, None], weights, columns, out=planes)
+    return linear(x.flatten(2).mT, weight, bias).mT.unflatten(2, x.shape[2:])
 
 
 def _pointwise_like(x: Tensor, weight: Tensor, bias: Tensor | None, like: Tensor) -> Tensor:
-    """The 1x1 convolution of x in the layout of like."""
+    """The 1x1 convolution of x, which is channels_last, in the layout of like."""
     if modes.channels_last(like):
-        return pointwise(x, weight, bias)
-    out = torch.empty_like(like)
-    _pointwise_into(out, x, weight, bias)
-    return out
+        return _pointwise(x, weight, bias)
+    columns, weights = x.flatten(2), weight.expand(len(x), -1, -1)
+    planes = torch.bmm(weights, columns) if bias is None else torch.baddbmm(bias[:, None], weights, columns)
+    return planes.unflatten(2, x.shape[2:])
 
 
 def _channel_product(c: Tensor, z: Tensor) -> Tensor:
@@ -148,6 +138,18 @@ def _parts(x: Tensor) -> list[slice]:
     return [slice(start, start + size) for start in range(0, len(x), size)] or [slice(0, 0)]
 
 
+def _whole(x: Tensor, memory_format: torch.memory_format) -> Tensor | None:
+    """Memory for the results of all parts of x; of a single part the result is the whole."""
+    return torch.empty_like(x, memory_format=memory_format) if len(_parts(x)) > 1 else None
+
+
+def _placed(whole: Tensor | None, part: slice, value: Tensor) -> Tensor:
+    if whole is None:
+        return value
+    whole[part] = value
+    return whole
+
+
 @exact
 def spectral_mixer(
     x: Tensor,
@@ -168,21 +170,19 @@ def spectral_mixer(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`reference.spectral_mixer`; keep returns t, z and the coefficients of z for the gradients, else they are empty."""
     wanted = radius_squared if x.is_cuda else -1  # the fused gate of GPUs takes coefficients
-    out = torch.empty_like(x, memory_format=modes.memory_format(x))
-    t = z = coefficients = x.new_empty(0)
-    parts = _parts(x)
-    kept = [torch.empty_like(x, memory_format=torch.channels_last) for _ in range(2)] if keep and len(parts) > 1 else []
-    for part in parts:
-        t = pointwise(x[part], in_weight, in_bias)
+    out = _whole(x, modes.memory_format(x))
+    all_t, all_z = (_whole(x, torch.channels_last) if keep else None for _ in range(2))
+    for part in _parts(x):
+        t = _pointwise(x[part], in_weight, in_bias)
         z, coefficients = _ops.axial_conv(t, row_weight, row_bias, column_weight, column_bias, wanted)
-        for whole, value in zip(kept, (t, z), strict=False):
-            whole[part] = value
+        if keep:
+            all_t, all_z = _placed(all_t, part, t), _placed(all_z, part, z)
         y = _ops.spectral_gate(z, coefficients if x.is_cuda else None, weight, bias, base, gain, radius_squared)
-        _pointwise_into(out[part], y, out_weight, out_bias)
-    if not keep:
+        out = _placed(out, part, _pointwise_like(y, out_weight, out_bias, x))
+    assert out is not None
+    if all_t is None or all_z is None:
         return out, x.new_empty(0), x.new_empty(0), base.new_empty(0)
-    t, z = kept or (t, z)
-    return out, t, z, coefficients if x.is_cuda else base.new_empty(0)
+    return out, all_t, all_z, coefficients if x.is_cuda else base.new_empty(0)
 
 
 @exact
@@ -205,11 +205,11 @@ def spectral_mixer_backward(
     profile_learns: bool,
 ) -> tuple[Tensor, ...]:
     """Gradients of `spectral_mixer` to x and, in its order, to every weight and bias, base and gain; the gate is computed again."""
-    x_grad = torch.empty_like(x, memory_format=modes.memory_format(x))
+    x_grad = _whole(x, modes.memory_format(x))
     sums: list[Tensor] = []
     for part in _parts(x):
         g, z_part = grad[part], z[part]
-        y_grad = pointwise(g, out_weight.mT)
+        y_grad = _pointwise(g, out_weight.mT)
         if z.is_cuda:
             y = _ops.spectral_gate(z, coefficients, weight, bias, base, gain, radius_squared)
             gate = _ops.spectral_gate_backward(y_grad, z, coefficients, weight, bias, base, gain, radius_squared, profile_learns)
@@ -218,7 +218,7 @@ def spectral_mixer_backward(
             y, c = z_part * context, y_grad * z_part
             gate = _gate_gradients(y_grad, c, z_part, filtered, applied, context, weight, base, gain, radius_squared, profile_learns)
         t_grad, *conv = _ops.axial_conv_backward(gate[0], t[part], row_weight, row_bias, column_weight)
-        _pointwise_into(x_grad[part], t_grad, in_weight.mT)
+        x_grad = _placed(x_grad, part, _pointwise_like(t_grad, in_weight.mT, None, x))
         grads = [
             _channel_product(t_grad, x[part]),
             _channel_sum(t_grad, base.dtype),
@@ -229,4 +229,5 @@ def spectral_mixer_backward(
         ]
         sums = [total.add_(more) for total, more in zip(sums, grads, strict=True)] if sums else [g.to(base.dtype) for g in grads]
     dtypes = [x.dtype] * 2 + [base.dtype] * 4 + [x.dtype] * 2 + [base.dtype] * 2 + [x.dtype] * 2
+    assert x_grad is not None
     return x_grad, *(total.to(dtype) for total, dtype in zip(sums, dtypes, strict=True))

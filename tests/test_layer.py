@@ -327,6 +327,27 @@ def test_fullgraph_dynamic_shapes_without_recompiling(learnable):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_compiled_for_inference_on_a_cpu_it_is_its_parts(dtype, channels_last):
+    """Inductor sees the products, packs their constant weights, and gives what eager code gives."""
+    torch._dynamo.reset()
+    model = nn.Sequential(SPAM(20), nn.GELU(), SPAM(20, 3, (), radius=1), SPAM(20, 3, (0.6,), radius=1, learnable=True)).to(dtype)
+    x = make_input((3, 20, 15, 14), dtype)
+    x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
+    names = []
+
+    def listing(graph, inputs):
+        names.extend(str(node.target) for node in graph.graph.nodes)
+        return torch._inductor.compile(graph, inputs, options={"freezing": True})
+
+    with torch.no_grad():
+        actual = torch.compile(model, fullgraph=True, backend=listing)(x)
+        torch.testing.assert_close(actual, model(x), **({} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.02}))
+    assert any("axial_conv" in name for name in names)
+    assert not any("spectral_mixer" in name for name in names)
+
+
 def exported(model):
     batch, height, width = Dim("b", min=1, max=64), Dim("h", min=8, max=512), Dim("w", min=8, max=512)
     return export(model, (torch.randn(2, 12, 14, 16),), dynamic_shapes=({0: batch, 2: height, 3: width},))

@@ -287,6 +287,19 @@ def test_compiles_whole(features_only):
     assert counter.frame_count == 1
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_compiles_whole_with_constant_weights(dtype):
+    """No graph break in what inference on a CPU is compiled to."""
+    model = tiny(depths=(1, 1, 1, 1)).eval().to(dtype, memory_format=torch.channels_last)
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, options={"freezing": True})
+    x = image(2, 3, 64, 64).to(dtype, memory_format=torch.channels_last)
+    with torch.inference_mode():
+        ours, expected = compiled(x), model(x)
+    bound = 1e-5 if dtype == torch.float32 else 0.05
+    assert torch.allclose(ours, expected, rtol=bound, atol=bound)
+
+
 def test_compiles_training_with_checkpointing():
     model = tiny(depths=(1, 1, 1, 1))
     model.set_grad_checkpointing()

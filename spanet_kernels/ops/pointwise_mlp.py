@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ..products import linear, onednn_serves
 from .checks import check_input, check_parameter
 
 
@@ -31,22 +32,17 @@ def pointwise_mlp(x: Tensor, weight_in: Tensor, bias_in: Tensor | None, weight_o
     check_parameter("pointwise_mlp", "weight_in", weight_in, (hidden, x.shape[1], 1, 1), x)
     check_parameter("pointwise_mlp", "weight_out", weight_out, (out, hidden, 1, 1), x)
     if _fuses(x, weight_in):
-        linear = torch.ops.mkldnn._linear_pointwise.default
-        rows = linear(x.movedim(1, -1), weight_in[:, :, 0, 0], bias_in, "gelu", [], "none")
-        y: Tensor = linear(rows, weight_out[:, :, 0, 0], bias_out, "none", [], "")
-        return y.movedim(-1, 1)
+        rows = linear(x.movedim(1, -1), weight_in[:, :, 0, 0], bias_in, gelu=True)
+        return linear(rows, weight_out[:, :, 0, 0], bias_out).movedim(-1, 1)
     return functional.conv2d(functional.gelu(functional.conv2d(x, weight_in, bias_in)), weight_out, bias_out)
 
 
 def _fuses(x: Tensor, weight: Tensor) -> bool:
     return bool(
-        x.device.type == "cpu"
+        not torch.compiler.is_compiling()
+        and onednn_serves(x)
         and x.dtype == weight.dtype
-        and (x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()))
         and x.is_contiguous(memory_format=torch.channels_last)
-        and x.numel() > 0
-        and torch.backends.mkldnn.enabled
-        and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
         and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
         and not torch._C._are_functorch_transforms_active()

@@ -12,7 +12,7 @@ from .. import modes
 from .autograd import by_composition
 from .axial_conv import axial_conv, coefficients_fake
 from .checks import PROFILE_DTYPE, check_input, check_parameter, check_radius, odd_size
-from .spectral_gate import spectral_gate
+from .radial_filter import radial_filter
 
 _mixer = torch.ops.spanet_kernels.spectral_mixer.default
 _gradient = torch.ops.spanet_kernels.spectral_mixer_backward.default
@@ -38,6 +38,7 @@ def spectral_mixer(
 
     z = axial_conv(W_in x + b_in),  y = W_out (z o (W F(z) + b)) + b_out. Channels stay adjacent from the first product to the last,
     for either layout of x. For gradients t = W_in x + b_in, z and the coefficients of z are kept; the context is computed again.
+    Compiled for inference on a CPU it is its parts, for Inductor to fuse with what stands around them.
 
     Args:
         x: (B, C, H, W), float64, float32, float16 or bfloat16; under autocast it is cast to autocast's dtype.
@@ -80,6 +81,8 @@ def spectral_mixer(
     ]
     args[2], args[4] = args[2].flatten(1), args[4].flatten(1)
     keep = torch.is_grad_enabled() and any(arg.requires_grad for arg in (x, *args))
+    if torch.compiler.is_compiling() and not torch.compiler.is_exporting() and x.device.type == "cpu" and not keep:
+        return _parts(x, *args, squared)
     y: Tensor = _call(x, *args, squared, keep)[0]
     return y
 
@@ -94,13 +97,19 @@ def _gradients(grad: Tensor, needed: Any, kept: tuple[Tensor, ...], x: Tensor, *
     return *grads, *((base_grad, gain_grad) if learns else (None, None)), out_weight_grad, out_bias_grad, None, None
 
 
-def _composition(x: Tensor, in_weight: Tensor, in_bias: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    row_weight, row_bias, column_weight, column_bias, weight, bias, base, gain, out_weight, out_bias, squared, _ = args
+def _parts(x: Tensor, in_weight: Tensor, in_bias: Tensor, *args: Any) -> Tensor:
+    """The mixer in smaller operators, in the layout that these give it."""
+    row_weight, row_bias, column_weight, column_bias, weight, bias, base, gain, out_weight, out_bias, squared = args
     radius = modes.radius_of(squared)
     t = functional.conv2d(x, in_weight[:, :, None, None], in_bias)
-    z, coefficients = axial_conv(t, row_weight[:, None, None], row_bias, column_weight[:, None, :, None], column_bias, radius)
-    y = spectral_gate(z, weight, bias, base, gain, radius, coefficients)
-    return (modes.like(functional.conv2d(y, out_weight[:, :, None, None], out_bias), x),)
+    z, _ = axial_conv(t, row_weight[:, None, None], row_bias, column_weight[:, None, :, None], column_bias)
+    filtered = (z * base[:, None, None]).to(z.dtype) if radius is None else radial_filter(z, base, gain, radius)
+    y = functional.conv2d(filtered, weight[:, :, None, None], bias) * z
+    return functional.conv2d(y, out_weight[:, :, None, None], out_bias)
+
+
+def _composition(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    return (modes.like(_parts(x, *args[:-1]), x),)
 
 
 _call = by_composition(_mixer, _gradient, _gradients, _composition)

@@ -1,0 +1,26 @@
+"""Matrix products over the channels of every position: oneDNN's where it serves the dtype on a CPU, PyTorch's elsewhere.
+
+oneDNN adds the bias and applies the GELU where it writes the product; PyTorch's `linear` on a CPU writes the bias first and adds to it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+_onednn = torch.ops.mkldnn._linear_pointwise.default
+_DTYPES = {torch.float32, torch.bfloat16} if torch.ops.mkldnn._is_mkldnn_bf16_supported() else {torch.float32}
+
+
+def linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
+    """rows W^T + b, (..., C) to (..., D), and its exact GELU if asked for; not differentiable."""
+    if onednn_serves(rows) and rows.is_contiguous():
+        y: Tensor = _onednn(rows, weight, bias, "gelu" if gelu else "none", [], "none")
+        return y
+    y = functional.linear(rows, weight, bias)
+    return functional.gelu(y) if gelu else y
+
+
+def onednn_serves(x: Tensor) -> bool:
+    return bool(x.device.type == "cpu" and x.dtype in _DTYPES and x.numel() > 0 and torch.backends.mkldnn.enabled)
