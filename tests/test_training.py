@@ -308,6 +308,13 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
         assert json.loads(file.metadata()["run"])["epoch"] == 0
 
 
+def test_a_resumed_run_removes_what_a_killed_one_left_half_written(tmp_path):
+    Run(tmp_path, {}, resume=False).save_last({"step": 1})
+    (tmp_path / ".last.pt.1.tmp").write_bytes(b"PK")
+    Run(tmp_path, {}, resume=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["epochs.csv", "last.pt", "steps.csv"]
+
+
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
     class Poisoned(Coloured):
         calls = 0
