@@ -1,9 +1,12 @@
-"""The MLP of a block, two 1x1 convolutions around a GELU: PyTorch's own operators, put together so that few bytes move."""
+"""The MLP of a block, two 1x1 convolutions around a GELU: PyTorch's own operators, put together so that few bytes move and stay."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional
 
 from ..products import linear, onednn_serves
@@ -13,15 +16,16 @@ from .checks import check_input, check_parameter
 def pointwise_mlp(x: Tensor, weight_in: Tensor, bias_in: Tensor | None, weight_out: Tensor, bias_out: Tensor | None) -> Tensor:
     """W_out gelu(W_in x + b_in) + b_out at every position, with the exact GELU.
 
-    Without gradients, on a CPU and with adjacent channels, the GELU is done where oneDNN's product is written; otherwise, and under
-    torch.compile, which fuses by itself, it is what `Conv2d`, `GELU`, `Conv2d` compute.
+    For gradients x and h = W_in x + b_in are kept; gelu(h), as large as h, is computed again. Without gradients, on a CPU and with
+    adjacent channels, the GELU is done where oneDNN's product is written. Under torch.compile, which fuses and chooses what to keep
+    by itself, and under torch.func it is what `Conv2d`, `GELU`, `Conv2d` compute.
 
     Args:
         x: (B, C, H, W), float64, float32, float16 or bfloat16; under autocast it is cast to autocast's dtype.
         weight_in: (D, C, 1, 1); weight_out: (E, D, 1, 1), of the dtype of x, like the biases (D,) and (E,) or None.
 
     Returns:
-        (B, E, H, W), dtype of x, channels_last if x is.
+        (B, E, H, W), dtype of x, channels_last if x is; differentiable to any order in everything.
 
     Raises:
         TypeError: an argument is no floating-point tensor.
@@ -31,19 +35,50 @@ def pointwise_mlp(x: Tensor, weight_in: Tensor, bias_in: Tensor | None, weight_o
     hidden, out = (weight.shape[0] if isinstance(weight, Tensor) and weight.dim() else 0 for weight in (weight_in, weight_out))
     check_parameter("pointwise_mlp", "weight_in", weight_in, (hidden, x.shape[1], 1, 1), x)
     check_parameter("pointwise_mlp", "weight_out", weight_out, (out, hidden, 1, 1), x)
-    if _fuses(x, weight_in):
+    for name, bias, size in (("bias_in", bias_in, hidden), ("bias_out", bias_out, out)):
+        if bias is not None:
+            check_parameter("pointwise_mlp", name, bias, (size,), x)
+    args = x, weight_in, bias_in, weight_out, bias_out
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return _composition(*args)
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
+        args = tuple(None if arg is None else arg.to(dtype) for arg in args)
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+        y: Tensor = _Mlp.apply(*args)
+        return y
+    x, weight_in, bias_in, weight_out, bias_out = args
+    if onednn_serves(x) and x.dtype == weight_in.dtype and x.is_contiguous(memory_format=torch.channels_last):
         rows = linear(x.movedim(1, -1), weight_in[:, :, 0, 0], bias_in, gelu=True)
         return linear(rows, weight_out[:, :, 0, 0], bias_out).movedim(-1, 1)
+    return _composition(*args)
+
+
+def _composition(x: Tensor, weight_in: Tensor, bias_in: Tensor | None, weight_out: Tensor, bias_out: Tensor | None) -> Tensor:
     return functional.conv2d(functional.gelu(functional.conv2d(x, weight_in, bias_in)), weight_out, bias_out)
 
 
-def _fuses(x: Tensor, weight: Tensor) -> bool:
-    return bool(
-        not torch.compiler.is_compiling()
-        and onednn_serves(x)
-        and x.dtype == weight.dtype
-        and x.is_contiguous(memory_format=torch.channels_last)
-        and not torch.is_autocast_enabled("cpu")
-        and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
-        and not torch._C._are_functorch_transforms_active()
+class _Mlp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_in: Tensor, bias_in: Tensor | None, weight_out: Tensor, bias_out: Tensor | None) -> Tensor:
+        h = functional.conv2d(x, weight_in, bias_in)
+        ctx.save_for_backward(x, weight_in, bias_in, weight_out, h)
+        return functional.conv2d(functional.gelu(h), weight_out, bias_out)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight_in, bias_in, weight_out, h = ctx.saved_tensors
+        if torch.is_grad_enabled():  # to be differentiated again
+            h = functional.conv2d(x, weight_in, bias_in)
+        needs_x, needs_in, needs_in_bias, needs_out, needs_out_bias = ctx.needs_input_grad
+        a_grad, weight_out_grad, bias_out_grad = _convolution_backward(grad, functional.gelu(h), weight_out, True, needs_out, needs_out_bias)
+        h_grad = torch.ops.aten.gelu_backward(a_grad, h)
+        return *_convolution_backward(h_grad, x, weight_in, needs_x, needs_in, needs_in_bias), weight_out_grad, bias_out_grad
+
+
+def _convolution_backward(grad: Tensor, x: Tensor, weight: Tensor, *needed: bool) -> tuple[Tensor | None, ...]:
+    """Gradients of a 1x1 convolution with bias to x, weight and bias, None for those that are not needed."""
+    found: tuple[Tensor | None, ...] = torch.ops.aten.convolution_backward(
+        grad, x, weight, [weight.shape[0]], [1, 1], [0, 0], [1, 1], False, [0, 0], 1, needed
     )
+    return found

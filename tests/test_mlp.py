@@ -1,0 +1,135 @@
+"""pointwise_mlp against the three layers that it stands for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from errors import assert_as_accurate
+from torch import nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from spanet_kernels import pointwise_mlp
+from spanet_kernels.testing import DTYPES, LAYOUTS, make_input
+
+
+def sample(dtype, layout="contiguous", shape=(2, 12, 5, 6), hidden=20, out=8, bias=True):
+    """x, and the weights and biases of both convolutions."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = (hidden, shape[1], 1, 1), (hidden,), (out, hidden, 1, 1), (out,)
+    weights = [torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) / s[-3 if len(s) > 1 else 0] ** 0.5 for s in shapes]
+    if not bias:
+        weights[1] = weights[3] = None
+    return [make_input(shape, dtype, layout), *weights]
+
+
+def layers(x, weight_in, bias_in, weight_out, bias_out):
+    return functional.conv2d(functional.gelu(functional.conv2d(x, weight_in, bias_in)), weight_out, bias_out)
+
+
+def cast(args, dtype):
+    return [None if arg is None else arg.to(dtype) for arg in args]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_values_and_gradients(dtype, layout, bias):
+    args = sample(dtype, layout, bias=bias)
+    exact = layers(*cast(args, torch.float64))
+    with torch.no_grad():
+        y = pointwise_mlp(*args)
+    assert y.dtype == dtype
+    assert_as_accurate(y, layers(*args), exact, units=2)
+    if layout == "channels_last":
+        assert y.is_contiguous(memory_format=torch.channels_last)
+    leaves = [arg.detach().requires_grad_() for arg in args if arg is not None]
+    doubles = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    results = []
+    for function, given in ((pointwise_mlp, leaves), (layers, leaves), (layers, doubles)):
+        full = given if bias else [given[0], given[1], None, given[2], None]
+        y = function(*full)
+        results.append([y.detach(), *torch.autograd.grad(y, given, torch.ones_like(y) / 8)])
+    for ours, theirs, truth in zip(*results, strict=True):
+        assert ours.dtype == dtype
+        assert_as_accurate(ours, theirs, truth, units=2, alike=True)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_derivatives_of_every_kind(layout):
+    args = [arg.detach().requires_grad_() for arg in sample(torch.float64, layout, (2, 3, 2, 3), 5, 4)]
+    assert torch.autograd.gradcheck(pointwise_mlp, args, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(pointwise_mlp, args)
+    tangents = [torch.randn_like(arg) for arg in args]
+    ours = torch.func.jvp(pointwise_mlp, tuple(args), tuple(tangents))
+    for a, b in zip(ours, torch.func.jvp(layers, tuple(args), tuple(tangents)), strict=True):
+        torch.testing.assert_close(a, b)
+    torch.testing.assert_close(torch.vmap(lambda x: pointwise_mlp(x[None], *args[1:])[0])(args[0]), layers(*args))
+
+
+def test_a_frozen_part_gets_no_gradient_and_the_rest_its_own():
+    args = sample(torch.float32)
+    for index in (0, 1, 3):
+        given = [arg.clone().requires_grad_(i == index) for i, arg in enumerate(args)]
+        (ours,) = torch.autograd.grad(pointwise_mlp(*given).square().sum(), given[index])
+        (theirs,) = torch.autograd.grad(layers(*given).square().sum(), given[index])
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_keeps_its_input_and_one_hidden_tensor():
+    args = [arg.requires_grad_() for arg in sample(torch.float32, shape=(2, 12, 8, 8), hidden=48, out=12)]
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.data_ptr()] = tensor.nbytes
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        pointwise_mlp(*args)
+    given = sum(arg.nbytes for arg in args[:4])
+    assert sum(kept.values()) == given + 2 * 48 * 64 * 4
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_under_checkpointing(reentrant):
+    args = [arg.requires_grad_() for arg in sample(torch.float32)]
+    expected = torch.autograd.grad(layers(*args).square().sum(), args)
+    y = checkpoint(pointwise_mlp, *args, use_reentrant=reentrant)
+    y.square().sum().backward()
+    for arg, grad in zip(args, expected, strict=True):
+        torch.testing.assert_close(arg.grad, grad)
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast(dtype, gradients):
+    args = [arg.requires_grad_(gradients) for arg in sample(torch.float32, "channels_last")]
+    with torch.autocast("cpu", dtype=dtype):
+        y = pointwise_mlp(*args)
+        assert y.dtype == dtype
+        torch.testing.assert_close(y.float(), layers(*args).float(), rtol=0.05, atol=0.02)
+        assert pointwise_mlp(*cast(args, torch.float64)).dtype == torch.float64
+    if gradients:
+        y.float().sum().backward()
+        assert all(arg.grad.dtype == torch.float32 for arg in args)
+
+
+@pytest.mark.parametrize("shape", [(0, 12, 5, 6), (2, 12, 1, 1)], ids=str)
+def test_small_shapes(shape):
+    args = [arg.requires_grad_() for arg in sample(torch.float32, shape=shape)]
+    y = pointwise_mlp(*args)
+    assert y.shape == (shape[0], 8, *shape[2:])
+    y.sum().backward()
+    torch.testing.assert_close(y, layers(*args))
+
+
+def test_bad_input():
+    x, weight_in, bias_in, weight_out, bias_out = sample(torch.float32)
+    with pytest.raises(ValueError, match=r"pointwise_mlp: weight_in must have shape \(20, 12, 1, 1\)"):
+        pointwise_mlp(x, weight_in[:, :11], bias_in, weight_out, bias_out)
+    with pytest.raises(ValueError, match=r"pointwise_mlp: weight_out must have shape \(8, 20, 1, 1\)"):
+        pointwise_mlp(x, weight_in, bias_in, weight_out[:, :19], bias_out)
+    with pytest.raises(ValueError, match=r"pointwise_mlp: bias_in must have shape \(20,\)"):
+        pointwise_mlp(x, weight_in, bias_in[:19], weight_out, bias_out)
+    with pytest.raises(TypeError, match="pointwise_mlp: x must be a tensor, got Conv2d"):
+        pointwise_mlp(nn.Conv2d(1, 1, 1), weight_in, bias_in, weight_out, bias_out)
