@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-_onednn = torch.ops.mkldnn._linear_pointwise.default
-_DTYPES = {torch.float32, torch.bfloat16} if torch.ops.mkldnn._is_mkldnn_bf16_supported() else {torch.float32}
+_DTYPES = {torch.float32} if torch.backends.mkldnn.is_available() else set()
+if _DTYPES and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    _DTYPES.add(torch.bfloat16)
 
 
 def linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
     """rows W^T + b, (..., C) to (..., D), and its exact GELU if asked for; not differentiable."""
     if onednn_serves(rows) and rows.is_contiguous():
-        y: Tensor = _onednn(rows, weight, bias, "gelu" if gelu else "none", [], "none")
+        y: Tensor = torch.ops.mkldnn._linear_pointwise.default(rows, weight, bias, "gelu" if gelu else "none", [], "none")
         return y
     y = functional.linear(rows, weight, bias)
     return functional.gelu(y) if gelu else y

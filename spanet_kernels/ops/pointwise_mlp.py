@@ -38,20 +38,19 @@ def pointwise_mlp(x: Tensor, weight_in: Tensor, bias_in: Tensor | None, weight_o
     for name, bias, size in (("bias_in", bias_in, hidden), ("bias_out", bias_out, out)):
         if bias is not None:
             check_parameter("pointwise_mlp", name, bias, (size,), x)
-    args = x, weight_in, bias_in, weight_out, bias_out
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        return _composition(*args)
+        return _composition(x, weight_in, bias_in, weight_out, bias_out)
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
-        args = tuple(None if arg is None else arg.to(dtype) for arg in args)
-    if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-        y: Tensor = _Mlp.apply(*args)
+        x, weight_in, weight_out = (tensor.to(dtype) for tensor in (x, weight_in, weight_out))
+        bias_in, bias_out = (None if bias is None else bias.to(dtype) for bias in (bias_in, bias_out))
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(x, weight_in, bias_in, weight_out, bias_out):
+        y: Tensor = _Mlp.apply(x, weight_in, bias_in, weight_out, bias_out)
         return y
-    x, weight_in, bias_in, weight_out, bias_out = args
     if onednn_serves(x) and x.dtype == weight_in.dtype and x.is_contiguous(memory_format=torch.channels_last):
         rows = linear(x.movedim(1, -1), weight_in[:, :, 0, 0], bias_in, gelu=True)
         return linear(rows, weight_out[:, :, 0, 0], bias_out).movedim(-1, 1)
-    return _composition(*args)
+    return _composition(x, weight_in, bias_in, weight_out, bias_out)
 
 
 def _composition(x: Tensor, weight_in: Tensor, bias_in: Tensor | None, weight_out: Tensor, bias_out: Tensor | None) -> Tensor:
@@ -71,7 +70,9 @@ class _Mlp(torch.autograd.Function):
         if torch.is_grad_enabled():  # to be differentiated again
             h = functional.conv2d(x, weight_in, bias_in)
         needs_x, needs_in, needs_in_bias, needs_out, needs_out_bias = ctx.needs_input_grad
-        a_grad, weight_out_grad, bias_out_grad = _convolution_backward(grad, functional.gelu(h), weight_out, True, needs_out, needs_out_bias)
+        a_grad, weight_out_grad, bias_out_grad = _convolution_backward(
+            grad, functional.gelu(h), weight_out, True, needs_out, needs_out_bias
+        )
         h_grad = torch.ops.aten.gelu_backward(a_grad, h)
         return *_convolution_backward(h_grad, x, weight_in, needs_x, needs_in, needs_in_bias), weight_out_grad, bias_out_grad
 
