@@ -123,6 +123,14 @@ def test_small_shapes(shape):
     torch.testing.assert_close(y, layers(*args))
 
 
+def test_on_the_meta_device():
+    args = [arg.to("meta").requires_grad_() for arg in sample(torch.bfloat16, "channels_last")]
+    y = pointwise_mlp(*args)
+    assert y.shape == (2, 8, 5, 6)
+    y.sum().backward()
+    assert all(arg.grad.shape == arg.shape for arg in args)
+
+
 def test_bad_input():
     x, weight_in, bias_in, weight_out, bias_out = sample(torch.float32)
     with pytest.raises(ValueError, match=r"pointwise_mlp: weight_in must have shape \(20, 12, 1, 1\)"):

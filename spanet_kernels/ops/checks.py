@@ -46,6 +46,13 @@ def check_parameter(op: str, name: str, value: Tensor | None, shape: tuple[int, 
     return value
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast would cast x to, None where it leaves x alone."""
+    if x.device.type == "meta" or x.dtype == torch.float64 or not torch.is_autocast_enabled(x.device.type):
+        return None
+    return torch.get_autocast_dtype(x.device.type)
+
+
 def odd_size(op: str, row_weight: Tensor) -> int:
     """k of the weight (C, 1, 1, k) of an axial convolution, or an error where it is not odd."""
     size = row_weight.shape[-1] if isinstance(row_weight, Tensor) and row_weight.dim() else 0

@@ -10,7 +10,7 @@ from torch.autograd import forward_ad
 from torch.nn import functional
 
 from ..products import linear, onednn_serves
-from .checks import check_input, check_parameter
+from .checks import autocast_dtype, check_input, check_parameter
 
 
 def pointwise_mlp(x: Tensor, weight_in: Tensor, bias_in: Tensor | None, weight_out: Tensor, bias_out: Tensor | None) -> Tensor:
@@ -40,8 +40,7 @@ def pointwise_mlp(x: Tensor, weight_in: Tensor, bias_in: Tensor | None, weight_o
             check_parameter("pointwise_mlp", name, bias, (size,), x)
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return _composition(x, weight_in, bias_in, weight_out, bias_out)
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
+    if dtype := autocast_dtype(x):
         x, weight_in, weight_out = (tensor.to(dtype) for tensor in (x, weight_in, weight_out))
         bias_in, bias_out = (None if bias is None else bias.to(dtype) for bias in (bias_in, bias_out))
     if torch.is_grad_enabled() and torch._C._any_requires_grad(x, weight_in, bias_in, weight_out, bias_out):

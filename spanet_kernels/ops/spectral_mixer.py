@@ -11,7 +11,7 @@ from torch.nn import functional
 from .. import modes
 from .autograd import by_composition
 from .axial_conv import axial_conv, coefficients_fake
-from .checks import PROFILE_DTYPE, check_input, check_parameter, check_radius, odd_size
+from .checks import PROFILE_DTYPE, autocast_dtype, check_input, check_parameter, check_radius, odd_size
 from .radial_filter import radial_filter
 
 _mixer = torch.ops.spanet_kernels.spectral_mixer.default
@@ -56,15 +56,15 @@ def spectral_mixer(
     Source: arXiv 2308.11568, section 3.3.
     """
     check_input("spectral_mixer", x)
-    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(x.device.type))
+    if dtype := autocast_dtype(x):
+        x = x.to(dtype)
     squared = -1 if radius is None else modes.squared_radius(check_radius("spectral_mixer", radius))
     channels, wide = x.shape[1], PROFILE_DTYPE[x.dtype]
     size = odd_size("spectral_mixer", row_weight)
     square, flat = (channels, channels), (channels,)
     args = [
-        check_parameter("spectral_mixer", name, value, shape, x).to(dtype)
-        for name, value, shape, dtype in (
+        check_parameter("spectral_mixer", name, value, shape, x).to(wanted)
+        for name, value, shape, wanted in (
             ("in_weight", in_weight, square, x.dtype),
             ("in_bias", in_bias, flat, x.dtype),
             ("row_weight", row_weight, (channels, 1, 1, size), wide),
