@@ -1,4 +1,4 @@
-// radial_filter, its two halves and radial_filter_backward on the CPU: the way the work is cut, and the registration.
+// radial_filter, radial_filter_backward and mode_coefficients on the CPU: the way the work is cut, and the registration.
 // The arithmetic is in radial_filter_kernel.cpp, compiled once per instruction set.
 
 #include <torch/csrc/stable/library.h>
@@ -99,12 +99,6 @@ Tensor empty_in_layout_of(const Tensor& x) {
   return empty({x.size(0), x.size(1), x.size(2), x.size(3)}, dtype, is_channels_last(x));
 }
 
-// An uninitialised tensor of coefficients of x, in the dtype of the accumulators.
-Tensor empty_coefficients(const Tensor& x, int64_t a_h, int64_t a_w) {
-  const bool wide = x.scalar_type() == ScalarType::Double;
-  return empty({x.size(0), x.size(1), a_h, a_w}, wide ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32());
-}
-
 // The work on the planes of x, cut into units of so many elements.
 struct Plan {
   Cut cut = Cut::columns;
@@ -158,52 +152,18 @@ Tensor radial_filter(const Tensor& x, const Tensor& base, const Tensor& gain, in
 
 Tensor mode_coefficients(const Tensor& x, int64_t radius_squared) {
   const auto functions = [&](int64_t n) { return radius_squared < 0 ? 0 : axis_functions(n, radius_squared); };
-  const int64_t channels = x.size(1), a_h = functions(x.size(2)), a_w = functions(x.size(3)), count = a_h * a_w;
-  Tensor coefficients = empty_coefficients(x, a_h, a_w);
+  const int64_t channels = x.size(1);
+  const int32_t dtype = x.scalar_type() == ScalarType::Double ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
+  Tensor coefficients = empty({x.size(0), channels, functions(x.size(2)), functions(x.size(3))}, dtype);
   if (coefficients.numel() == 0) return coefficients;
   for_planes("mode_coefficients", x, radius_squared, Extent::square,
              [&]<class T, class IO>(const Kernels<T, IO>& kernel, const Modes<T>& modes, const Plan& plan) {
-    const Coefficients<T> out{static_cast<T*>(coefficients.data_ptr()), channels * count, count, 1};
+    T* out = static_cast<T*>(coefficients.data_ptr());
     parallel(plan.units, plan.elements, [&](int64_t begin, int64_t end) {
       kernel.mode_coefficients(plan.cut, modes, planes<const IO>(x), out, channels, plan.chunk, begin, end);
     });
   });
   return coefficients;
-}
-
-Tensor add_modes(const Tensor& x, Tensor coefficients, std::optional<Tensor> factor, int64_t radius_squared) {
-  const int64_t images = x.size(0), channels = x.size(1), h = x.size(2), w = x.size(3);
-  const ScalarType dtype = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  if (radius_squared < 0) {  // no modes: a constant of nothing
-    coefficients = empty_coefficients(x, 1, 1);
-    torch::stable::zero_(coefficients);
-    radius_squared = 0;
-  }
-  const int64_t a_h = axis_functions(h, radius_squared), a_w = axis_functions(w, radius_squared);
-  const auto fits = [&](const Tensor& t, ScalarType of, int64_t rows, int64_t columns) {
-    return t.scalar_type() == of && t.is_cpu() && t.dim() == 4 && t.size(0) == images && t.size(1) == channels && t.size(2) == rows &&
-           t.size(3) == columns;
-  };
-  STD_TORCH_CHECK(fits(coefficients, dtype, a_h, a_w), "add_modes: coefficients must have shape (B, C, ", a_h, ", ", a_w,
-                  "), in the dtype of the accumulators");
-  STD_TORCH_CHECK(!factor || fits(*factor, x.scalar_type(), h, w), "add_modes: factor must have the shape and dtype of x");
-  Tensor y = empty_in_layout_of(x);
-  if (x.numel() == 0) return y;
-  if (a_h > 1 && a_w > 1 && coefficients.stride(2) != a_w * coefficients.stride(3)) coefficients = torch::stable::contiguous(coefficients);
-  if (factor && factor->stride(is_channels_last(x) ? 1 : 3) != 1) {
-    using torch::headeronly::MemoryFormat;
-    factor = torch::stable::contiguous(*factor, is_channels_last(x) ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
-  }
-  for_planes("add_modes", x, radius_squared, Extent::square,
-             [&]<class T, class IO>(const Kernels<T, IO>& kernel, const Modes<T>& modes, const Plan& plan) {
-    const Coefficients<const T> in{static_cast<const T*>(coefficients.data_ptr()), coefficients.stride(0), coefficients.stride(1),
-                                   coefficients.stride(a_w > 1 ? 3 : 2)};
-    const Planes<const IO> by = factor ? planes<const IO>(*factor) : Planes<const IO>{};
-    parallel(plan.units, plan.elements, [&](int64_t begin, int64_t end) {
-      kernel.add_modes(plan.cut, modes, planes<const IO>(x), by, planes<IO>(y), in, channels, plan.chunk, plan.stream, begin, end);
-    });
-  });
-  return y;
 }
 
 std::tuple<Tensor, Tensor> radial_filter_backward(const Tensor& grad, const Tensor& x, int64_t radius_squared) {
@@ -253,6 +213,5 @@ std::tuple<Tensor, Tensor> radial_filter_backward(const Tensor& grad, const Tens
 STABLE_TORCH_LIBRARY_IMPL(spanet_kernels, CPU, m) {
   m.impl("radial_filter", TORCH_BOX(&spanet::radial_filter));
   m.impl("mode_coefficients", TORCH_BOX(&spanet::mode_coefficients));
-  m.impl("add_modes", TORCH_BOX(&spanet::add_modes));
   m.impl("radial_filter_backward", TORCH_BOX(&spanet::radial_filter_backward));
 }

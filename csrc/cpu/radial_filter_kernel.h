@@ -54,11 +54,6 @@ template <class T> struct Profile {
   int64_t base_stride, gain_shell, gain_channel;
 };
 
-template <class T> struct Coefficients {  // (B, C, A_H A_W) with strides in elements
-  T* data;
-  int64_t b, c, mode;
-};
-
 // How the work is cut: by columns, one plane after the other, or by lanes, chunks of adjacent channels of one image.
 enum class Cut { columns, lanes };
 
@@ -69,11 +64,8 @@ template <class T, class IO> struct Kernels {
   // forward over units [begin, end): planes (columns) or image x chunk (lanes)
   void (*filter)(Cut, const Modes<T>&, Planes<const IO> x, Planes<IO> y, const Profile<T>&, int64_t channels, int64_t chunk, bool stream,
                  int64_t begin, int64_t end);
-  // the first and the second half of it, with coefficients of their own; factor may be absent
-  void (*mode_coefficients)(Cut, const Modes<T>&, Planes<const IO> x, Coefficients<T> out, int64_t channels, int64_t chunk, int64_t begin,
-                            int64_t end);
-  void (*add_modes)(Cut, const Modes<T>&, Planes<const IO> x, Planes<const IO> factor, Planes<IO> y, Coefficients<const T>,
-                    int64_t channels, int64_t chunk, bool stream, int64_t begin, int64_t end);
+  // over the same units; out is (B, C, inside)
+  void (*mode_coefficients)(Cut, const Modes<T>&, Planes<const IO> x, T* out, int64_t channels, int64_t chunk, int64_t begin, int64_t end);
   // gradient of the profile over units [begin, end): channels (columns) or chunks (lanes), each over all images;
   // sums is (inside + 1, C): the products of every mode, not normalised, then <grad, x>
   void (*backward)(Cut, const Modes<T>&, Planes<const IO> grad, Planes<const IO> x, double* sums, int64_t images, int64_t channels,
