@@ -449,14 +449,12 @@ void backward(Cut cut, const Modes<T>& m, Planes<const IO> grad, Planes<const IO
 }
 
 template <class T, class IO>
-constexpr Kernels<T, IO> kernels{filter<T, IO>, mode_coefficients<T, IO>, backward<T, IO>, lanes_of<T>};
+constexpr RadialFilterKernels<T, IO> kernels{filter<T, IO>, mode_coefficients<T, IO>, backward<T, IO>, lanes_of<T>};
 
 }  // namespace
 
-extern const Kernels<float, float> f32 = kernels<float, float>;
-extern const Kernels<float, Bf16> bf16 = kernels<float, Bf16>;
-extern const Kernels<float, Half> f16 = kernels<float, Half>;
-extern const Kernels<double, double> f64 = kernels<double, double>;
+extern const KernelSet<RadialFilterKernels> radial_filter_kernels{kernels<float, float>, kernels<float, Bf16>, kernels<float, Half>,
+                                                                  kernels<double, double>};
 
 }  // namespace SIMD_NAME
 }  // namespace spanet
