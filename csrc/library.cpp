@@ -5,7 +5,6 @@ STABLE_TORCH_LIBRARY(spanet_kernels, m) {
   m.def("radial_filter(Tensor x, Tensor base, Tensor gain, int radius_squared) -> Tensor");
   m.def("radial_filter_backward(Tensor grad, Tensor x, int radius_squared) -> (Tensor, Tensor)");
   m.def("mode_coefficients(Tensor x, int radius_squared) -> Tensor");
-  m.def("add_modes(Tensor x, Tensor coefficients, Tensor? factor, int radius_squared) -> Tensor");
   m.def(
       "axial_conv(Tensor x, Tensor row_weight, Tensor row_bias, Tensor column_weight, Tensor column_bias, int radius_squared)"
       " -> (Tensor, Tensor)");

@@ -27,7 +27,6 @@ OPERATORS = (
     "radial_filter",
     "radial_filter_backward",
     "mode_coefficients",
-    "add_modes",
     "axial_conv",
     "axial_conv_backward",
     "spectral_gate",

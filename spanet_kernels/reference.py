@@ -113,16 +113,6 @@ def mode_coefficients(x: Tensor, radius_squared: int) -> Tensor:
     return phi_h @ x.to(dtype) @ phi_w.T
 
 
-def add_modes(x: Tensor, coefficients: Tensor, factor: Tensor | None, radius_squared: int) -> Tensor:
-    """factor o (x + Phi_H^T coefficients Phi_W): the transpose of `mode_coefficients`, and what follows it in the gate."""
-    phi_h = modes.basis(x.shape[2], radius_squared, coefficients.dtype, x.device)
-    phi_w = modes.basis(x.shape[3], radius_squared, coefficients.dtype, x.device)
-    y = x.to(coefficients.dtype) + phi_h.T @ coefficients @ phi_w
-    if factor is not None:
-        y = y * factor.to(y.dtype)
-    return modes.like(y.to(x.dtype), x)
-
-
 def axial_conv(
     x: Tensor, row_weight: Tensor, row_bias: Tensor, column_weight: Tensor, column_bias: Tensor, radius_squared: int
 ) -> tuple[Tensor, Tensor]:

@@ -152,7 +152,6 @@ def test_opcheck(shape, dtype, layout):
     torch.library.opcheck(
         OPS.spectral_gate_backward.default, (y, kept[1], OPS.mode_coefficients(kept[1], 1), *inputs[4:8], 1, False), **tolerance
     )
-    torch.library.opcheck(OPS.add_modes.default, (plain[0], OPS.mode_coefficients(y, 1), y, 1), **tolerance)
     torch.library.opcheck(OPS.mode_coefficients.default, (plain[0], 1), **tolerance)
 
 

@@ -56,6 +56,13 @@ def test_error_rule(shape, radius, dtype, layout):
     assert y.is_contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("shape", "radius"), [((3, 48, 180, 180), 2), ((32, 768, 14, 14), 1)], ids=str)
+def test_streamed(shape, radius, dtype):
+    """Results large enough to be written past the caches, by columns and as flat planes."""
+    check(shape, radius, dtype, "contiguous")
+
+
 def test_radius_counts_modes():
     """K = 5, 13, 29, 49, 197 modes lie within r = 1, 2, 3, 4, 8."""
     for radius, count in ((1, 5), (2, 13), (3, 29), (4, 49), (8, 197)):

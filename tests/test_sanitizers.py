@@ -23,9 +23,7 @@ for ((shape, radius), dtype, layout) in itertools.product(CASES["radial_filter"]
     y = torch.ops.spanet_kernels.radial_filter(x, base, gain, squared)
     grads = torch.ops.spanet_kernels.radial_filter_backward(make_input(shape, dtype, layout, seed=1), x, squared)
     z = torch.ops.spanet_kernels.mode_coefficients(x, squared)
-    modulated = torch.ops.spanet_kernels.add_modes(x, z, make_input(shape, dtype, layout, seed=2), squared)
-    added = torch.ops.spanet_kernels.add_modes(x, z[:, :, :0, :0], None, -1)
-    assert all(t.isfinite().all() for t in (y, *grads, z, modulated, added))
+    assert all(t.isfinite().all() for t in (y, *grads, z))
 for ((shape, setting), dtype, layout) in itertools.product(CASES["axial_conv"].test, DTYPES, LAYOUTS[:3]):
     x, row, row_bias, column, column_bias, radius = CASES["axial_conv"].sample(shape, setting, dtype, layout)
     squared = -1 if radius is None else modes.squared_radius(radius)

@@ -1,4 +1,4 @@
-"""mode_coefficients, add_modes, axial_conv and its gradients of CUDA, run on the host (see on_host.py), against the reference."""
+"""mode_coefficients, axial_conv and its gradients of CUDA, run on the host (see on_host.py), against the reference."""
 
 import sys
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ sys.path.insert(0, str(ROOT))
 
 from spanet_kernels import modes, reference
 
-OPERATORS = ("mode_coefficients", "add_modes", "axial_conv", "axial_conv_backward")
+OPERATORS = ("mode_coefficients", "axial_conv", "axial_conv_backward")
 ALL = sys.maxsize  # radius_squared of every frequency
 
 
@@ -25,7 +25,7 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @dataclass
 class Host:
-    """The four operators with the schema's arguments, run by the programs."""
+    """The three operators with the schema's arguments, run by the programs."""
 
     programs: Path
     folder: Path
@@ -38,10 +38,6 @@ class Host:
 
     def mode_coefficients(self, x: Tensor, radius_squared: int) -> Tensor:
         return self._modes(self("mode_coefficients", x, radius_squared, 0, x), x, radius_squared)
-
-    def add_modes(self, x: Tensor, coefficients: Tensor, factor: Tensor | None, radius_squared: int) -> Tensor:
-        inputs = (x, coefficients) if factor is None else (x, coefficients, factor)
-        return self._planes(self("add_modes", x, radius_squared, 0, *inputs), x)
 
     def axial_conv(self, x: Tensor, row: Tensor, row_bias: Tensor, column: Tensor, column_bias: Tensor, radius_squared: int):
         data = self("axial_conv", x, radius_squared, row.shape[1], x, row, row_bias, column, column_bias)
@@ -106,15 +102,6 @@ def check_conv_backward(host: Host, grad: Tensor, x: Tensor, size: int) -> None:
         check(ours, yardstick, truth, units=4)  # a handful of sums: a small sample of errors
 
 
-def check_add(host: Host, x: Tensor, factor: Tensor | None, radius_squared: int) -> None:
-    wide, radius = modes.profile_dtype(x.dtype), min(radius_squared, max(x.shape[2:]) ** 2)
-    sizes = [modes.functions(n, radius) for n in x.shape[2:]]
-    coefficients = draw(*x.shape[:2], sizes[1], sizes[0], dtype=wide, seed=5).transpose(2, 3)
-    same = reference.add_modes(x, coefficients, factor, radius)
-    exact = reference.add_modes(x.double(), coefficients.double(), None if factor is None else factor.double(), radius)
-    check(host.add_modes(x, coefficients, factor, radius_squared), same, exact)
-
-
 SHAPES = [
     (2, 3, 1, 1), (1, 3, 1, 5), (1, 3, 5, 1), (3, 65, 7, 7), (2, 3, 8, 6), (2, 16, 14, 14), (1, 5, 25, 42), (2, 3, 17, 3), (1, 2, 28, 28),
 ]  # fmt: skip
@@ -129,7 +116,6 @@ def test_shapes(host: Host, shape: tuple[int, ...], layout: str, dtype: torch.dt
     check_conv(host, x, size, radius_squared)
     check_conv_backward(host, other, x, size)
     check_coefficients(host.mode_coefficients(x, radius_squared), x, radius_squared)
-    check_add(host, x, other if shape[0] == 2 else None, radius_squared)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -150,8 +136,6 @@ def test_layouts(host: Host, layout: str, dtype: torch.dtype) -> None:
     check_conv_backward(host, grad, x, 7)
     check_conv_backward(host, x, grad, 7)
     check_coefficients(host.mode_coefficients(x, 4), x, 4)
-    check_add(host, x, grad, 4)
-    check_add(host, grad, x, 4)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -164,7 +148,6 @@ def test_planes_in_several_blocks(host: Host, shape: tuple[int, ...], layout: st
     check_conv(host, x, 7, 4)
     check_conv_backward(host, grad, x, 7)
     check_coefficients(host.mode_coefficients(x, 9), x, 9)
-    check_add(host, x, grad, 9)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -173,7 +156,6 @@ def test_wide_planes(host: Host, layout: str, dtype: torch.dtype) -> None:
     x = arrange(draw(1, 2, 3, 1100, dtype=dtype), layout)
     check_conv(host, x, 7, 4)
     check_conv_backward(host, arrange(draw(1, 2, 3, 1100, dtype=dtype, seed=3), layout), x, 7)
-    check_add(host, x, x, 4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
@@ -183,7 +165,6 @@ def test_radii(host: Host, radius_squared: int, dtype: torch.dtype) -> None:
         x = arrange(draw(*shape, dtype=dtype), layout)
         check_conv(host, x, 3, radius_squared)
         check_coefficients(host.mode_coefficients(x, radius_squared), x, radius_squared)
-        check_add(host, x, arrange(draw(*shape, dtype=dtype, seed=3), layout), radius_squared)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -192,7 +173,6 @@ def test_unaligned_result(host: Host, dtype: torch.dtype) -> None:
     x = draw(2, 3, 8, 8, dtype=dtype)
     check_conv(host, x, 7, 4)
     check_conv_backward(host, draw(2, 3, 8, 8, dtype=dtype, seed=3), x, 7)
-    check_add(host, x, None, 4)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])

@@ -375,10 +375,8 @@ template <class T, class IO> constexpr AxialConvKernels<T, IO> kernels{forward<T
 
 }  // namespace
 
-extern const AxialConvKernels<float, float> axial_conv_f32 = kernels<float, float>;
-extern const AxialConvKernels<float, Bf16> axial_conv_bf16 = kernels<float, Bf16>;
-extern const AxialConvKernels<float, Half> axial_conv_f16 = kernels<float, Half>;
-extern const AxialConvKernels<double, double> axial_conv_f64 = kernels<double, double>;
+extern const KernelSet<AxialConvKernels> axial_conv_kernels{kernels<float, float>, kernels<float, Bf16>, kernels<float, Half>,
+                                                            kernels<double, double>};
 
 }  // namespace SIMD_NAME
 }  // namespace spanet

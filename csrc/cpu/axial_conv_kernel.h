@@ -27,15 +27,6 @@ template <class T, class IO> struct AxialConvKernels {
   int64_t lanes;
 };
 
-#define SPANET_DECLARE_AXIAL_CONV(SIMD)                        \
-  namespace SIMD {                                             \
-  extern const AxialConvKernels<float, float> axial_conv_f32;  \
-  extern const AxialConvKernels<float, Bf16> axial_conv_bf16;  \
-  extern const AxialConvKernels<float, Half> axial_conv_f16;   \
-  extern const AxialConvKernels<double, double> axial_conv_f64; \
-  }
-SPANET_DECLARE_AXIAL_CONV(plain)
-SPANET_DECLARE_AXIAL_CONV(avx2)
-SPANET_DECLARE_AXIAL_CONV(avx512)
+SPANET_DECLARE_KERNELS(axial_conv_kernels, AxialConvKernels)
 
 }  // namespace spanet

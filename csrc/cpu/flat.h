@@ -1,7 +1,7 @@
 // Small contiguous planes as rows of pixels: no axis is short, and all modes of a plane are one row of the product of planes
 // and functions, (planes, pixels) x (pixels, modes), and back. Included once by a file that is compiled per instruction set.
 //
-//   reduce    z[k] = sum_p f[k,p] X[p]             expand    Y[p] = factor[p] (base X[p] + sum_k z[k] f[k,p])
+//   reduce    z[k] = sum_p f[k,p] X[p]             expand    Y[p] = base X[p] + sum_k z[k] f[k,p]
 #pragma once
 
 #include "cpu/tiles.h"
@@ -48,8 +48,7 @@ template <class T, class IO> Vec<T> flat_dot(const Modes<T>& m, const IO* grad, 
   return sum;
 }
 
-template <Out OUT, class T, class IO>
-void flat_expand(const Modes<T>& m, const T* z, T base, const IO* x, const IO* factor, IO* y) {
+template <class T, class IO> void flat_expand(const Modes<T>& m, const T* z, T base, const IO* x, IO* y) {
   for_lanes<T, 4>(m.rows.n * m.columns.n, [&](auto nv, int64_t p, int64_t last) {
     const Step<nv(), T> step{last, true};
     constexpr int NV = Step<nv(), T>::vectors;
@@ -61,10 +60,7 @@ void flat_expand(const Modes<T>& m, const T* z, T base, const IO* x, const IO* f
       UNROLL
       for (int v = 0; v < NV; ++v) sum[v] += z[k] * load_raw<Vec<T>>(function + step.slot(v));
     UNROLL
-    for (int v = 0; v < NV; ++v) {
-      if constexpr (OUT == Out::modulated) sum[v] *= load<T>(factor + p + step.at(v));
-      store<T>(y + p + step.at(v), sum[v]);
-    }
+    for (int v = 0; v < NV; ++v) store<T>(y + p + step.at(v), sum[v]);
   });
 }
 

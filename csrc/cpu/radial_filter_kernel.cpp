@@ -1,9 +1,9 @@
-// Radial filter and its two halves on the CPU, for the instruction set this file is compiled for (simd.h).
+// radial_filter, its gradient and mode_coefficients on the CPU, for the instruction set this file is compiled for (simd.h).
 //
 //   Z[a,b] = sum_ij phi[a,i] X[i,j] psi[b,j]         P = G o Z
 //   Y[i,j] = base X[i,j] + sum_ab phi[a,i] P[a,b] psi[b,j]
 //
-// mode_coefficients is the first line, add_modes the second with a given P, times a factor.
+// mode_coefficients is the first line alone.
 // Both sums run over one axis at a time, always by the same two steps, with vectors along another axis:
 //   reduce   V[a,l] = sum_i phi[a,i] X[i,l]           expand   Y[i,l] = base_l X[i,l] + sum_a phi[a,i] T[a,l]
 // A cosine is even under i -> n - i and a sine odd, so a pair of rows enters as its sum and its difference:
@@ -154,11 +154,11 @@ template <class T, class IO> void columns_expand(const Modes<T>& m, const T* z, 
 }
 
 // Planes [begin, end), in groups that stay in the first-level cache: the short steps of one overlap with those of the next.
-// REDUCE: z are first the coefficients of x, not normalised; between(b, c, z) is what happens to them, or makes them.
-// OUT: their functions are added to base(c) x, and multiplied with the factor; nothing is written with Out::sum.
-template <bool REDUCE, Out OUT, class T, class IO, class Base, class Between>
-void over_columns(const Modes<T>& m, Planes<const IO> x, Planes<const IO> factor, Planes<IO> y, int64_t channels, bool stream,
-                  int64_t begin, int64_t end, Base base, Between between) {
+// z are the coefficients of x, not normalised; between(b, c, z) is what happens to them.
+// WRITE: then their functions are added to base(c) x; else there is no y.
+template <bool WRITE, class T, class IO, class Base, class Between>
+void over_columns(const Modes<T>& m, Planes<const IO> x, Planes<IO> y, int64_t channels, bool stream, int64_t begin, int64_t end, Base base,
+                  Between between) {
   constexpr int64_t most = 8, cached = 16384;
   const int64_t h = m.rows.n, w = m.columns.n, width = m.columns.width, bytes = h * w * static_cast<int64_t>(sizeof(IO));
   const int64_t planes = x.w != 1 || bytes * 2 > cached ? 1 : (cached / bytes < most ? cached / bytes : most);
@@ -173,21 +173,18 @@ void over_columns(const Modes<T>& m, Planes<const IO> x, Planes<const IO> factor
       c[g] = channel;
       if (++channel == channels) channel = 0, ++image;
       plane[g] = adjacent_columns(x.data + b[g] * x.b + c[g] * x.c, x, h_stride, h, w, s.plane[0]);
-      if constexpr (REDUCE) reduce(m.rows, plane[g], h_stride, w, true, s.v + g * s.rows, width);
+      reduce(m.rows, plane[g], h_stride, w, true, s.v + g * s.rows, width);
     }
-    if constexpr (REDUCE)
-      for (int64_t g = 0; g < group; ++g) columns_coefficients(m, s.v + g * s.rows, s, s.z + g * s.modes);
+    for (int64_t g = 0; g < group; ++g) columns_coefficients(m, s.v + g * s.rows, s, s.z + g * s.modes);
     for (int64_t g = 0; g < group; ++g) between(b[g], c[g], s.z + g * s.modes);
-    if constexpr (OUT != Out::sum) {
+    if constexpr (WRITE) {
       for (int64_t g = 0; g < group; ++g) columns_expand(m, s.z + g * s.modes, s, s.t + g * s.rows);
       for (int64_t g = 0; g < group; ++g) {
         for (int64_t j = 0; j < width; ++j) s.base[j] = base(c[g]);
         const bool narrow = w < width && width == lanes_of<T>;
         IO* out = y.data + b[g] * y.b + c[g] * y.c;
-        const IO* by = factor.data + b[g] * factor.b + c[g] * factor.c;
         IO* to = stream || narrow ? s.plane[1] : out;
-        expand<OUT>(m.rows, s.t + g * s.rows, width, w, true,
-                    Rows<T, IO>{s.base, plane[g], h_stride, to, narrow ? width : w, by, factor.h});
+        expand<Out::scaled>(m.rows, s.t + g * s.rows, width, w, true, Rows<T, IO>{s.base, plane[g], h_stride, to, narrow ? width : w});
         if (narrow) compact(s.plane[1], width, out, h, w);
         else if (stream) stream_copy(s.plane[1], out, h * w);
       }
@@ -197,16 +194,16 @@ void over_columns(const Modes<T>& m, Planes<const IO> x, Planes<const IO> factor
 }
 
 // Planes [begin, end) as over_columns, whole planes at a time; planes that are not contiguous are first copied.
-template <bool REDUCE, Out OUT, class T, class IO, class Base, class Between>
-void over_flat(const Modes<T>& m, Planes<const IO> x, Planes<const IO> factor, Planes<IO> y, int64_t channels, bool stream, int64_t begin,
-               int64_t end, Base base, Between between) {
+template <bool WRITE, class T, class IO, class Base, class Between>
+void over_flat(const Modes<T>& m, Planes<const IO> x, Planes<IO> y, int64_t channels, bool stream, int64_t begin, int64_t end, Base base,
+               Between between) {
   constexpr int64_t most = 16, vl = lanes_of<T>;
   const int64_t h = m.rows.n, w = m.columns.n, rows = flat_rows(m.inside);
   const int64_t planes = x.w == 1 && x.h == w ? most : 1;
-  Scratch<T> scratch(planes * rows * (vl + 1) + vl * vl + 3 * line_up(h * w) + 256);
+  Scratch<T> scratch(planes * rows * (vl + 1) + vl * vl + 2 * line_up(h * w) + 256);
   Vec<T>* sums = reinterpret_cast<Vec<T>*>(scratch.take(planes * rows * vl + vl * vl));
   T* z = scratch.take(planes * rows + vl);
-  IO* copy[3];
+  IO* copy[2];
   for (IO*& part : copy) part = reinterpret_cast<IO*>(scratch.take(h * w));
   int64_t image = begin / channels, channel = begin % channels;
   for (int64_t first = begin; first < end; first += planes) {
@@ -218,27 +215,24 @@ void over_flat(const Modes<T>& m, Planes<const IO> x, Planes<const IO> factor, P
       c[g] = channel;
       if (++channel == channels) channel = 0, ++image;
       plane[g] = packed_plane(x.data + b[g] * x.b + c[g] * x.c, x, h, w, copy[0]);
-      if constexpr (REDUCE) flat_reduce(m, plane[g], sums + g * rows);
+      flat_reduce(m, plane[g], sums + g * rows);
     }
-    if constexpr (REDUCE)
-      for (int64_t i = 0; i < group * rows; i += vl) store<T>(z + i, sum_lanes<T>(sums + i));
+    for (int64_t i = 0; i < group * rows; i += vl) store<T>(z + i, sum_lanes<T>(sums + i));
     for (int64_t g = 0; g < group; ++g) between(b[g], c[g], z + g * rows);
-    if constexpr (OUT != Out::sum)
+    if constexpr (WRITE)
       for (int64_t g = 0; g < group; ++g) {
         IO* out = y.data + b[g] * y.b + c[g] * y.c;
-        const IO* by = nullptr;
-        if constexpr (OUT == Out::modulated) by = packed_plane(factor.data + b[g] * factor.b + c[g] * factor.c, factor, h, w, copy[1]);
-        flat_expand<OUT>(m, z + g * rows, base(c[g]), plane[g], by, stream ? copy[2] : out);
-        if (stream) stream_copy(copy[2], out, h * w);
+        flat_expand(m, z + g * rows, base(c[g]), plane[g], stream ? copy[1] : out);
+        if (stream) stream_copy(copy[1], out, h * w);
       }
   }
   if (stream) fence_streaming();
 }
 
 // Planes [begin, end), by the one or the other.
-template <bool REDUCE, Out OUT, class T, class IO, class... More> void over_planes(const Modes<T>& m, Planes<const IO> x, More... more) {
-  if (m.flat) over_flat<REDUCE, OUT>(m, x, more...);
-  else over_columns<REDUCE, OUT>(m, x, more...);
+template <bool WRITE, class T, class IO, class... More> void over_planes(const Modes<T>& m, Planes<const IO> x, More... more) {
+  if (m.flat) over_flat<WRITE>(m, x, more...);
+  else over_columns<WRITE>(m, x, more...);
 }
 
 struct Chunk {
@@ -278,11 +272,11 @@ void lanes_coefficients(const Modes<T>& m, const IO* x, int64_t h_stride, int64_
   reduce(m.rows, u, row, row, false, z, row);
 }
 
-// Units [begin, end): chunks of the channels of one image. REDUCE, OUT: as over_columns; here with z (A_H, A_W, wide).
+// Units [begin, end): chunks of the channels of one image. between and WRITE as in over_columns; here z is (A_H, A_W, wide).
 // prepare(part, wide, base, gains) fills base (wide) and gains (like z), zeros before, whenever the chunk is another one.
-template <bool REDUCE, Out OUT, class T, class IO, class Prepare, class Between>
-void over_lanes(const Modes<T>& m, Planes<const IO> x, Planes<const IO> factor, Planes<IO> y, int64_t channels, int64_t chunk,
-                int64_t begin, int64_t end, Prepare prepare, Between between) {
+template <bool WRITE, class T, class IO, class Prepare, class Between>
+void over_lanes(const Modes<T>& m, Planes<const IO> x, Planes<IO> y, int64_t channels, int64_t chunk, int64_t begin, int64_t end,
+                Prepare prepare, Between between) {
   const int64_t columns = m.columns.count(), chunks = chunks_of(channels, chunk);
   LanesScratch<T> s(m, channels, chunk);
   int64_t prepared = -1;
@@ -296,15 +290,13 @@ void over_lanes(const Modes<T>& m, Planes<const IO> x, Planes<const IO> factor, 
       prepare(part, wide, s.base, s.gains);
     }
     const IO* from = x.data + b * x.b + part.first * x.c;
-    if constexpr (REDUCE) lanes_coefficients(m, from, x.h, x.w, part.lanes, wide, s.u, s.z[0]);
+    lanes_coefficients(m, from, x.h, x.w, part.lanes, wide, s.u, s.z[0]);
     between(b, part, wide, s.z[0], s.gains);
-    if constexpr (OUT != Out::sum) {
-      expand<Out::sum>(m.rows, s.z[0], row, row, false, Rows<T, T>{s.base, s.u, 0, s.u, row, s.u, 0});
-      const IO* by = factor.data + b * factor.b + part.first * factor.c;
+    if constexpr (WRITE) {
+      expand<Out::sum>(m.rows, s.z[0], row, row, false, Rows<T, T>{s.base, s.u, 0, s.u, row});
       IO* to = y.data + b * y.b + part.first * y.c;
       for (int64_t i = 0; i < m.rows.n; ++i)
-        expand<OUT>(m.columns, s.u + i * row, wide, part.lanes, false,
-                    Rows<T, IO>{s.base, from + i * x.h, x.w, to + i * y.h, y.w, by + i * factor.h, factor.w});
+        expand<Out::scaled>(m.columns, s.u + i * row, wide, part.lanes, false, Rows<T, IO>{s.base, from + i * x.h, x.w, to + i * y.h, y.w});
     }
   }
 }
@@ -313,16 +305,16 @@ template <class T, class IO>
 void filter(Cut cut, const Modes<T>& m, Planes<const IO> x, Planes<IO> y, const Profile<T>& p, int64_t channels, int64_t chunk, bool stream,
             int64_t begin, int64_t end) {
   if (cut == Cut::columns) {
-    over_planes<true, Out::scaled>(
-        m, x, x, y, channels, stream, begin, end, [&](int64_t c) { return p.base[c * p.base_stride]; },
+    over_planes<true>(
+        m, x, y, channels, stream, begin, end, [&](int64_t c) { return p.base[c * p.base_stride]; },
         [&](int64_t, int64_t c, T* z) {
           const T* gain = p.gain + c * p.gain_channel;
           for (int64_t k = 0; k < m.inside; ++k) z[k] *= T(m.mode[k].scale) * gain[m.mode[k].index * p.gain_shell];
         });
     return;
   }
-  over_lanes<true, Out::scaled>(
-      m, x, x, y, channels, chunk, begin, end,
+  over_lanes<true>(
+      m, x, y, channels, chunk, begin, end,
       [&](Chunk part, int64_t wide, T* base, T* gains) {
         for (int64_t l = 0; l < part.lanes; ++l) base[l] = p.base[(part.first + l) * p.base_stride];
         for (int64_t k = 0; k < m.inside; ++k) {
@@ -338,56 +330,25 @@ void filter(Cut cut, const Modes<T>& m, Planes<const IO> x, Planes<IO> y, const 
 }
 
 template <class T, class IO>
-void mode_coefficients(Cut cut, const Modes<T>& m, Planes<const IO> x, Coefficients<T> out, int64_t channels, int64_t chunk, int64_t begin,
+void mode_coefficients(Cut cut, const Modes<T>& m, Planes<const IO> x, T* out, int64_t channels, int64_t chunk, int64_t begin,
                        int64_t end) {
   const Planes<IO> none{};
   if (cut == Cut::columns) {
-    over_planes<true, Out::sum>(m, x, x, none, channels, false, begin, end, 0, [&](int64_t b, int64_t c, T* z) {
-      T* to = out.data + b * out.b + c * out.c;
-      for (int64_t k = 0; k < m.inside; ++k) to[m.mode[k].index * out.mode] = T(z[k] * m.mode[k].scale);
+    over_planes<false>(m, x, none, channels, false, begin, end, 0, [&](int64_t b, int64_t c, T* z) {
+      T* to = out + (b * channels + c) * m.inside;
+      for (int64_t k = 0; k < m.inside; ++k) to[m.mode[k].index] = T(z[k] * m.mode[k].scale);
     });
     return;
   }
-  over_lanes<true, Out::sum>(
-      m, x, x, none, channels, chunk, begin, end, [](Chunk, int64_t, T*, T*) {},
+  over_lanes<false>(
+      m, x, none, channels, chunk, begin, end, [](Chunk, int64_t, T*, T*) {},
       [&](int64_t b, Chunk part, int64_t wide, T* z, const T*) {
         for (int64_t k = 0; k < m.inside; ++k) {
           const T* from = z + (m.mode[k].row * m.columns.count() + m.mode[k].column) * wide;
-          T* to = out.data + b * out.b + part.first * out.c + m.mode[k].index * out.mode;
-          for (int64_t l = 0; l < part.lanes; ++l) to[l * out.c] = T(from[l] * m.mode[k].scale);
+          T* to = out + (b * channels + part.first) * m.inside + m.mode[k].index;
+          for (int64_t l = 0; l < part.lanes; ++l) to[l * m.inside] = T(from[l] * m.mode[k].scale);
         }
       });
-}
-
-template <Out OUT, class T, class IO>
-void add_modes_as(Cut cut, const Modes<T>& m, Planes<const IO> x, Planes<const IO> factor, Planes<IO> y, Coefficients<const T> in,
-                  int64_t channels, int64_t chunk, bool stream, int64_t begin, int64_t end) {
-  if (cut == Cut::columns) {
-    over_planes<false, OUT>(m, x, factor, y, channels, stream, begin, end, [](int64_t) { return T(1); }, [&](int64_t b, int64_t c, T* z) {
-      const T* from = in.data + b * in.b + c * in.c;
-      for (int64_t k = 0; k < m.inside; ++k) z[k] = T(from[m.mode[k].index * in.mode] * m.mode[k].scale);
-    });
-    return;
-  }
-  over_lanes<false, OUT>(
-      m, x, factor, y, channels, chunk, begin, end,
-      [](Chunk part, int64_t, T* base, T*) {
-        for (int64_t l = 0; l < part.lanes; ++l) base[l] = T(1);
-      },
-      [&](int64_t b, Chunk part, int64_t wide, T* z, const T*) {
-        for (int64_t k = 0; k < m.inside; ++k) {
-          const T* from = in.data + b * in.b + part.first * in.c + m.mode[k].index * in.mode;
-          T* to = z + (m.mode[k].row * m.columns.count() + m.mode[k].column) * wide;
-          for (int64_t l = 0; l < part.lanes; ++l) to[l] = T(from[l * in.c] * m.mode[k].scale);
-        }
-      });
-}
-
-template <class T, class IO>
-void add_modes(Cut cut, const Modes<T>& m, Planes<const IO> x, Planes<const IO> factor, Planes<IO> y, Coefficients<const T> in,
-               int64_t channels, int64_t chunk, bool stream, int64_t begin, int64_t end) {
-  if (factor.data) add_modes_as<Out::modulated>(cut, m, x, factor, y, in, channels, chunk, stream, begin, end);
-  else add_modes_as<Out::scaled>(cut, m, x, x, y, in, channels, chunk, stream, begin, end);
 }
 
 // total[l] += sum over n rows of <grad, x>, lane by lane; partial sums in T, totals in fp64.
@@ -488,14 +449,12 @@ void backward(Cut cut, const Modes<T>& m, Planes<const IO> grad, Planes<const IO
 }
 
 template <class T, class IO>
-constexpr Kernels<T, IO> kernels{filter<T, IO>, mode_coefficients<T, IO>, add_modes<T, IO>, backward<T, IO>, lanes_of<T>};
+constexpr RadialFilterKernels<T, IO> kernels{filter<T, IO>, mode_coefficients<T, IO>, backward<T, IO>, lanes_of<T>};
 
 }  // namespace
 
-extern const Kernels<float, float> f32 = kernels<float, float>;
-extern const Kernels<float, Bf16> bf16 = kernels<float, Bf16>;
-extern const Kernels<float, Half> f16 = kernels<float, Half>;
-extern const Kernels<double, double> f64 = kernels<double, double>;
+extern const KernelSet<RadialFilterKernels> radial_filter_kernels{kernels<float, float>, kernels<float, Bf16>, kernels<float, Half>,
+                                                                  kernels<double, double>};
 
 }  // namespace SIMD_NAME
 }  // namespace spanet

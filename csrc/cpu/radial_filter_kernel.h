@@ -54,26 +54,18 @@ template <class T> struct Profile {
   int64_t base_stride, gain_shell, gain_channel;
 };
 
-template <class T> struct Coefficients {  // (B, C, A_H A_W) with strides in elements
-  T* data;
-  int64_t b, c, mode;
-};
-
 // How the work is cut: by columns, one plane after the other, or by lanes, chunks of adjacent channels of one image.
 enum class Cut { columns, lanes };
 
 // Chunks that the channels are cut into; the last one takes the rest, so that none is shorter than `chunk` unless all are.
 inline int64_t chunks_of(int64_t channels, int64_t chunk) { return channels < chunk ? 1 : channels / chunk; }
 
-template <class T, class IO> struct Kernels {
+template <class T, class IO> struct RadialFilterKernels {
   // forward over units [begin, end): planes (columns) or image x chunk (lanes)
   void (*filter)(Cut, const Modes<T>&, Planes<const IO> x, Planes<IO> y, const Profile<T>&, int64_t channels, int64_t chunk, bool stream,
                  int64_t begin, int64_t end);
-  // the first and the second half of it, with coefficients of their own; factor may be absent
-  void (*mode_coefficients)(Cut, const Modes<T>&, Planes<const IO> x, Coefficients<T> out, int64_t channels, int64_t chunk, int64_t begin,
-                            int64_t end);
-  void (*add_modes)(Cut, const Modes<T>&, Planes<const IO> x, Planes<const IO> factor, Planes<IO> y, Coefficients<const T>,
-                    int64_t channels, int64_t chunk, bool stream, int64_t begin, int64_t end);
+  // over the same units; out is (B, C, inside)
+  void (*mode_coefficients)(Cut, const Modes<T>&, Planes<const IO> x, T* out, int64_t channels, int64_t chunk, int64_t begin, int64_t end);
   // gradient of the profile over units [begin, end): channels (columns) or chunks (lanes), each over all images;
   // sums is (inside + 1, C): the products of every mode, not normalised, then <grad, x>
   void (*backward)(Cut, const Modes<T>&, Planes<const IO> grad, Planes<const IO> x, double* sums, int64_t images, int64_t channels,
@@ -84,15 +76,20 @@ template <class T, class IO> struct Kernels {
 // Working memory of the calling thread, kept from call to call; aligned to 64 bytes, contents undefined.
 void* thread_scratch(int64_t bytes);
 
-#define SPANET_DECLARE_KERNELS(SIMD)           \
-  namespace SIMD {                             \
-  extern const Kernels<float, float> f32;      \
-  extern const Kernels<float, Bf16> bf16;      \
-  extern const Kernels<float, Half> f16;       \
-  extern const Kernels<double, double> f64;    \
-  }
-SPANET_DECLARE_KERNELS(plain)
-SPANET_DECLARE_KERNELS(avx2)
-SPANET_DECLARE_KERNELS(avx512)
+// The kernels of an operator for one instruction set.
+template <template <class, class> class Kernels> struct KernelSet {
+  Kernels<float, float> f32;
+  Kernels<float, Bf16> bf16;
+  Kernels<float, Half> f16;
+  Kernels<double, double> f64;
+};
+
+// Declares the sets that the compilations of the operator's kernels define.
+#define SPANET_DECLARE_KERNELS(NAME, KERNELS)                 \
+  namespace plain { extern const KernelSet<KERNELS> NAME; }  \
+  namespace avx2 { extern const KernelSet<KERNELS> NAME; }   \
+  namespace avx512 { extern const KernelSet<KERNELS> NAME; }
+
+SPANET_DECLARE_KERNELS(radial_filter_kernels, RadialFilterKernels)
 
 }  // namespace spanet

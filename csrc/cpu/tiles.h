@@ -2,7 +2,7 @@
 // the mathematics). Included once by a file that is compiled per instruction set, like simd.h.
 //
 //   reduce    V[a,l] = sum_i phi[a,i] X[i,l]
-//   expand    Y[i,l] = factor[i,l] (base_l X[i,l] + sum_a phi[a,i] T[a,l])
+//   expand    Y[i,l] = base_l X[i,l] + sum_a phi[a,i] T[a,l]
 //   product   C = A B
 //
 // A tile keeps its accumulators in registers while i runs; lanes l are cut into steps of one, two or four vectors.
@@ -164,26 +164,23 @@ void reduce(const Axis<T>& axis, const IO* x, int64_t stride, int64_t lanes, boo
   if (c < axis.nc) block(c, without, one, zero);
 }
 
-// What expand writes: the sum of the functions alone, that and base x, or both times a factor.
-enum class Out { sum, scaled, modulated };
+// What expand writes: the sum of the functions alone, or that and base x.
+enum class Out { sum, scaled };
 
-// Where expand reads x and the factor, if there are any, and writes y: rows of lanes, `stride` elements apart.
+// Where expand reads x, if Out has it, and writes y: rows of lanes, `stride` elements apart.
 template <class T, class IO> struct Rows {
   const T* base;
   const IO* x;
   int64_t x_stride;
   IO* y;
   int64_t y_stride;
-  const IO* factor;
-  int64_t factor_stride;
-  Rows operator+(int64_t l) const { return {base + l, x + l, x_stride, y + l, y_stride, factor + l, factor_stride}; }
+  Rows operator+(int64_t l) const { return {base + l, x + l, x_stride, y + l, y_stride}; }
 };
 
-// y[row, at] = factor[row, at] (base x[row, at] + correction), for one vector.
+// y[row, at] = base x[row, at] + correction, for one vector.
 template <Out OUT, int NV, class T, class IO>
 SIMD_INLINE void write_row(const Rows<T, IO>& rows, Step<NV, T> step, int64_t row, int64_t at, Vec<T> scale, Vec<T> correction) {
   if constexpr (OUT != Out::sum) correction += scale * step.read(rows.x + row * rows.x_stride + at);
-  if constexpr (OUT == Out::modulated) correction *= step.read(rows.factor + row * rows.factor_stride + at);
   step.write(rows.y + row * rows.y_stride + at, correction);
 }
 
@@ -278,7 +275,7 @@ SIMD_INLINE void expand_tile(const Axis<T>& axis, int64_t i, const T* t, int64_t
     }
 }
 
-// Y[i,l] = factor[i,l] (base[l] X[i,l] + sum_a phi[a,i] T[a,l]) for all i.
+// Y[i,l] = base[l] X[i,l] + sum_a phi[a,i] T[a,l] for all i.
 // `slots`: t and base are scratch laid out in slots, and rows of y have room for a whole vector.
 template <Out OUT, class T, class IO>
 void expand(const Axis<T>& axis, const T* t, int64_t t_stride, int64_t lanes, bool slots, const Rows<T, IO>& all) {

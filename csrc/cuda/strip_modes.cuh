@@ -1,4 +1,4 @@
-// Fourier coefficients of strips, and the modes added to them; all frequencies in blocks of two.
+// Fourier coefficients of strips, the frequencies in blocks of two.
 //
 //   V[a][j] = sum_i phi_a(i) x[i][j]      per strip, in registers, then side by side in shared memory
 //   Z[a][b] = sum_j phi_b(j) V[a][j]      lanes along a row of V, strips added in order
@@ -79,55 +79,6 @@ __device__ void strip_coefficients(const Strips& plan, const Slice& own, const T
         }
       });
       __syncthreads();
-    }
-  }
-}
-
-// x += sum_ab coefficients[a][b] phi_a phi_b on the strips of a block.
-template <typename W>
-__device__ void add_strip_modes(const Strips& plan, const Slice& own, const Task& task, const View& coefficients, char* memory,
-                                W (&x)[kStrip][kGroup]) {
-  auto* z = reinterpret_cast<W*>(memory + plan.waves);  // [p][a][b]
-  auto* table_h = reinterpret_cast<Wave<W>*>(memory + plan.table_h);
-  auto* table_w = reinterpret_cast<Wave<W>*>(memory + plan.table_w);
-  constexpr int kModes = kWaves * kRow<kFrequencies>;
-#pragma unroll 1
-  for (int block_h = 0; block_h < plan.blocks_h; ++block_h) {
-    W u[kWaves][kGroup] = {};  // u[a][j] = sum_b z[a][b] phi_b(j)
-#pragma unroll 1
-    for (int block_w = 0; block_w < plan.blocks_w; ++block_w) {
-      __syncthreads();
-      if (block_w == 0) fill_table<kFrequencies>(table_h, own.row, own.rows, plan.height, block_h);
-      fill_table<kFrequencies>(table_w, own.column, own.columns, plan.width, block_w);
-      for (int k = threadIdx.x; k < own.planes * kModes; k += plan.threads) {
-        const int p = k / kModes, slot = k % kModes / kRow<kFrequencies>, slot_w = k % kRow<kFrequencies>;
-        const int a = function_of(block_h, slot, plan.functions_h), b = slot_w < kWaves ? function_of(block_w, slot_w, plan.functions_w) : -1;
-        const Plane plane = plane_of(plan, own, p);
-        const W* from = static_cast<const W*>(coefficients.data) + plane.batch * coefficients.b + plane.channel * coefficients.c;
-        z[k] = a < 0 || b < 0 ? W(0) : amplitude<W>(plan, a, b) * from[a * coefficients.h + b * coefficients.w];
-      }
-      __syncthreads();
-      if (!task.active) continue;
-#pragma unroll
-      for (int a = 0; a < kWaves; ++a) {
-        const W* row = z + task.p * kModes + a * kRow<kFrequencies>;
-        const Pack<W, 4> low = *reinterpret_cast<const Pack<W, 4>*>(row);
-        const W last = row[4];
-#pragma unroll
-        for (int j = 0; j < kGroup; ++j) {
-          const Wave<W> wave = table_w[min(task.column - own.column + j, own.columns - 1)];
-          u[a][j] += low.v[0] + (low.v[1] * wave.v[0] + low.v[2] * wave.v[1]) + (low.v[3] * wave.v[2] + last * wave.v[3]);
-        }
-      }
-    }
-#pragma unroll
-    for (int r = 0; r < kStrip; ++r) {
-      if (!task.active || r >= task.rows) continue;
-      const Wave<W> wave = table_h[task.row - own.row + r];
-#pragma unroll
-      for (int j = 0; j < kGroup; ++j) {
-        x[r][j] += u[0][j] + (wave.v[0] * u[1][j] + wave.v[1] * u[2][j]) + (wave.v[2] * u[3][j] + wave.v[3] * u[4][j]);
-      }
     }
   }
 }

@@ -1,4 +1,4 @@
-// Strips: how the operators that keep no plane between two launches share out a tensor (axial_conv, mode_coefficients, add_modes).
+// Strips: how the operators that keep no plane between two launches share out a tensor (axial_conv, mode_coefficients).
 //
 // A block owns P planes of up to `strips` x 7 rows and `groups` x 4 columns and holds them, with `halo` neighbours on every side, in
 // one tile of shared memory. A thread owns one strip, 7 rows x 4 columns of a plane, in registers: what it computes can be written
@@ -23,7 +23,7 @@ struct Strips : Tiling {
   int functions_h, functions_w;                     // A_H, A_W: Fourier functions of the axes
   int blocks_h, blocks_w;                           // blocks of frequencies
   int threads, lanes;                               // lanes: threads to a sum over the strips of a plane
-  int tile_bytes, sums, waves, table_h, table_w, bytes;  // offsets in shared memory
+  int tile_bytes, sums, table_h, table_w, bytes;    // offsets in shared memory
   double amplitude;                                 // 1 / sqrt(H W)
   int64_t first_plane, range_planes;                // of this launch
 

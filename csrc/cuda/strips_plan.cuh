@@ -48,7 +48,6 @@ Strips make_strips(const char* op, const Shape& shape, int64_t halo, int64_t rad
       return static_cast<int>(std::min(offset, shared_limit));
     };
     plan.sums = reserve(values * plan.threads);
-    plan.waves = reserve(planes * kWaves * kRow<kFrequencies>);
     plan.table_h = reserve(strips * kStrip * 2 * kFrequencies);
     plan.table_w = reserve(groups * kGroup * 2 * kFrequencies);
     plan.tile_bytes = static_cast<int>(std::min(tile_bytes, shared_limit));

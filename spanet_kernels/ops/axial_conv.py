@@ -94,8 +94,3 @@ def _gradient_fake(
 def coefficients_fake(x: Tensor, radius_squared: int) -> Tensor:
     height, width = (modes.functions(n, radius_squared) for n in x.shape[2:])
     return x.new_empty((*x.shape[:2], height, width), dtype=modes.profile_dtype(x.dtype))
-
-
-@torch.library.register_fake("spanet_kernels::add_modes")
-def _add_modes_fake(x: Tensor, coefficients: Tensor, factor: Tensor | None, radius_squared: int) -> Tensor:
-    return torch.empty_like(x, memory_format=modes.memory_format(x))

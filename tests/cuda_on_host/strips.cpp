@@ -1,4 +1,4 @@
-// mode_coefficients, add_modes, axial_conv and axial_conv_backward on the host.
+// mode_coefficients, axial_conv and axial_conv_backward on the host.
 #include <string>
 
 #include "cuda/axial_conv.cuh"
@@ -8,7 +8,7 @@
 template <typename T>
 std::vector<char> run(Reader& in) {
   using W = Wide<T>;
-  enum { kModeCoefficients, kAddModes, kAxialConv, kAxialConvBackward };
+  enum { kModeCoefficients, kAxialConv, kAxialConvBackward };
   const int64_t op = in.number();
   Shape shape{};
   for (int64_t* extent : {&shape.batch, &shape.channels, &shape.height, &shape.width}) *extent = in.number();
@@ -38,10 +38,6 @@ std::vector<char> run(Reader& in) {
   if (op == kModeCoefficients) {
     run_mode_coefficients<T>(shape, view(0, sizeof(T)), modes_out, radius_squared, shared_limit, allocate, nullptr);
     append(modes_out, modes);
-  } else if (op == kAddModes) {
-    run_add_modes<T>(shape, view(0, sizeof(T)), view(1, sizeof(W)), count > 2 ? view(2, sizeof(T)) : View{}, out, radius_squared, shared_limit,
-                     nullptr);
-    append(y, elements);
   } else if (op == kAxialConv) {
     AxialWeights<W> all = weights(1);
     all.column_bias = inputs[4].data<W>();
