@@ -110,7 +110,8 @@ HEADER = ["model", "size", "batch", "dtype", "layout", "img/s", "img/s compiled"
 HEADER += ["bytes / floor", "peak MiB", "J/img", "M parameters"]
 LEGEND = (
     "\n\nShare in GEMM: its matrix products run alone, over its time. Bytes / floor: what its operators read and write, over the operands "
-    "of its matrix products. Peak: what a call allocates at once."
+    "of its matrix products. Peak: what a call allocates at once. Compiled: torch.compile, for inference on a CPU with constant weights "
+    "(`freezing`). Columns other than that one are of eager calls."
 )
 
 
