@@ -87,10 +87,12 @@ class Subject:
         self.x, self.labels = x.to(device, held, memory_format=LAYOUTS[layout]), labels.to(device)
         if compiled:
             torch._dynamo.reset()
-        # an inference on a CPU takes its weights as constants, which Inductor packs for the matrix products
-        constant = {"freezing": True} if row.mode == "infer" and device.type == "cpu" else None
-        self.forward = torch.compile(self.model, dynamic=False, options=constant) if compiled else self.model
+        self.forward = torch.compile(self.model, dynamic=False) if compiled else self.model
         self.autocast = torch.autocast(device.type, dtype, enabled=held != dtype)
+        if compiled and row.mode == "infer" and device.type == "cpu":
+            # the first call compiles: with weights that are constants, which Inductor packs for the matrix products
+            with torch._inductor.config.patch(freezing=True), torch.inference_mode():
+                self.forward(self.x)
         if row.mode == "train":
             self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-6)
 

@@ -338,9 +338,9 @@ def test_compiled_for_inference_on_a_cpu_it_is_its_parts(dtype, channels_last):
 
     def listing(graph, inputs):
         names.extend(str(node.target) for node in graph.graph.nodes)
-        return torch._inductor.compile(graph, inputs, options={"freezing": True})
+        return torch._inductor.compile(graph, inputs)
 
-    with torch.no_grad():
+    with torch.no_grad(), torch._inductor.config.patch(freezing=True):
         actual = torch.compile(model, fullgraph=True, backend=listing)(x)
         torch.testing.assert_close(actual, model(x), **({} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.02}))
     assert any("axial_conv" in name for name in names)
