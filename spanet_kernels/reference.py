@@ -211,3 +211,19 @@ def spectral_mixer_backward(grad: Tensor, x: Tensor, t: Tensor, z: Tensor, coeff
         y = spectral_gate(moved, coefficients, inputs[7], inputs[8], inputs[9], inputs[10], radius_squared)
         out = torch.einsum("oc,bchw->bohw", inputs[11], y) + inputs[12][:, None, None]
     return torch.autograd.grad(out, inputs, grad)
+
+
+def pointwise_pair(
+    x: Tensor,
+    factor: Tensor | None,
+    weight_in: Tensor,
+    bias_in: Tensor | None,
+    weight_out: Tensor,
+    bias_out: Tensor | None,
+    channels_last: bool,
+) -> Tensor:
+    """W_out h + b_out with h = gelu(W_in x + b_in), or h = factor o (W_in x + b_in): (B, C, H, W) to (B, E, H, W), channels_last or not."""
+    h = functional.conv2d(x, weight_in[:, :, None, None], bias_in)
+    h = functional.gelu(h) if factor is None else factor * h
+    y = functional.conv2d(h, weight_out[:, :, None, None], bias_out)
+    return y.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)

@@ -9,16 +9,17 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import functional
 
-from ..products import linear, onednn_serves
+from .. import modes
+from ..products import linear, onednn_serves, pair, pair_serves
 from .checks import autocast_dtype, check_input, check_parameter
 
 
 def pointwise_mlp(x: Tensor, weight_in: Tensor, bias_in: Tensor | None, weight_out: Tensor, bias_out: Tensor | None) -> Tensor:
     """W_out gelu(W_in x + b_in) + b_out at every position, with the exact GELU.
 
-    For gradients x and h = W_in x + b_in are kept; gelu(h), as large as h, is computed again. Without gradients, on a CPU and with
-    adjacent channels, the GELU is done where oneDNN's product is written. Under torch.compile, which fuses and chooses what to keep
-    by itself, and under torch.func it is what `Conv2d`, `GELU`, `Conv2d` compute.
+    For gradients x and h = W_in x + b_in are kept; gelu(h), as large as h, is computed again. Without gradients, on a CPU, h never
+    leaves the cache; of few positions the GELU is done where oneDNN writes h. Under torch.compile, which fuses and chooses what to
+    keep by itself, and under torch.func it is what `Conv2d`, `GELU`, `Conv2d` compute.
 
     Args:
         x: (B, C, H, W), float64, float32, float16 or bfloat16; under autocast it is cast to autocast's dtype.
@@ -46,9 +47,11 @@ def pointwise_mlp(x: Tensor, weight_in: Tensor, bias_in: Tensor | None, weight_o
     if torch.is_grad_enabled() and torch._C._any_requires_grad(x, weight_in, bias_in, weight_out, bias_out):
         y: Tensor = _Mlp.apply(x, weight_in, bias_in, weight_out, bias_out)
         return y
+    matrix_in, matrix_out = weight_in[:, :, 0, 0], weight_out[:, :, 0, 0]
+    if pair_serves(x, matrix_in, matrix_out):
+        return pair(x, None, matrix_in, bias_in, matrix_out, bias_out, modes.channels_last(x))
     if onednn_serves(x) and x.dtype == weight_in.dtype and x.is_contiguous(memory_format=torch.channels_last):
-        rows = linear(x.movedim(1, -1), weight_in[:, :, 0, 0], bias_in, gelu=True)
-        return linear(rows, weight_out[:, :, 0, 0], bias_out).movedim(-1, 1)
+        return linear(linear(x.movedim(1, -1), matrix_in, bias_in, gelu=True), matrix_out, bias_out).movedim(-1, 1)
     return _composition(x, weight_in, bias_in, weight_out, bias_out)
 
 
@@ -82,3 +85,17 @@ def _convolution_backward(grad: Tensor, x: Tensor, weight: Tensor, *needed: bool
         grad, x, weight, [weight.shape[0]], [1, 1], [0, 0], [1, 1], False, [0, 0], 1, needed
     )
     return found
+
+
+@torch.library.register_fake("spanet_kernels::pointwise_pair")
+def _pair_fake(
+    x: Tensor,
+    factor: Tensor | None,
+    weight_in: Tensor,
+    bias_in: Tensor | None,
+    weight_out: Tensor,
+    bias_out: Tensor | None,
+    channels_last: bool,
+) -> Tensor:
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty((x.shape[0], weight_out.shape[0], *x.shape[2:]), dtype=x.dtype, device=x.device, memory_format=memory_format)
