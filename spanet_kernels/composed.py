@@ -183,11 +183,12 @@ def spectral_mixer(
             all_t, all_z = _placed(all_t, part, t), _placed(all_z, part, z)
         if pair_serves(z, weight, out_weight):
             filtered, applied = _filtered(z, weight, base, gain, radius_squared)
-            y = pair(filtered, z, applied, bias, out_weight, out_bias, modes.channels_last(x))
+            to = torch.empty_like(x[part], memory_format=modes.memory_format(x)) if out is None else out[part]
+            pair(to, filtered, z, applied, bias, out_weight, out_bias)
+            out = to if out is None else out
         else:
             y = _ops.spectral_gate(z, coefficients if x.is_cuda else None, weight, bias, base, gain, radius_squared)
-            y = _pointwise_like(y, out_weight, out_bias, x)
-        out = _placed(out, part, y)
+            out = _placed(out, part, _pointwise_like(y, out_weight, out_bias, x))
     assert out is not None
     if all_t is None or all_z is None:
         return out, x.new_empty(0), x.new_empty(0), base.new_empty(0)

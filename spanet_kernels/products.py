@@ -50,17 +50,16 @@ def pair_serves(x: Tensor, weight_in: Tensor, weight_out: Tensor) -> bool:
 
 
 def pair(
+    y: Tensor,
     x: Tensor,
     factor: Tensor | None,
     weight_in: Tensor,
     bias_in: Tensor | None,
     weight_out: Tensor,
     bias_out: Tensor | None,
-    channels_last: bool,
 ) -> Tensor:
-    """`reference.pointwise_pair` by our kernel, of tensors in any layout; only where `pair_serves`."""
+    """y, written by `pointwise_pair` as `reference.pointwise_pair` has it, of x and factor in any layout; only where `pair_serves`."""
     x = modes.like(x, x)
     factor = None if factor is None else modes.like(factor, x)
-    weights = weight_in.contiguous(), bias_in, weight_out.contiguous(), bias_out
-    y: Tensor = torch.ops.spanet_kernels.pointwise_pair.default(x, factor, *weights, channels_last)
+    torch.ops.spanet_kernels.pointwise_pair.default(y, x, factor, weight_in.contiguous(), bias_in, weight_out.contiguous(), bias_out)
     return y

@@ -214,16 +214,15 @@ def spectral_mixer_backward(grad: Tensor, x: Tensor, t: Tensor, z: Tensor, coeff
 
 
 def pointwise_pair(
+    y: Tensor,
     x: Tensor,
     factor: Tensor | None,
     weight_in: Tensor,
     bias_in: Tensor | None,
     weight_out: Tensor,
     bias_out: Tensor | None,
-    channels_last: bool,
-) -> Tensor:
-    """W_out h + b_out with h = gelu(W_in x + b_in), or h = factor o (W_in x + b_in): (B, C, H, W) to (B, E, H, W), channels_last or not."""
+) -> None:
+    """y = W_out h + b_out, h = gelu(W_in x + b_in) or h = factor o (W_in x + b_in); x is (B, C, H, W), y (B, E, H, W)."""
     h = functional.conv2d(x, weight_in[:, :, None, None], bias_in)
     h = functional.gelu(h) if factor is None else factor * h
-    y = functional.conv2d(h, weight_out[:, :, None, None], bias_out)
-    return y.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    y.copy_(functional.conv2d(h, weight_out[:, :, None, None], bias_out))

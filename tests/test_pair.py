@@ -14,7 +14,7 @@ from torch.nn import functional
 from spanet_kernels import SPAM, _native, pointwise_mlp, reference
 from spanet_kernels.testing import make_input
 
-pair = torch.ops.spanet_kernels.pointwise_pair.default
+operator = torch.ops.spanet_kernels.pointwise_pair.default
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 # (B, C, H, W), hidden and output channels: one pixel, parts of a vector and of a strip, several strips and parts of the hidden channels
 SHAPES = [
@@ -27,8 +27,22 @@ SHAPES = [
 ]
 
 
+def pair(x, factor, weight_in, bias_in, weight_out, bias_out, to="contiguous"):
+    """The result in fresh memory of a layout, NaN before."""
+    y = torch.full((x.shape[0], weight_out.shape[0], *x.shape[2:]), torch.nan, dtype=x.dtype).contiguous(memory_format=FORMATS[to])
+    operator(y, x, factor, weight_in, bias_in, weight_out, bias_out)
+    return y
+
+
+def by_convolutions(*args):
+    """The same by the reference, in the dtype of its arguments."""
+    y = args[0].new_empty((args[0].shape[0], args[4].shape[0], *args[0].shape[2:]))
+    reference.pointwise_pair(y, *args)
+    return y
+
+
 def sample(shape, hidden, out, dtype, layout="contiguous", factor=False, bias=True, seed=0):
-    """The arguments of the operator before the layout of its result."""
+    """What the operator reads."""
     generator = torch.Generator().manual_seed(seed)
 
     def weights(*size):
@@ -40,7 +54,7 @@ def sample(shape, hidden, out, dtype, layout="contiguous", factor=False, bias=Tr
 
 
 def exact(args):
-    return reference.pointwise_pair(*(None if arg is None else arg.double() for arg in args), False)
+    return by_convolutions(*(None if arg is None else arg.double() for arg in args))
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -51,10 +65,9 @@ def exact(args):
 @pytest.mark.parametrize(("shape", "hidden", "out"), SHAPES)
 def test_as_accurate_as_the_convolutions(shape, hidden, out, dtype, layout, to, factor, bias):
     args = sample(shape, hidden, out, dtype, layout, factor, bias)
-    y = pair(*args, to == "channels_last")
-    assert y.dtype == dtype and y.is_contiguous(memory_format=FORMATS[to])
+    y = pair(*args, to)
     # both round h to bf16, as it were two samples of one distribution
-    assert_as_accurate(y, reference.pointwise_pair(*args, False), exact(args), units=4, alike=True)
+    assert_as_accurate(y, by_convolutions(*args), exact(args), units=4, alike=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -62,7 +75,7 @@ def test_gelu_in_both_tails(dtype):
     """The identity on both sides, so that the values are those of the GELU."""
     x = torch.linspace(-12, 12, 32 * 3 * 50, dtype=torch.float64).view(1, 32, 3, 50).to(dtype)
     one = torch.eye(32, dtype=dtype)
-    y, truth = pair(x, None, one, None, one, None, False), functional.gelu(x.double())
+    y, truth = pair(x, None, one, None, one, None), functional.gelu(x.double())
     bound = 6e-7 if dtype == torch.float32 else 3e-5
     assert ((y.double() - truth).abs() <= bound + torch.finfo(dtype).eps * truth.abs()).all()
     assert y.isfinite().all()
@@ -73,22 +86,22 @@ def test_gelu_in_both_tails(dtype):
 def test_a_pixel_depends_on_itself_alone(dtype, layout):
     """Not on the batch it is in, on its place in a vector, on threads, or on a NaN or Inf beside it."""
     args = sample((3, 64, 11, 13), 96, 32, dtype, layout)
-    y = pair(*args, True)
+    y = pair(*args)
     for image in range(3):
         alone = args[0][image : image + 1].clone(memory_format=FORMATS[layout])
-        assert torch.equal(pair(alone, *args[1:], True), y[image : image + 1])
+        assert torch.equal(pair(alone, *args[1:]), y[image : image + 1])
     moved = args[0].roll(1, 3).contiguous(memory_format=FORMATS[layout])
-    assert torch.equal(pair(moved, *args[1:], True), y.roll(1, 3))
+    assert torch.equal(pair(moved, *args[1:]), y.roll(1, 3))
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        assert torch.equal(pair(*args, True), y)
+        assert torch.equal(pair(*args), y)
     finally:
         torch.set_num_threads(threads)
     args[0][1, 5, 4, 6], args[0][2, 7, 0, 0] = torch.nan, torch.inf
     hit = torch.zeros(3, 1, 11, 13, dtype=torch.bool)
     hit[1, :, 4, 6] = hit[2, :, 0, 0] = True
-    other = pair(*args, True)
+    other = pair(*args)
     assert not other[1, :, 4, 6].isfinite().any()
     assert not other[2, :, 0, 0].isfinite().all()
     assert torch.equal(other.masked_fill(hit, 0), y.masked_fill(hit, 0))
@@ -96,13 +109,14 @@ def test_a_pixel_depends_on_itself_alone(dtype, layout):
 
 def test_no_images():
     args = sample((2, 32, 4, 4), 64, 32, torch.float32)
-    assert pair(args[0][:0], *args[1:], False).shape == (0, 32, 4, 4)
+    assert pair(args[0][:0], *args[1:]).shape == (0, 32, 4, 4)
 
 
 def test_operator_contract():
     for layout in FORMATS:
         for factor in (True, False):
-            torch.library.opcheck(pair, (*sample((2, 32, 5, 6), 64, 96, torch.float32, layout, factor), layout == "channels_last"))
+            args = sample((2, 32, 5, 6), 64, 96, torch.float32, layout, factor)
+            torch.library.opcheck(operator, (torch.zeros(2, 96, 5, 6), *args))
 
 
 def test_bad_input():
@@ -117,7 +131,10 @@ def test_bad_input():
         "x must be float32 or bfloat16": (x.half(), None, *(weight.half() for weight in weights)),
     }.items():
         with pytest.raises(RuntimeError, match=f"pointwise_pair: {message}"):
-            pair(*args, False)
+            pair(*args)
+    for y in (torch.empty(2, 31, 5, 6), torch.empty(2, 32, 5, 12)[..., ::2], torch.empty(2, 32, 5, 6, dtype=torch.float64)):
+        with pytest.raises(RuntimeError, match=r"pointwise_pair: y must have shape \(B, out, H, W\), in the dtype of x"):
+            operator(y, x, None, *weights)
 
 
 @pytest.mark.skipif(_native.cpu_capability() == "plain", reason="without vector instructions oneDNN does it")

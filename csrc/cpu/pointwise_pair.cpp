@@ -33,24 +33,25 @@ bool is_dense(const Tensor& x, bool channels_last) {
                        : x.is_contiguous();
 }
 
-Tensor pointwise_pair(const Tensor& x, const std::optional<Tensor>& factor, const Tensor& weight_in, const std::optional<Tensor>& bias_in,
-                      const Tensor& weight_out, const std::optional<Tensor>& bias_out, bool channels_last) {
+void pointwise_pair(Tensor y, const Tensor& x, const std::optional<Tensor>& factor, const Tensor& weight_in,
+                    const std::optional<Tensor>& bias_in, const Tensor& weight_out, const std::optional<Tensor>& bias_out) {
   STD_TORCH_CHECK(x.dim() == 4, "pointwise_pair: x must have shape (B, C, H, W)");
-  const int64_t b = x.size(0), c = x.size(1), h = x.size(2), w = x.size(3), hidden = weight_in.size(0);
+  const int64_t b = x.size(0), c = x.size(1), h = x.size(2), w = x.size(3), hidden = weight_in.size(0), out = weight_out.size(0);
   check_weight("weight_in", weight_in, bias_in, x, c);
   check_weight("weight_out", weight_out, bias_out, x, hidden);
-  const bool x_last = !x.is_contiguous(), together = x_last && channels_last;
+  const auto fits = [&](const Tensor& t, int64_t channels) {
+    return t.dim() == 4 && t.size(0) == b && t.size(1) == channels && t.size(2) == h && t.size(3) == w && t.scalar_type() == x.scalar_type();
+  };
+  const bool x_last = !x.is_contiguous(), y_last = !y.is_contiguous(), together = x_last && y_last;
   STD_TORCH_CHECK(is_dense(x, x_last), "pointwise_pair: x must be contiguous or channels_last");
-  STD_TORCH_CHECK(!factor || (factor->dim() == 4 && factor->size(0) == b && factor->size(1) == hidden && factor->size(2) == h &&
-                              factor->size(3) == w && factor->scalar_type() == x.scalar_type() && is_dense(*factor, x_last)),
+  STD_TORCH_CHECK(!factor || (fits(*factor, hidden) && is_dense(*factor, x_last)),
                   "pointwise_pair: factor must have shape (B, hidden, H, W), in the dtype and layout of x");
-  int32_t dtype;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
-  Tensor y = empty({b, weight_out.size(0), h, w}, dtype, channels_last);
-  if (y.numel() == 0) return y;
+  STD_TORCH_CHECK(fits(y, out) && is_dense(y, y_last),
+                  "pointwise_pair: y must have shape (B, out, H, W), in the dtype of x, contiguous or channels_last");
+  if (y.numel() == 0) return;
   const auto run = [&]<class IO>(void (*kernel)(const PointwisePair<IO>&, int64_t, int64_t)) {
     const auto data = [](const std::optional<Tensor>& t) { return t ? static_cast<const IO*>(t->data_ptr()) : nullptr; };
-    const PointwisePair<IO> op{together ? 1 : b, together ? b * h * w : h * w, c, hidden, weight_out.size(0), x_last, channels_last,
+    const PointwisePair<IO> op{together ? 1 : b, together ? b * h * w : h * w, c, hidden, out, x_last, y_last,
                                data(x), data(factor), data(weight_in), data(bias_in), data(weight_out), data(bias_out),
                                static_cast<IO*>(y.data_ptr())};
     torch::stable::parallel_for(0, op.strips(kernels().strip), 1, [&](int64_t begin, int64_t end) { kernel(op, begin, end); });
@@ -58,7 +59,6 @@ Tensor pointwise_pair(const Tensor& x, const std::optional<Tensor>& factor, cons
   if (x.scalar_type() == ScalarType::Float) run(kernels().f32);
   else if (x.scalar_type() == ScalarType::BFloat16) run(kernels().bf16_dot && cpu_has_bf16_dot() ? kernels().bf16_dot : kernels().bf16);
   else STD_TORCH_CHECK(false, "pointwise_pair: x must be float32 or bfloat16");
-  return y;
 }
 
 }  // namespace

@@ -45,11 +45,12 @@ def pointwise_mlp(x: Tensor, weight_in: Tensor, bias_in: Tensor | None, weight_o
         x, weight_in, weight_out = (tensor.to(dtype) for tensor in (x, weight_in, weight_out))
         bias_in, bias_out = (None if bias is None else bias.to(dtype) for bias in (bias_in, bias_out))
     if torch.is_grad_enabled() and torch._C._any_requires_grad(x, weight_in, bias_in, weight_out, bias_out):
-        y: Tensor = _Mlp.apply(x, weight_in, bias_in, weight_out, bias_out)
+        y = _Mlp.apply(x, weight_in, bias_in, weight_out, bias_out)
         return y
     matrix_in, matrix_out = weight_in[:, :, 0, 0], weight_out[:, :, 0, 0]
     if pair_serves(x, matrix_in, matrix_out):
-        return pair(x, None, matrix_in, bias_in, matrix_out, bias_out, modes.channels_last(x))
+        y = torch.empty((len(x), len(matrix_out), *x.shape[2:]), dtype=x.dtype, memory_format=modes.memory_format(x))
+        return pair(y, x, None, matrix_in, bias_in, matrix_out, bias_out)
     if onednn_serves(x) and x.dtype == weight_in.dtype and x.is_contiguous(memory_format=torch.channels_last):
         return linear(linear(x.movedim(1, -1), matrix_in, bias_in, gelu=True), matrix_out, bias_out).movedim(-1, 1)
     return _composition(x, weight_in, bias_in, weight_out, bias_out)
@@ -89,13 +90,12 @@ def _convolution_backward(grad: Tensor, x: Tensor, weight: Tensor, *needed: bool
 
 @torch.library.register_fake("spanet_kernels::pointwise_pair")
 def _pair_fake(
+    y: Tensor,
     x: Tensor,
     factor: Tensor | None,
     weight_in: Tensor,
     bias_in: Tensor | None,
     weight_out: Tensor,
     bias_out: Tensor | None,
-    channels_last: bool,
-) -> Tensor:
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    return torch.empty((x.shape[0], weight_out.shape[0], *x.shape[2:]), dtype=x.dtype, device=x.device, memory_format=memory_format)
+) -> None:
+    pass
