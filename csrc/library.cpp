@@ -26,6 +26,6 @@ STABLE_TORCH_LIBRARY(spanet_kernels, m) {
       " Tensor row_bias, Tensor column_weight, Tensor weight, Tensor bias, Tensor base, Tensor gain, Tensor out_weight,"
       " int radius_squared, bool profile_learns) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "pointwise_pair(Tensor(a!) y, Tensor x, Tensor? factor, Tensor weight_in, Tensor? bias_in, Tensor weight_out, Tensor? bias_out)"
-      " -> ()");
+      "pointwise_pair(Tensor(a!) y, Tensor x, Tensor? factor, Tensor? residual, Tensor weight_in, Tensor? bias_in, Tensor weight_out,"
+      " Tensor? bias_out) -> ()");
 }

@@ -184,7 +184,7 @@ def spectral_mixer(
         if pair_serves(z, weight, out_weight):
             filtered, applied = _filtered(z, weight, base, gain, radius_squared)
             to = torch.empty_like(x[part], memory_format=modes.memory_format(x)) if out is None else out[part]
-            pair(to, filtered, z, applied, bias, out_weight, out_bias)
+            pair(to, filtered, z, None, applied, bias, out_weight, out_bias)
             out = to if out is None else out
         else:
             y = _ops.spectral_gate(z, coefficients if x.is_cuda else None, weight, bias, base, gain, radius_squared)

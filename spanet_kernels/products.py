@@ -53,13 +53,16 @@ def pair(
     y: Tensor,
     x: Tensor,
     factor: Tensor | None,
+    residual: Tensor | None,
     weight_in: Tensor,
     bias_in: Tensor | None,
     weight_out: Tensor,
     bias_out: Tensor | None,
 ) -> Tensor:
-    """y, written by `pointwise_pair` as `reference.pointwise_pair` has it, of x and factor in any layout; only where `pair_serves`."""
+    """y, as `reference.pointwise_pair` writes it, of x, factor and residual in any layout; only where `pair_serves`."""
     x = modes.like(x, x)
     factor = None if factor is None else modes.like(factor, x)
-    torch.ops.spanet_kernels.pointwise_pair.default(y, x, factor, weight_in.contiguous(), bias_in, weight_out.contiguous(), bias_out)
+    residual = None if residual is None else modes.like(residual, y)
+    weights = weight_in.contiguous(), bias_in, weight_out.contiguous(), bias_out
+    torch.ops.spanet_kernels.pointwise_pair.default(y, x, factor, residual, *weights)
     return y

@@ -217,12 +217,14 @@ def pointwise_pair(
     y: Tensor,
     x: Tensor,
     factor: Tensor | None,
+    residual: Tensor | None,
     weight_in: Tensor,
     bias_in: Tensor | None,
     weight_out: Tensor,
     bias_out: Tensor | None,
 ) -> None:
-    """y = W_out h + b_out, h = gelu(W_in x + b_in) or h = factor o (W_in x + b_in); x is (B, C, H, W), y (B, E, H, W)."""
+    """y = residual + W_out h + b_out, h = gelu(W_in x + b_in) or h = factor o (W_in x + b_in); x is (B, C, H, W), y (B, E, H, W)."""
     h = functional.conv2d(x, weight_in[:, :, None, None], bias_in)
     h = functional.gelu(h) if factor is None else factor * h
-    y.copy_(functional.conv2d(h, weight_out[:, :, None, None], bias_out))
+    product = functional.conv2d(h, weight_out[:, :, None, None], bias_out)
+    y.copy_(product if residual is None else residual + product)

@@ -27,21 +27,21 @@ SHAPES = [
 ]
 
 
-def pair(x, factor, weight_in, bias_in, weight_out, bias_out, to="contiguous"):
+def pair(x, factor, residual, weight_in, bias_in, weight_out, bias_out, to="contiguous"):
     """The result in fresh memory of a layout, NaN before."""
     y = torch.full((x.shape[0], weight_out.shape[0], *x.shape[2:]), torch.nan, dtype=x.dtype).contiguous(memory_format=FORMATS[to])
-    operator(y, x, factor, weight_in, bias_in, weight_out, bias_out)
+    operator(y, x, factor, residual, weight_in, bias_in, weight_out, bias_out)
     return y
 
 
 def by_convolutions(*args):
     """The same by the reference, in the dtype of its arguments."""
-    y = args[0].new_empty((args[0].shape[0], args[4].shape[0], *args[0].shape[2:]))
+    y = args[0].new_empty((args[0].shape[0], args[5].shape[0], *args[0].shape[2:]))
     reference.pointwise_pair(y, *args)
     return y
 
 
-def sample(shape, hidden, out, dtype, layout="contiguous", factor=False, bias=True, seed=0):
+def sample(shape, hidden, out, dtype, layout="contiguous", factor=False, bias=True, residual=None, seed=0):
     """What the operator reads."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -50,7 +50,8 @@ def sample(shape, hidden, out, dtype, layout="contiguous", factor=False, bias=Tr
 
     x, f = (make_input((shape[0], channels, *shape[2:]), dtype, layout, seed=seed + n) for n, channels in enumerate((shape[1], hidden)))
     in_out = weights(hidden, shape[1]), weights(hidden) if bias else None, weights(out, hidden), weights(out) if bias else None
-    return [x, f if factor else None, *in_out]
+    r = make_input((shape[0], out, *shape[2:]), dtype, residual, seed=seed + 2) if residual else None
+    return [x, f if factor else None, r, *in_out]
 
 
 def exact(args):
@@ -64,7 +65,7 @@ def exact(args):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("shape", "hidden", "out"), SHAPES)
 def test_as_accurate_as_the_convolutions(shape, hidden, out, dtype, layout, to, factor, bias):
-    args = sample(shape, hidden, out, dtype, layout, factor, bias)
+    args = sample(shape, hidden, out, dtype, layout, factor, bias, to if bias else None)
     y = pair(*args, to)
     # both round h to bf16, as it were two samples of one distribution
     assert_as_accurate(y, by_convolutions(*args), exact(args), units=4, alike=True)
@@ -75,7 +76,7 @@ def test_gelu_in_both_tails(dtype):
     """The identity on both sides, so that the values are those of the GELU."""
     x = torch.linspace(-12, 12, 32 * 3 * 50, dtype=torch.float64).view(1, 32, 3, 50).to(dtype)
     one = torch.eye(32, dtype=dtype)
-    y, truth = pair(x, None, one, None, one, None), functional.gelu(x.double())
+    y, truth = pair(x, None, None, one, None, one, None), functional.gelu(x.double())
     bound = 6e-7 if dtype == torch.float32 else 3e-5
     assert ((y.double() - truth).abs() <= bound + torch.finfo(dtype).eps * truth.abs()).all()
     assert y.isfinite().all()
@@ -115,32 +116,33 @@ def test_no_images():
 def test_operator_contract():
     for layout in FORMATS:
         for factor in (True, False):
-            args = sample((2, 32, 5, 6), 64, 96, torch.float32, layout, factor)
+            args = sample((2, 32, 5, 6), 64, 96, torch.float32, layout, factor, residual="contiguous" if factor else None)
             torch.library.opcheck(operator, (torch.zeros(2, 96, 5, 6), *args))
 
 
 def test_bad_input():
-    x, _, *weights = sample((2, 32, 5, 6), 64, 32, torch.float32)
+    x, _, _, *weights = sample((2, 32, 5, 6), 64, 32, torch.float32)
     for message, args in {
-        "x must be contiguous or channels_last": (x.transpose(2, 3), None, *weights),
-        r"x must have shape \(B, C, H, W\)": (x[0], None, *weights),
-        "weight_in must be contiguous with one column per channel": (x[:, :31].contiguous(), None, *weights),
-        "the bias of weight_out": (x, None, *weights[:3], weights[3][:31]),
-        "factor must have shape": (x, x, *weights),
-        "channels must be multiples of 32": (x, None, weights[0][:40], None, weights[2][:, :40].contiguous(), None),
-        "x must be float32 or bfloat16": (x.half(), None, *(weight.half() for weight in weights)),
+        "x must be contiguous or channels_last": (x.transpose(2, 3), None, None, *weights),
+        r"x must have shape \(B, C, H, W\)": (x[0], None, None, *weights),
+        "weight_in must be contiguous with one column per channel": (x[:, :31].contiguous(), None, None, *weights),
+        "the bias of weight_out": (x, None, None, *weights[:3], weights[3][:31]),
+        "factor must have shape": (x, x, None, *weights),
+        "residual must have shape": (x, None, x[:1], *weights),
+        "channels must be multiples of 32": (x, None, None, weights[0][:40], None, weights[2][:, :40].contiguous(), None),
+        "x must be float32 or bfloat16": (x.half(), None, None, *(weight.half() for weight in weights)),
     }.items():
         with pytest.raises(RuntimeError, match=f"pointwise_pair: {message}"):
             pair(*args)
     for y in (torch.empty(2, 31, 5, 6), torch.empty(2, 32, 5, 12)[..., ::2], torch.empty(2, 32, 5, 6, dtype=torch.float64)):
         with pytest.raises(RuntimeError, match=r"pointwise_pair: y must have shape \(B, out, H, W\), in the dtype of x"):
-            operator(y, x, None, *weights)
+            operator(y, x, None, None, *weights)
 
 
 @pytest.mark.skipif(_native.cpu_capability() == "plain", reason="without vector instructions oneDNN does it")
 @pytest.mark.parametrize("layout", FORMATS)
 def test_the_mlp_and_the_mixer_are_made_of_it(layout):
-    x, _, weight_in, bias_in, weight_out, bias_out = sample((2, 32, 9, 9), 64, 32, torch.float32, layout)
+    x, _, _, weight_in, bias_in, weight_out, bias_out = sample((2, 32, 9, 9), 64, 32, torch.float32, layout)
     layer = SPAM(32)
     with torch.no_grad(), torch.profiler.profile() as profile:
         pointwise_mlp(x, weight_in[:, :, None, None], bias_in, weight_out[:, :, None, None], bias_out)

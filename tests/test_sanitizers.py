@@ -39,8 +39,8 @@ for dtype, layout, last, factor in itertools.product((torch.float32, torch.bfloa
     for (b, c, h, w), hidden, out in (((1, 32, 1, 1), 32, 32), ((2, 64, 7, 9), 288, 32), ((1, 32, 17, 19), 64, 96)):
         x, f = (make_input((b, channels, h, w), dtype, layout) for channels in (c, hidden))
         weights = torch.randn(hidden, c, dtype=dtype), None, torch.randn(out, hidden, dtype=dtype), torch.randn(out, dtype=dtype)
-        y = torch.empty(b, out, h, w, dtype=dtype, memory_format=torch.channels_last if last else torch.contiguous_format)
-        torch.ops.spanet_kernels.pointwise_pair(y, x, f if factor else None, *weights)
+        y = make_input((b, out, h, w), dtype, LAYOUTS[last])
+        torch.ops.spanet_kernels.pointwise_pair(y, x, f if factor else None, None if factor else y.clone(), *weights)
         assert y.isfinite().all()
 print("done")
 """

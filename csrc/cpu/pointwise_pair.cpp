@@ -33,8 +33,8 @@ bool is_dense(const Tensor& x, bool channels_last) {
                        : x.is_contiguous();
 }
 
-void pointwise_pair(Tensor y, const Tensor& x, const std::optional<Tensor>& factor, const Tensor& weight_in,
-                    const std::optional<Tensor>& bias_in, const Tensor& weight_out, const std::optional<Tensor>& bias_out) {
+void pointwise_pair(Tensor y, const Tensor& x, const std::optional<Tensor>& factor, const std::optional<Tensor>& residual,
+                    const Tensor& weight_in, const std::optional<Tensor>& bias_in, const Tensor& weight_out, const std::optional<Tensor>& bias_out) {
   STD_TORCH_CHECK(x.dim() == 4, "pointwise_pair: x must have shape (B, C, H, W)");
   const int64_t b = x.size(0), c = x.size(1), h = x.size(2), w = x.size(3), hidden = weight_in.size(0), out = weight_out.size(0);
   check_weight("weight_in", weight_in, bias_in, x, c);
@@ -48,11 +48,13 @@ void pointwise_pair(Tensor y, const Tensor& x, const std::optional<Tensor>& fact
                   "pointwise_pair: factor must have shape (B, hidden, H, W), in the dtype and layout of x");
   STD_TORCH_CHECK(fits(y, out) && is_dense(y, y_last),
                   "pointwise_pair: y must have shape (B, out, H, W), in the dtype of x, contiguous or channels_last");
+  STD_TORCH_CHECK(!residual || (fits(*residual, out) && is_dense(*residual, y_last)),
+                  "pointwise_pair: residual must have shape (B, out, H, W), in the dtype and layout of y");
   if (y.numel() == 0) return;
   const auto run = [&]<class IO>(void (*kernel)(const PointwisePair<IO>&, int64_t, int64_t)) {
     const auto data = [](const std::optional<Tensor>& t) { return t ? static_cast<const IO*>(t->data_ptr()) : nullptr; };
     const PointwisePair<IO> op{together ? 1 : b, together ? b * h * w : h * w, c, hidden, out, x_last, y_last,
-                               data(x), data(factor), data(weight_in), data(bias_in), data(weight_out), data(bias_out),
+                               data(x), data(factor), data(residual), data(weight_in), data(bias_in), data(weight_out), data(bias_out),
                                static_cast<IO*>(y.data_ptr())};
     torch::stable::parallel_for(0, op.strips(kernels().strip), 1, [&](int64_t begin, int64_t end) { kernel(op, begin, end); });
   };

@@ -1,8 +1,8 @@
 // Two 1x1 convolutions with something between them, for the instruction set this file is compiled for (simd.h).
 //
-//   h = gelu(W_in x + b_in)   or, with a factor f,   h = f o (W_in x + b_in)          y = W_out h + b_out
+//   h = gelu(W_in x + b_in)   or, with a factor f,   h = f o (W_in x + b_in)          y = r + W_out h + b_out
 //
-// Work: 2 (in + out) hidden FLOP a pixel. Memory: x, f, y once, and the weights once for every tile; h never leaves the cache.
+// Work: 2 (in + out) hidden FLOP a pixel. Memory: x, f, r, y once, and the weights once for every tile; h never leaves the cache.
 //
 // A tile of pixels is laid out with pixels adjacent, X (in, pixels), so that a vector is a run of pixels and a weight is one number for
 // all of it: the weights are read where they stand, in either product, and h is written as the second product reads it.
@@ -104,10 +104,10 @@ SIMD_INLINE int64_t pixels_of(const Strip& strip, int v) {
 
 // to (channels / E::channels, NV VL) units = the strip of a tensor; pixels that are not there are zeros.
 template <class E, int NV, class Op, class IO>
-void load_strip(const Op& op, const IO* from, int64_t channels, const Strip& strip, float* to) {
+void load_strip(const Op& op, const IO* from, int64_t channels, bool last, const Strip& strip, float* to) {
   constexpr int64_t width = NV * VL;
   const int64_t units = channels / E::channels;
-  if (op.x_last) {
+  if (last) {
     const char* pixel = reinterpret_cast<const char*>(from) + (strip.image * op.pixels + strip.first) * units * 4;
     for (int v = 0; v < NV; ++v)
       for (int64_t k = 0; k < units; k += VL) {
@@ -220,15 +220,18 @@ template <class E, int NV, class Op> void first_product(const Op& op, int64_t ch
     }
 }
 
-// MR outputs from `channel` on: sums (MR, NV VL) += W_out h over `hidden` channels from `from` on, b_out first.
+// MR outputs from `channel` on: sums (MR, NV VL) += W_out h over `hidden` channels from `from` on, r + b_out first; residual are those
+// of r (MR / E::channels, NV VL) units, or nullptr.
 template <class E, int NV, class Op>
-void second_product(const Op& op, int64_t channel, int64_t from, int64_t hidden, const float* h, float* sums) {
+void second_product(const Op& op, int64_t channel, int64_t from, int64_t hidden, const float* h, const float* residual, float* sums) {
   V total[MR][NV];
   UNROLL
   for (int m = 0; m < MR; ++m)
     UNROLL
-    for (int v = 0; v < NV; ++v)
+    for (int v = 0; v < NV; ++v) {
       total[m][v] = from ? load_raw<V>(sums + (m * NV + v) * VL) : V{} + bias_at(op.bias_out, channel + m);
+      if (residual && !from) total[m][v] += E::channel(load_raw<V>(residual + (m / E::channels * NV + v) * VL), m % E::channels);
+    }
   multiply<E, NV>(op.weight_out + channel * op.hidden + from, op.hidden, hidden / E::channels, h, total);
   UNROLL
   for (int m = 0; m < MR; ++m)
@@ -239,9 +242,11 @@ void second_product(const Op& op, int64_t channel, int64_t from, int64_t hidden,
 template <class E> void run(const PointwisePair<typename E::IO>& op, int64_t begin, int64_t end) {
   constexpr int64_t in_unit = E::channels;
   const int64_t x_size = op.in / in_unit * strip_pixels, f_size = op.factor ? op.hidden / in_unit * strip_pixels : 0;
+  const int64_t r_size = op.residual ? op.out / in_unit * strip_pixels : 0;
   const int64_t h_size = hidden_part / in_unit * strip_pixels, y_size = op.out * strip_pixels;
-  float* const memory = static_cast<float*>(thread_scratch(tile_strips * (x_size + f_size + h_size + y_size) * sizeof(float)));
-  float *const x = memory, *const factor = x + tile_strips * x_size, *const h = factor + tile_strips * f_size, *const y = h + tile_strips * h_size;
+  float* const x = static_cast<float*>(thread_scratch(tile_strips * (x_size + f_size + r_size + h_size + y_size) * sizeof(float)));
+  float *const factor = x + tile_strips * x_size, *const residual = factor + tile_strips * f_size;
+  float *const h = residual + tile_strips * r_size, *const y = h + tile_strips * h_size;
   const int64_t of_image = op.strips_of_image(strip_pixels);
   for (int64_t first = begin; first < end; first += tile_strips) {
     const int64_t count = end - first < tile_strips ? end - first : tile_strips;
@@ -250,8 +255,9 @@ template <class E> void run(const PointwisePair<typename E::IO>& op, int64_t beg
       const int64_t pixel = (first + s) % of_image * strip_pixels, left = op.pixels - pixel;
       strip[s] = {(first + s) / of_image, pixel, left < strip_pixels ? left : strip_pixels};
       for_vectors(strip[s].n, [&](auto nv) {
-        load_strip<E, nv()>(op, op.x, op.in, strip[s], x + s * x_size);
-        if (op.factor) load_strip<E, nv()>(op, op.factor, op.hidden, strip[s], factor + s * f_size);
+        load_strip<E, nv()>(op, op.x, op.in, op.x_last, strip[s], x + s * x_size);
+        if (op.factor) load_strip<E, nv()>(op, op.factor, op.hidden, op.x_last, strip[s], factor + s * f_size);
+        if (op.residual) load_strip<E, nv()>(op, op.residual, op.out, op.y_last, strip[s], residual + s * r_size);
       });
     }
     for (int64_t from = 0; from < op.hidden; from += hidden_part) {
@@ -267,7 +273,10 @@ template <class E> void run(const PointwisePair<typename E::IO>& op, int64_t beg
       for (int64_t channel = 0; channel < op.out; channel += MR)
         for (int64_t s = 0; s < count; ++s)
           for_vectors(strip[s].n, [&](auto nv) {
-            second_product<E, nv()>(op, channel, from, hidden, h + s * h_size, y + s * y_size + channel * nv() * VL);
+            const int64_t width = nv() * VL;
+            second_product<E, nv()>(op, channel, from, hidden, h + s * h_size,
+                                    op.residual ? residual + s * r_size + channel / in_unit * width : nullptr,
+                                    y + s * y_size + channel * width);
           });
     }
     for (int64_t s = 0; s < count; ++s) for_vectors(strip[s].n, [&](auto nv) { store_strip<E, nv()>(op, y + s * y_size, strip[s]); });

@@ -5,12 +5,12 @@
 
 namespace spanet {
 
-// x (B, in, P) and factor (B, hidden, P) or nullptr, of one layout, and y (B, out, P): contiguous or channels_last. Where all are
-// channels_last they are one image of B P pixels. Weights (hidden, in) and (out, hidden) are contiguous, biases may be nullptr.
+// x (B, in, P) and factor (B, hidden, P) of one layout, y and residual (B, out, P) of another: contiguous or channels_last; factor and
+// residual may be nullptr. Where all are channels_last they are one image of B P pixels. Weights (hidden, in) and (out, hidden) are contiguous, biases may be nullptr.
 template <class IO> struct PointwisePair {
   int64_t images, pixels, in, hidden, out;
   bool x_last, y_last;
-  const IO *x, *factor, *weight_in, *bias_in, *weight_out, *bias_out;
+  const IO *x, *factor, *residual, *weight_in, *bias_in, *weight_out, *bias_out;
   IO* y;
 
   int64_t strips(int64_t strip) const { return images * strips_of_image(strip); }
