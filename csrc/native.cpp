@@ -18,4 +18,5 @@ PYBIND11_MODULE(_native, m) {
   m.def(
       "cpu_capability", [] { return spanet::name(spanet::cpu_capability()); },
       "Instruction set in use by the CPU kernels: plain, avx2 or avx512.");
+  m.def("cpu_has_bf16_dot", &spanet::cpu_has_bf16_dot, "Whether the CPU kernels multiply bf16 by AVX512_BF16.");
 }

@@ -31,15 +31,15 @@ class ResScale(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two 1x1 convolutions, dim to 4 dim and back, around a GELU."""
+    """Two 1x1 convolutions, dim to 4 dim and back, around a GELU; added to a residual if one is given."""
 
     def __init__(self, dim: int, device: Any = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.fc1 = nn.Conv2d(dim, 4 * dim, 1, device=device, dtype=dtype)
         self.fc2 = nn.Conv2d(4 * dim, dim, 1, device=device, dtype=dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return pointwise_mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return pointwise_mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias, residual)
 
 
 class Block(nn.Module):
@@ -67,8 +67,9 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.res_scale1(x) + self.drop_path(self.token_mixer(self.norm1(x)))
-        x = self.res_scale2(x) + self.drop_path(self.mlp(self.norm2(x)))
-        return x
+        if self.training and not isinstance(self.drop_path, nn.Identity):
+            return self.res_scale2(x) + self.drop_path(self.mlp(self.norm2(x)))
+        return self.mlp(self.norm2(x), self.res_scale2(x))
 
 
 class Downsample(nn.Module):

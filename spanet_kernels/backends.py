@@ -33,6 +33,7 @@ OPERATORS = (
     "spectral_gate_backward",
     "spectral_mixer",
     "spectral_mixer_backward",
+    "pointwise_pair",
 )
 _FOLDER = Path(__file__).parent
 _library = torch.library.Library("spanet_kernels", "IMPL")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import modes
-from .products import linear
+from .products import linear, pair, pair_serves
 
 PART = 2 * 2**20  # bytes of a tensor of the images that a CPU takes at a time
 
@@ -69,12 +69,16 @@ def _channel_sum(c: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _context(z: Tensor, weight: Tensor, bias: Tensor, base: Tensor, gain: Tensor, radius_squared: int) -> tuple[Tensor, Tensor, Tensor]:
-    """F(z), the weight that applies to it, and W F(z) + b; of an empty disc F is diag(base), which the weight takes in."""
-    if radius_squared < 0:
-        filtered, weight = z, (weight * base).to(weight.dtype)
-    else:
-        filtered = _ops.radial_filter(z, base, gain, radius_squared)
+    """F(z), the weight that applies to it, and W F(z) + b."""
+    filtered, weight = _filtered(z, weight, base, gain, radius_squared)
     return filtered, weight, _pointwise_like(filtered, weight, bias, z)
+
+
+def _filtered(z: Tensor, weight: Tensor, base: Tensor, gain: Tensor, radius_squared: int) -> tuple[Tensor, Tensor]:
+    """F(z) and the weight that applies to it; of an empty disc F is diag(base), which the weight takes in."""
+    if radius_squared < 0:
+        return z, (weight * base).to(weight.dtype)
+    return _ops.radial_filter(z, base, gain, radius_squared), weight
 
 
 @exact
@@ -177,8 +181,14 @@ def spectral_mixer(
         z, coefficients = _ops.axial_conv(t, row_weight, row_bias, column_weight, column_bias, wanted)
         if keep:
             all_t, all_z = _placed(all_t, part, t), _placed(all_z, part, z)
-        y = _ops.spectral_gate(z, coefficients if x.is_cuda else None, weight, bias, base, gain, radius_squared)
-        out = _placed(out, part, _pointwise_like(y, out_weight, out_bias, x))
+        if pair_serves(z, weight, out_weight):
+            filtered, applied = _filtered(z, weight, base, gain, radius_squared)
+            to = torch.empty_like(x[part], memory_format=modes.memory_format(x)) if out is None else out[part]
+            pair(to, filtered, z, None, applied, bias, out_weight, out_bias)
+            out = to if out is None else out
+        else:
+            y = _ops.spectral_gate(z, coefficients if x.is_cuda else None, weight, bias, base, gain, radius_squared)
+            out = _placed(out, part, _pointwise_like(y, out_weight, out_bias, x))
     assert out is not None
     if all_t is None or all_z is None:
         return out, x.new_empty(0), x.new_empty(0), base.new_empty(0)

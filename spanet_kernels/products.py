@@ -1,6 +1,8 @@
-"""Matrix products over the channels of every position: oneDNN's where it serves the dtype on a CPU, PyTorch's elsewhere.
+"""Matrix products over the channels of every position: on a CPU ours for pairs of them and oneDNN's, elsewhere PyTorch's.
 
 oneDNN adds the bias and applies the GELU where it writes the product; PyTorch's `linear` on a CPU writes the bias first and adds to it.
+Of a pair (`pointwise_pair`) what stands between the two products stays in the cache: it would be as large as everything else together.
+Nothing here is differentiable.
 """
 
 from __future__ import annotations
@@ -9,13 +11,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from . import modes
+from ._native import cpu_capability, cpu_has_bf16_dot
+
 _DTYPES = {torch.float32} if torch.backends.mkldnn.is_available() else set()
 if _DTYPES and torch.ops.mkldnn._is_mkldnn_bf16_supported():
     _DTYPES.add(torch.bfloat16)
 
+PAIR_CHANNELS = 32  # every number of channels is a multiple of it where `pointwise_pair` serves
+_PAIR_DTYPES = {torch.float32} if cpu_capability() != "plain" else set()
+if cpu_has_bf16_dot():
+    _PAIR_DTYPES.add(torch.bfloat16)
+
 
 def linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
-    """rows W^T + b, (..., C) to (..., D), and its exact GELU if asked for; not differentiable."""
+    """rows W^T + b, (..., C) to (..., D), and its exact GELU if asked for."""
     if onednn_serves(rows) and rows.is_contiguous():
         y: Tensor = torch.ops.mkldnn._linear_pointwise.default(rows, weight, bias, "gelu" if gelu else "none", [], "none")
         return y
@@ -25,3 +35,34 @@ def linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool 
 
 def onednn_serves(x: Tensor) -> bool:
     return bool(x.device.type == "cpu" and x.dtype in _DTYPES and x.numel() > 0 and torch.backends.mkldnn.enabled)
+
+
+def pair_serves(x: Tensor, weight_in: Tensor, weight_out: Tensor) -> bool:
+    """Whether `pointwise_pair` takes these, and is faster: there are more positions than rows of weights to read for them."""
+    channels = (x.shape[1], *weight_out.shape)
+    return (
+        x.device.type == "cpu"
+        and x.dtype in _PAIR_DTYPES
+        and x.dtype == weight_in.dtype == weight_out.dtype
+        and not any(size % PAIR_CHANNELS for size in channels)
+        and x.shape[0] * x.shape[2] * x.shape[3] >= weight_in.shape[0]
+    )
+
+
+def pair(
+    y: Tensor,
+    x: Tensor,
+    factor: Tensor | None,
+    residual: Tensor | None,
+    weight_in: Tensor,
+    bias_in: Tensor | None,
+    weight_out: Tensor,
+    bias_out: Tensor | None,
+) -> Tensor:
+    """y, as `reference.pointwise_pair` writes it, of x, factor and residual in any layout; only where `pair_serves`."""
+    x = modes.like(x, x)
+    factor = None if factor is None else modes.like(factor, x)
+    residual = None if residual is None else modes.like(residual, y)
+    weights = weight_in.contiguous(), bias_in, weight_out.contiguous(), bias_out
+    torch.ops.spanet_kernels.pointwise_pair.default(y, x, factor, residual, *weights)
+    return y

@@ -211,3 +211,20 @@ def spectral_mixer_backward(grad: Tensor, x: Tensor, t: Tensor, z: Tensor, coeff
         y = spectral_gate(moved, coefficients, inputs[7], inputs[8], inputs[9], inputs[10], radius_squared)
         out = torch.einsum("oc,bchw->bohw", inputs[11], y) + inputs[12][:, None, None]
     return torch.autograd.grad(out, inputs, grad)
+
+
+def pointwise_pair(
+    y: Tensor,
+    x: Tensor,
+    factor: Tensor | None,
+    residual: Tensor | None,
+    weight_in: Tensor,
+    bias_in: Tensor | None,
+    weight_out: Tensor,
+    bias_out: Tensor | None,
+) -> None:
+    """y = residual + W_out h + b_out, h = gelu(W_in x + b_in) or h = factor o (W_in x + b_in); x is (B, C, H, W), y (B, E, H, W)."""
+    h = functional.conv2d(x, weight_in[:, :, None, None], bias_in)
+    h = functional.gelu(h) if factor is None else factor * h
+    product = functional.conv2d(h, weight_out[:, :, None, None], bias_out)
+    y.copy_(product if residual is None else residual + product)

@@ -19,7 +19,7 @@ import torch
 from rich.progress import Progress
 from torch import Tensor
 
-from spanet_kernels import SPAM, axial_conv, radial_filter, spectral_gate
+from spanet_kernels import SPAM, axial_conv, pointwise_mlp, radial_filter, spectral_gate
 from spanet_kernels.testing import make_input, make_profile
 
 THREADS = 2
@@ -41,6 +41,11 @@ def call(function: Callable[..., Tensor], leaves: list[Tensor]) -> Call:
     return both
 
 
+def inference(function: Callable[..., Tensor], args: list[Tensor]) -> Call:
+    """Output of a function where no gradient is wanted: other kernels than those of `call`, in places."""
+    return lambda: (function(*args),)
+
+
 def cases(device: str) -> Iterator[tuple[str, Call]]:
     """Every operator in two dtypes and layouts, on a plane of odd and of even sides."""
     for dtype in (torch.float32, torch.bfloat16):
@@ -58,6 +63,10 @@ def cases(device: str) -> Iterator[tuple[str, Call]]:
             yield f"axial_conv {name}", call(lambda x, *parts: axial_conv(x, *parts, radius=2)[0], [x, *conv])
             gate = [x, weight, weight[0].clone(), base, gain]
             yield f"spectral_gate {name}", call(lambda z, weight, bias, base, gain: spectral_gate(z, weight, bias, base, gain, 2), gate)
+            mlp = torch.nn.Conv2d(32, 64, 1), torch.nn.Conv2d(64, 32, 1)
+            parts = [parameter.detach().to(device, dtype) for convolution in mlp for parameter in convolution.parameters()]
+            rows = make_input((2, 32, height, width), dtype, layout, device)
+            yield f"pointwise_mlp {name}", inference(lambda *args: pointwise_mlp(*args), [rows, *parts])
             yield f"SPAM {name}", call(lambda x, *_, layer=layer: layer(x), [x, *layer.parameters()])
 
 

@@ -141,3 +141,26 @@ def test_bad_input():
         pointwise_mlp(x, weight_in, bias_in[:19], weight_out, bias_out)
     with pytest.raises(TypeError, match="pointwise_mlp: x must be a tensor, got Conv2d"):
         pointwise_mlp(nn.Conv2d(1, 1, 1), weight_in, bias_in, weight_out, bias_out)
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+@pytest.mark.parametrize("channels", [12, 32])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_residual(dtype, channels, gradients):
+    """Added once, whoever multiplies, also in another dtype than that of the products."""
+    args = sample(dtype, "channels_last", (2, channels, 9, 8), 2 * channels, channels)
+    residual = make_input((2, channels, 9, 8), dtype, "channels_last", seed=3)
+    leaves = [*args, residual] if not gradients else [arg.requires_grad_() for arg in (*args, residual)]
+    y = pointwise_mlp(*leaves)
+    exact = residual.double() + layers(*cast(args, torch.float64))
+    assert_as_accurate(y.detach(), (residual + layers(*args)).detach(), exact.detach(), units=4, alike=True)
+    if gradients:
+        (grad,) = torch.autograd.grad(y, residual, torch.ones_like(y))
+        assert torch.equal(grad, torch.ones_like(residual))
+    if dtype == torch.bfloat16:
+        with torch.no_grad():
+            y, alone = pointwise_mlp(*args, residual.float()), pointwise_mlp(*args)
+        assert y.dtype == torch.float32
+        assert torch.equal(y, residual.float() + alone.float())
+    with pytest.raises(ValueError, match=rf"pointwise_mlp: residual must have shape \(2, {channels}, 9, 8\)"):
+        pointwise_mlp(*args, residual[:1])

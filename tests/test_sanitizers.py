@@ -35,6 +35,13 @@ big = torch.randn(2, 48, 180, 180)  # large enough to be streamed past the cache
 for x in (big, big.contiguous(memory_format=torch.channels_last)):
     for dtype in (torch.float32, torch.bfloat16):
         assert torch.ops.spanet_kernels.radial_filter(x.to(dtype), torch.ones(48), torch.ones(4, 48), 4).isfinite().all()
+for dtype, layout, last, factor in itertools.product((torch.float32, torch.bfloat16), LAYOUTS[:2], (False, True), (False, True)):
+    for (b, c, h, w), hidden, out in (((1, 32, 1, 1), 32, 32), ((2, 64, 7, 9), 288, 32), ((1, 32, 17, 19), 64, 96)):
+        x, f = (make_input((b, channels, h, w), dtype, layout) for channels in (c, hidden))
+        weights = torch.randn(hidden, c, dtype=dtype), None, torch.randn(out, hidden, dtype=dtype), torch.randn(out, dtype=dtype)
+        y = make_input((b, out, h, w), dtype, LAYOUTS[last])
+        torch.ops.spanet_kernels.pointwise_pair(y, x, f if factor else None, None if factor else y.clone(), *weights)
+        assert y.isfinite().all()
 print("done")
 """
 
@@ -63,7 +70,7 @@ def sanitized(tmp_path_factory):
         simd["avx2"] = ["-DSIMD_BYTES=32", "-mavx2", "-mfma", "-mf16c"]
         simd["avx512"] = ["-DSIMD_BYTES=64", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"]
     jobs = [("library", "library.cpp", [])]
-    for op in ("radial_filter", "axial_conv"):
+    for op in ("radial_filter", "axial_conv", "pointwise_pair"):
         jobs.append((op, f"cpu/{op}.cpp", []))
         jobs += [(f"{op}_{name}", f"cpu/{op}_kernel.cpp", [f"-DSIMD_NAME={name}", *options]) for name, options in simd.items()]
     running = []

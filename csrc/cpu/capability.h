@@ -28,4 +28,14 @@ inline Capability cpu_capability() {
   return best;
 }
 
+// Whether the processor multiplies bf16 numbers and adds them up in fp32 (AVX512_BF16).
+inline bool cpu_has_bf16_dot() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  return cpu_capability() == Capability::avx512 && __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
 }  // namespace spanet

@@ -34,6 +34,7 @@ template <class T> using Vec = typename Simd<T>::V;
 template <class T> constexpr int64_t lanes_of = SIMD_BYTES / sizeof(T);
 
 #define SIMD_INLINE static inline __attribute__((always_inline))
+#define SIMD_MEMBER inline __attribute__((always_inline))
 
 template <class V> SIMD_INLINE V load_raw(const void* p) {
   V v;
@@ -133,15 +134,41 @@ template <class T, class IO> SIMD_INLINE Vec<T> load_part(const IO* p, int64_t n
 #endif
 }
 
+// x, or the bound if x is beyond it; NaN stays NaN.
+SIMD_INLINE Vec<float> at_most(Vec<float> x, float bound) {
+  const Vec<float> all = Vec<float>{} + bound;
+#if SIMD_BYTES == 64
+  return (Vec<float>)_mm512_min_ps((__m512)all, (__m512)x);
+#elif SIMD_BYTES == 32
+  return (Vec<float>)_mm256_min_ps((__m256)all, (__m256)x);
+#else
+  return x > all ? all : x;
+#endif
+}
+SIMD_INLINE Vec<float> at_least(Vec<float> x, float bound) {
+  const Vec<float> all = Vec<float>{} + bound;
+#if SIMD_BYTES == 64
+  return (Vec<float>)_mm512_max_ps((__m512)all, (__m512)x);
+#elif SIMD_BYTES == 32
+  return (Vec<float>)_mm256_max_ps((__m256)all, (__m256)x);
+#else
+  return x < all ? all : x;
+#endif
+}
+
+// fp32 rounded to nearest even in its upper half, to bf16; a NaN that arithmetic made is quiet, and cut off it stays one.
+SIMD_INLINE Simd<float>::U bf16_bits(Vec<float> v) {
+  using U = Simd<float>::U;
+  const U bits = (U)v, up = (bits >> 16 & 1) + 0x7fff;
+  return bits + (up & (U)(v == v));
+}
+
 // The bit pattern of v as IO, ready to be stored.
 template <class IO, class T> SIMD_INLINE auto narrow(Vec<T> v) {
   if constexpr (std::is_same_v<IO, T>) {
     return v;
   } else if constexpr (std::is_same_v<IO, Bf16>) {
-    using S = Simd<float>;
-    // to nearest even; a NaN that arithmetic made is quiet, and cut off it stays one
-    const S::U bits = (S::U)v, up = (bits >> 16 & 1) + 0x7fff;
-    return __builtin_convertvector((bits + (up & (S::U)(v == v))) >> 16, S::U16);
+    return __builtin_convertvector(bf16_bits(v) >> 16, Simd<float>::U16);
   } else {
 #if SIMD_BYTES == 64
     return _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);

@@ -17,7 +17,6 @@ namespace {
 
 // The loops over a tile must be gone before the compiler decides what lives in registers.
 #define UNROLL _Pragma("GCC unroll 8")
-#define SIMD_MEMBER inline __attribute__((always_inline))
 
 constexpr int max_vectors = SIMD_BYTES == 64 ? 4 : 2;
 

@@ -9,23 +9,32 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import functional
 
-from ..products import linear, onednn_serves
+from .. import modes
+from ..products import linear, onednn_serves, pair, pair_serves
 from .checks import autocast_dtype, check_input, check_parameter
 
 
-def pointwise_mlp(x: Tensor, weight_in: Tensor, bias_in: Tensor | None, weight_out: Tensor, bias_out: Tensor | None) -> Tensor:
-    """W_out gelu(W_in x + b_in) + b_out at every position, with the exact GELU.
+def pointwise_mlp(
+    x: Tensor,
+    weight_in: Tensor,
+    bias_in: Tensor | None,
+    weight_out: Tensor,
+    bias_out: Tensor | None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """residual + W_out gelu(W_in x + b_in) + b_out at every position, with the exact GELU.
 
-    For gradients x and h = W_in x + b_in are kept; gelu(h), as large as h, is computed again. Without gradients, on a CPU and with
-    adjacent channels, the GELU is done where oneDNN's product is written. Under torch.compile, which fuses and chooses what to keep
-    by itself, and under torch.func it is what `Conv2d`, `GELU`, `Conv2d` compute.
+    For gradients x and h = W_in x + b_in are kept; gelu(h), as large as h, is computed again. Without gradients, on a CPU, h never
+    leaves the cache; of few positions the GELU is done where oneDNN writes h. Under torch.compile, which fuses and chooses what to
+    keep by itself, and under torch.func it is what `Conv2d`, `GELU`, `Conv2d` compute.
 
     Args:
         x: (B, C, H, W), float64, float32, float16 or bfloat16; under autocast it is cast to autocast's dtype.
         weight_in: (D, C, 1, 1); weight_out: (E, D, 1, 1), of the dtype of x, like the biases (D,) and (E,) or None.
+        residual: (B, E, H, W), added to the result; None for nothing.
 
     Returns:
-        (B, E, H, W), dtype of x, channels_last if x is; differentiable to any order in everything.
+        (B, E, H, W), dtype of x and residual, channels_last if x is; differentiable to any order in everything.
 
     Raises:
         TypeError: an argument is no floating-point tensor.
@@ -38,18 +47,34 @@ def pointwise_mlp(x: Tensor, weight_in: Tensor, bias_in: Tensor | None, weight_o
     for name, bias, size in (("bias_in", bias_in, hidden), ("bias_out", bias_out, out)):
         if bias is not None:
             check_parameter("pointwise_mlp", name, bias, (size,), x)
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        return _composition(x, weight_in, bias_in, weight_out, bias_out)
+    if residual is not None:
+        check_parameter("pointwise_mlp", "residual", residual, (x.shape[0], out, *x.shape[2:]), x)
     if dtype := autocast_dtype(x):
         x, weight_in, weight_out = (tensor.to(dtype) for tensor in (x, weight_in, weight_out))
         bias_in, bias_out = (None if bias is None else bias.to(dtype) for bias in (bias_in, bias_out))
-    if torch.is_grad_enabled() and torch._C._any_requires_grad(x, weight_in, bias_in, weight_out, bias_out):
-        y: Tensor = _Mlp.apply(x, weight_in, bias_in, weight_out, bias_out)
-        return y
-    if onednn_serves(x) and x.dtype == weight_in.dtype and x.is_contiguous(memory_format=torch.channels_last):
-        rows = linear(x.movedim(1, -1), weight_in[:, :, 0, 0], bias_in, gelu=True)
-        return linear(rows, weight_out[:, :, 0, 0], bias_out).movedim(-1, 1)
-    return _composition(x, weight_in, bias_in, weight_out, bias_out)
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        y = _composition(x, weight_in, bias_in, weight_out, bias_out)
+    elif torch.is_grad_enabled() and torch._C._any_requires_grad(x, weight_in, bias_in, weight_out, bias_out, residual):
+        y = _Mlp.apply(x, weight_in, bias_in, weight_out, bias_out)
+    else:
+        return _inferred(x, weight_in, bias_in, weight_out, bias_out, residual)
+    return y if residual is None else residual + y
+
+
+def _inferred(
+    x: Tensor, weight_in: Tensor, bias_in: Tensor | None, weight_out: Tensor, bias_out: Tensor | None, residual: Tensor | None
+) -> Tensor:
+    matrix_in, matrix_out = weight_in[:, :, 0, 0], weight_out[:, :, 0, 0]
+    if pair_serves(x, matrix_in, matrix_out):
+        y = torch.empty((x.shape[0], matrix_out.shape[0], *x.shape[2:]), dtype=x.dtype, memory_format=modes.memory_format(x))
+        if residual is None or residual.dtype == x.dtype:
+            return pair(y, x, None, residual, matrix_in, bias_in, matrix_out, bias_out)
+        pair(y, x, None, None, matrix_in, bias_in, matrix_out, bias_out)
+    elif onednn_serves(x) and x.dtype == weight_in.dtype and x.is_contiguous(memory_format=torch.channels_last):
+        y = linear(linear(x.movedim(1, -1), matrix_in, bias_in, gelu=True), matrix_out, bias_out).movedim(-1, 1)
+    else:
+        y = _composition(x, weight_in, bias_in, weight_out, bias_out)
+    return y if residual is None else residual + y
 
 
 def _composition(x: Tensor, weight_in: Tensor, bias_in: Tensor | None, weight_out: Tensor, bias_out: Tensor | None) -> Tensor:
@@ -82,3 +107,17 @@ def _convolution_backward(grad: Tensor, x: Tensor, weight: Tensor, *needed: bool
         grad, x, weight, [weight.shape[0]], [1, 1], [0, 0], [1, 1], False, [0, 0], 1, needed
     )
     return found
+
+
+@torch.library.register_fake("spanet_kernels::pointwise_pair")
+def _pair_fake(
+    y: Tensor,
+    x: Tensor,
+    factor: Tensor | None,
+    residual: Tensor | None,
+    weight_in: Tensor,
+    bias_in: Tensor | None,
+    weight_out: Tensor,
+    bias_out: Tensor | None,
+) -> None:
+    pass

@@ -1,0 +1,69 @@
+// pointwise_pair on the CPU: checks, the way the work is cut, and the registration.
+// The arithmetic is in pointwise_pair_kernel.cpp, compiled once per instruction set.
+
+#include "cpu/pointwise_pair_kernel.h"
+
+#include "cpu/dispatch.h"
+
+namespace spanet {
+namespace {
+
+const PointwisePairKernels& kernels() {
+  static const Capability capability = cpu_capability();
+#if defined(__x86_64__)
+  if (capability == Capability::avx512) return avx512::pointwise_pair_kernels;
+  if (capability == Capability::avx2) return avx2::pointwise_pair_kernels;
+#endif
+  return plain::pointwise_pair_kernels;
+}
+
+void check_weight(const char* name, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& x, int64_t in) {
+  STD_TORCH_CHECK(weight.dim() == 2 && weight.size(1) == in && weight.is_contiguous() && weight.scalar_type() == x.scalar_type(),
+                  "pointwise_pair: ", name, " must be contiguous with one column per channel, of the dtype of x");
+  STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == weight.size(0) && bias->is_contiguous() && bias->scalar_type() == x.scalar_type()),
+                  "pointwise_pair: the bias of ", name, " must be contiguous with one element per row, of the dtype of x");
+  STD_TORCH_CHECK(weight.size(0) % pointwise_pair_channels == 0 && in % pointwise_pair_channels == 0, "pointwise_pair: channels must be multiples of ",
+                  pointwise_pair_channels, ", ", name, " has ", weight.size(0), " x ", in);
+}
+
+// Whether the elements stand one after the other, in the given layout.
+bool is_dense(const Tensor& x, bool channels_last) {
+  return channels_last ? x.stride(1) == 1 && x.stride(3) == x.size(1) && x.stride(2) == x.size(3) * x.size(1) &&
+                             (x.size(0) == 1 || x.stride(0) == x.size(2) * x.stride(2))
+                       : x.is_contiguous();
+}
+
+void pointwise_pair(Tensor y, const Tensor& x, const std::optional<Tensor>& factor, const std::optional<Tensor>& residual,
+                    const Tensor& weight_in, const std::optional<Tensor>& bias_in, const Tensor& weight_out, const std::optional<Tensor>& bias_out) {
+  STD_TORCH_CHECK(x.dim() == 4, "pointwise_pair: x must have shape (B, C, H, W)");
+  const int64_t b = x.size(0), c = x.size(1), h = x.size(2), w = x.size(3), hidden = weight_in.size(0), out = weight_out.size(0);
+  check_weight("weight_in", weight_in, bias_in, x, c);
+  check_weight("weight_out", weight_out, bias_out, x, hidden);
+  const auto fits = [&](const Tensor& t, int64_t channels) {
+    return t.dim() == 4 && t.size(0) == b && t.size(1) == channels && t.size(2) == h && t.size(3) == w && t.scalar_type() == x.scalar_type();
+  };
+  const bool x_last = !x.is_contiguous(), y_last = !y.is_contiguous(), together = x_last && y_last;
+  STD_TORCH_CHECK(is_dense(x, x_last), "pointwise_pair: x must be contiguous or channels_last");
+  STD_TORCH_CHECK(!factor || (fits(*factor, hidden) && is_dense(*factor, x_last)),
+                  "pointwise_pair: factor must have shape (B, hidden, H, W), in the dtype and layout of x");
+  STD_TORCH_CHECK(fits(y, out) && is_dense(y, y_last),
+                  "pointwise_pair: y must have shape (B, out, H, W), in the dtype of x, contiguous or channels_last");
+  STD_TORCH_CHECK(!residual || (fits(*residual, out) && is_dense(*residual, y_last)),
+                  "pointwise_pair: residual must have shape (B, out, H, W), in the dtype and layout of y");
+  if (y.numel() == 0) return;
+  const auto run = [&]<class IO>(void (*kernel)(const PointwisePair<IO>&, int64_t, int64_t)) {
+    const auto data = [](const std::optional<Tensor>& t) { return t ? static_cast<const IO*>(t->data_ptr()) : nullptr; };
+    const PointwisePair<IO> op{together ? 1 : b, together ? b * h * w : h * w, c, hidden, out, x_last, y_last,
+                               data(x), data(factor), data(residual), data(weight_in), data(bias_in), data(weight_out), data(bias_out),
+                               static_cast<IO*>(y.data_ptr())};
+    torch::stable::parallel_for(0, op.strips(kernels().strip), 1, [&](int64_t begin, int64_t end) { kernel(op, begin, end); });
+  };
+  if (x.scalar_type() == ScalarType::Float) run(kernels().f32);
+  else if (x.scalar_type() == ScalarType::BFloat16) run(kernels().bf16_dot && cpu_has_bf16_dot() ? kernels().bf16_dot : kernels().bf16);
+  else STD_TORCH_CHECK(false, "pointwise_pair: x must be float32 or bfloat16");
+}
+
+}  // namespace
+}  // namespace spanet
+
+STABLE_TORCH_LIBRARY_IMPL(spanet_kernels, CPU, m) { m.impl("pointwise_pair", TORCH_BOX(&spanet::pointwise_pair)); }

@@ -1,0 +1,160 @@
+"""pointwise_pair, the fused pair of 1x1 convolutions on the CPU, against PyTorch's convolutions."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from errors import assert_as_accurate
+from torch.nn import functional
+
+from spanet_kernels import SPAM, _native, pointwise_mlp, reference
+from spanet_kernels.testing import make_input
+
+operator = torch.ops.spanet_kernels.pointwise_pair.default
+FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+# (B, C, H, W), hidden and output channels: one pixel, parts of a vector and of a strip, several strips and parts of the hidden channels
+SHAPES = [
+    ((1, 32, 1, 1), 32, 32),
+    ((2, 32, 3, 5), 64, 96),
+    ((3, 64, 7, 7), 288, 32),
+    ((1, 96, 9, 11), 32, 64),
+    ((2, 64, 17, 19), 544, 64),
+    ((5, 32, 10, 5), 96, 160),
+]
+
+
+def pair(x, factor, residual, weight_in, bias_in, weight_out, bias_out, to="contiguous"):
+    """The result in fresh memory of a layout, NaN before."""
+    y = torch.full((x.shape[0], weight_out.shape[0], *x.shape[2:]), torch.nan, dtype=x.dtype).contiguous(memory_format=FORMATS[to])
+    operator(y, x, factor, residual, weight_in, bias_in, weight_out, bias_out)
+    return y
+
+
+def by_convolutions(*args):
+    """The same by the reference, in the dtype of its arguments."""
+    y = args[0].new_empty((args[0].shape[0], args[5].shape[0], *args[0].shape[2:]))
+    reference.pointwise_pair(y, *args)
+    return y
+
+
+def sample(shape, hidden, out, dtype, layout="contiguous", factor=False, bias=True, residual=None, seed=0):
+    """What the operator reads."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def weights(*size):
+        return (torch.randn(size, generator=generator, dtype=torch.float64) / size[-1] ** 0.5).to(dtype)
+
+    x, f = (make_input((shape[0], channels, *shape[2:]), dtype, layout, seed=seed + n) for n, channels in enumerate((shape[1], hidden)))
+    in_out = weights(hidden, shape[1]), weights(hidden) if bias else None, weights(out, hidden), weights(out) if bias else None
+    r = make_input((shape[0], out, *shape[2:]), dtype, residual, seed=seed + 2) if residual else None
+    return [x, f if factor else None, r, *in_out]
+
+
+def exact(args):
+    return by_convolutions(*(None if arg is None else arg.double() for arg in args))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("factor", [True, False])
+@pytest.mark.parametrize("to", FORMATS)
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("shape", "hidden", "out"), SHAPES)
+def test_as_accurate_as_the_convolutions(shape, hidden, out, dtype, layout, to, factor, bias):
+    args = sample(shape, hidden, out, dtype, layout, factor, bias, to if bias else None)
+    y = pair(*args, to)
+    # both round h to bf16, as it were two samples of one distribution
+    assert_as_accurate(y, by_convolutions(*args), exact(args), units=4, alike=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gelu_in_both_tails(dtype):
+    """The identity on both sides, so that the values are those of the GELU."""
+    x = torch.linspace(-12, 12, 32 * 3 * 50, dtype=torch.float64).view(1, 32, 3, 50).to(dtype)
+    one = torch.eye(32, dtype=dtype)
+    y, truth = pair(x, None, None, one, None, one, None), functional.gelu(x.double())
+    bound = 6e-7 if dtype == torch.float32 else 3e-5
+    assert ((y.double() - truth).abs() <= bound + torch.finfo(dtype).eps * truth.abs()).all()
+    assert y.isfinite().all()
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_pixel_depends_on_itself_alone(dtype, layout):
+    """Not on the batch it is in, on its place in a vector, on threads, or on a NaN or Inf beside it."""
+    args = sample((3, 64, 11, 13), 96, 32, dtype, layout)
+    y = pair(*args)
+    for image in range(3):
+        alone = args[0][image : image + 1].clone(memory_format=FORMATS[layout])
+        assert torch.equal(pair(alone, *args[1:]), y[image : image + 1])
+    moved = args[0].roll(1, 3).contiguous(memory_format=FORMATS[layout])
+    assert torch.equal(pair(moved, *args[1:]), y.roll(1, 3))
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        assert torch.equal(pair(*args), y)
+    finally:
+        torch.set_num_threads(threads)
+    args[0][1, 5, 4, 6], args[0][2, 7, 0, 0] = torch.nan, torch.inf
+    hit = torch.zeros(3, 1, 11, 13, dtype=torch.bool)
+    hit[1, :, 4, 6] = hit[2, :, 0, 0] = True
+    other = pair(*args)
+    assert not other[1, :, 4, 6].isfinite().any()
+    assert not other[2, :, 0, 0].isfinite().all()
+    assert torch.equal(other.masked_fill(hit, 0), y.masked_fill(hit, 0))
+
+
+def test_no_images():
+    args = sample((2, 32, 4, 4), 64, 32, torch.float32)
+    assert pair(args[0][:0], *args[1:]).shape == (0, 32, 4, 4)
+
+
+def test_operator_contract():
+    for layout in FORMATS:
+        for factor in (True, False):
+            args = sample((2, 32, 5, 6), 64, 96, torch.float32, layout, factor, residual="contiguous" if factor else None)
+            torch.library.opcheck(operator, (torch.zeros(2, 96, 5, 6), *args))
+
+
+def test_bad_input():
+    x, _, _, *weights = sample((2, 32, 5, 6), 64, 32, torch.float32)
+    for message, args in {
+        "x must be contiguous or channels_last": (x.transpose(2, 3), None, None, *weights),
+        r"x must have shape \(B, C, H, W\)": (x[0], None, None, *weights),
+        "weight_in must be contiguous with one column per channel": (x[:, :31].contiguous(), None, None, *weights),
+        "the bias of weight_out": (x, None, None, *weights[:3], weights[3][:31]),
+        "factor must have shape": (x, x, None, *weights),
+        "residual must have shape": (x, None, x[:1], *weights),
+        "channels must be multiples of 32": (x, None, None, weights[0][:40], None, weights[2][:, :40].contiguous(), None),
+        "x must be float32 or bfloat16": (x.half(), None, None, *(weight.half() for weight in weights)),
+    }.items():
+        with pytest.raises(RuntimeError, match=f"pointwise_pair: {message}"):
+            pair(*args)
+    for y in (torch.empty(2, 31, 5, 6), torch.empty(2, 32, 5, 12)[..., ::2], torch.empty(2, 32, 5, 6, dtype=torch.float64)):
+        with pytest.raises(RuntimeError, match=r"pointwise_pair: y must have shape \(B, out, H, W\), in the dtype of x"):
+            operator(y, x, None, None, *weights)
+
+
+@pytest.mark.skipif(_native.cpu_capability() == "plain", reason="without vector instructions oneDNN does it")
+@pytest.mark.parametrize("layout", FORMATS)
+def test_the_mlp_and_the_mixer_are_made_of_it(layout):
+    x, _, _, weight_in, bias_in, weight_out, bias_out = sample((2, 32, 9, 9), 64, 32, torch.float32, layout)
+    layer = SPAM(32)
+    with torch.no_grad(), torch.profiler.profile() as profile:
+        pointwise_mlp(x, weight_in[:, :, None, None], bias_in, weight_out[:, :, None, None], bias_out)
+        layer(x)
+    assert [event.count for event in profile.key_averages() if event.key == "spanet_kernels::pointwise_pair"] == [2]
+
+
+@pytest.mark.parametrize("capability", ["plain", "avx2"])
+def test_lower_instruction_sets(capability):
+    """The values again, in a process that is told to use less than the processor has."""
+    env = dict(os.environ, SPANET_KERNELS_CPU=capability)
+    names = "test_as_accurate or test_gelu or test_a_pixel"
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", names, __file__]
+    run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
+    assert run.returncode == 0, run.stdout[-3000:]
