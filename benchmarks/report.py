@@ -19,7 +19,7 @@ from . import figures, model_figures, model_tables, tables
 from .record import load
 from .tables import Results
 
-SUITES = ("photos", "ops", "layers", "models", "train", "scaling")
+SUITES = ("photos", "ops", "layers", "models", "train", "scaling", "digits")  # the last by `spanet train-demo`
 STAGES = ("stages S", "stages B")
 KINDS = ("forward", "backward x", "backward profile")
 
@@ -41,6 +41,7 @@ TABLES: dict[str, tuple[str, str, Callable[[Results], str]]] = {
     "large": ("ops", "radial_filter beyond the last-level cache", tables.group_table(*(("large", kind) for kind in KINDS))),
     "radius": ("ops", "radial_filter at any radius", tables.group_table(("radius", "forward"))),
     "overhead": ("ops", "The overhead of a call", tables.overhead_table),
+    "digits": ("digits", "Handwritten digits learned with other filters", tables.digits_table),
     "photos": ("photos", "Photographs through the filter", tables.photos_table),
     "environment": ("ops", "The machine", tables.environment_table),
 }
@@ -107,9 +108,10 @@ def on_screen(title: str, text: str) -> Table:
 
 def pages(results: Results, folder: Path) -> list[Path]:
     """The figures; report.md beside them; report.html with the figures inside. Returns what was written."""
-    drawn = figures.figures(results, folder) + model_figures.figures(results, folder) + list(folder.glob("photos.jpg"))
+    drawn = figures.figures(results, folder) + model_figures.figures(results, folder)
+    drawn += [path for name in ("digits.png", "photos.jpg") for path in folder.glob(name)]
     sections = [f"## {title}\n\n{make(results)}\n" for suite, title, make in TABLES.values() if suite in results and results[suite]["rows"]]
-    name = next(iter(results.values()))["environment"]["name"]
+    name = next((result["environment"]["name"] for result in results.values() if "name" in result["environment"]), "this machine")
     text = "\n".join([f"# Benchmarks on {name}\n", *(f"![{path.stem}]({path.name})\n" for path in drawn), *sections])
     (folder / "report.md").write_text(text)
     body = MarkdownIt("commonmark").enable("table").render(text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -173,6 +174,28 @@ def overhead_table(results: Results) -> str:
         verdict = f"{extra:.1f} {'≤' if extra <= limit else '>'} {limit} {'✓' if extra <= limit else '✗'}"
         lines.append([entry["mode"], f"{ours:.1f}", f"{clone:.1f}", verdict])
     return markdown(["one call on 1x8x7x7, µs", "ours", "clone", "ours - clone"], lines)
+
+
+def digits_table(results: Results) -> str:
+    """Test accuracy after the last epoch of every filter: the mean of the seeds, and each."""
+    result, variants = results["digits"], {}
+    for row in result["rows"]:
+        variants.setdefault(row["variant"], []).append(row)
+    lines = [
+        [
+            variant,
+            f"{rows[0]['parameters']:,}",
+            f"{statistics.fmean(row['top1'][-1] for row in rows):.2%}",
+            " ".join(f"{row['top1'][-1]:.1%}" for row in rows),
+            f"{statistics.fmean(row['test loss'][-1] for row in rows):.3f}",
+            f"{statistics.fmean(row['seconds'] for row in rows):.0f}",
+        ]
+        for variant, rows in variants.items()
+    ]
+    header = ["filter", "parameters", "test accuracy", "by seed", "test loss", "s / training"]
+    recipe, cores = result["recipe"], result["environment"]["cores"]
+    note = f"After {recipe['epochs']} epochs of 1,437 scans; 360 are tested: one error is 0.28 %. One thread a training, {cores} at a time."
+    return f"{markdown(header, lines)}\n\n{note}"
 
 
 def photos_table(results: Results) -> str:
