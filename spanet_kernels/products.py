@@ -19,6 +19,7 @@ if _DTYPES and torch.ops.mkldnn._is_mkldnn_bf16_supported():
     _DTYPES.add(torch.bfloat16)
 
 PAIR_CHANNELS = 32  # every number of channels is a multiple of it where `pointwise_pair` serves
+PAIR_POSITIONS = 96  # of a thread at least: `pointwise_pair` shares out positions, oneDNN channels too
 _PAIR_DTYPES = {torch.float32} if cpu_capability() != "plain" else set()
 if cpu_has_bf16_dot():
     _PAIR_DTYPES.add(torch.bfloat16)
@@ -38,14 +39,16 @@ def onednn_serves(x: Tensor) -> bool:
 
 
 def pair_serves(x: Tensor, weight_in: Tensor, weight_out: Tensor) -> bool:
-    """Whether `pointwise_pair` takes these, and is faster: there are more positions than rows of weights to read for them."""
+    """Whether `pointwise_pair` takes these, and is faster: there are more positions than rows of weights to read for them, and enough
+    for every thread."""
     channels = (x.shape[1], *weight_out.shape)
+    positions = x.shape[0] * x.shape[2] * x.shape[3]
     return (
         x.device.type == "cpu"
         and x.dtype in _PAIR_DTYPES
         and x.dtype == weight_in.dtype == weight_out.dtype
         and not any(size % PAIR_CHANNELS for size in channels)
-        and x.shape[0] * x.shape[2] * x.shape[3] >= weight_in.shape[0]
+        and positions >= max(weight_in.shape[0], PAIR_POSITIONS * torch.get_num_threads())
     )
 
 

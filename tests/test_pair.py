@@ -11,7 +11,7 @@ import torch
 from errors import assert_as_accurate
 from torch.nn import functional
 
-from spanet_kernels import SPAM, _native, pointwise_mlp, reference
+from spanet_kernels import SPAM, _native, pointwise_mlp, products, reference
 from spanet_kernels.testing import make_input
 
 operator = torch.ops.spanet_kernels.pointwise_pair.default
@@ -141,8 +141,9 @@ def test_bad_input():
 
 @pytest.mark.skipif(_native.cpu_capability() == "plain", reason="without vector instructions oneDNN does it")
 @pytest.mark.parametrize("layout", FORMATS)
-def test_the_mlp_and_the_mixer_are_made_of_it(layout):
-    x, _, _, weight_in, bias_in, weight_out, bias_out = sample((2, 32, 9, 9), 64, 32, torch.float32, layout)
+def test_the_mlp_and_the_mixer_are_made_of_it(layout, monkeypatch):
+    monkeypatch.setattr(products, "PAIR_POSITIONS", 0)
+    x, _, _, weight_in, bias_in, weight_out, bias_out = sample((4, 32, 9, 9), 64, 32, torch.float32, layout)
     layer = SPAM(32)
     with torch.no_grad(), torch.profiler.profile() as profile:
         pointwise_mlp(x, weight_in[:, :, None, None], bias_in, weight_out[:, :, None, None], bias_out)
