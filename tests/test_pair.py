@@ -108,6 +108,12 @@ def test_a_pixel_depends_on_itself_alone(dtype, layout):
     assert torch.equal(other.masked_fill(hit, 0), y.masked_fill(hit, 0))
 
 
+def test_an_axis_of_length_1_may_have_any_stride():
+    args = sample((3, 32, 7, 1), 64, 32, torch.float32, "channels_last")
+    odd = args[0].as_strided((3, 32, 7, 1), (32 * 7, 1, 32, 5))
+    assert torch.equal(pair(odd, *args[1:]), pair(*args))
+
+
 def test_no_images():
     args = sample((2, 32, 4, 4), 64, 32, torch.float32)
     assert pair(args[0][:0], *args[1:]).shape == (0, 32, 4, 4)

@@ -20,27 +20,35 @@ const PointwisePairKernels& kernels() {
 void check_weight(const char* name, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& x, int64_t in) {
   STD_TORCH_CHECK(weight.dim() == 2 && weight.size(1) == in && weight.is_contiguous() && weight.scalar_type() == x.scalar_type(),
                   "pointwise_pair: ", name, " must be contiguous with one column per channel, of the dtype of x");
-  STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == weight.size(0) && bias->is_contiguous() && bias->scalar_type() == x.scalar_type()),
+  STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == weight.size(0) && bias->is_contiguous() &&
+                            bias->scalar_type() == x.scalar_type()),
                   "pointwise_pair: the bias of ", name, " must be contiguous with one element per row, of the dtype of x");
-  STD_TORCH_CHECK(weight.size(0) % pointwise_pair_channels == 0 && in % pointwise_pair_channels == 0, "pointwise_pair: channels must be multiples of ",
-                  pointwise_pair_channels, ", ", name, " has ", weight.size(0), " x ", in);
+  STD_TORCH_CHECK(weight.size(0) % pointwise_pair_channels == 0 && in % pointwise_pair_channels == 0,
+                  "pointwise_pair: channels must be multiples of ", pointwise_pair_channels, ", ", name, " has ", weight.size(0), " x ",
+                  in);
 }
 
-// Whether the elements stand one after the other, in the given layout.
+// Whether the elements stand one after the other, in the given layout; what stride an axis of length 1 has is of no account.
 bool is_dense(const Tensor& x, bool channels_last) {
-  return channels_last ? x.stride(1) == 1 && x.stride(3) == x.size(1) && x.stride(2) == x.size(3) * x.size(1) &&
-                             (x.size(0) == 1 || x.stride(0) == x.size(2) * x.stride(2))
-                       : x.is_contiguous();
+  if (!channels_last) return x.is_contiguous();
+  int64_t stride = 1;
+  for (int axis : {1, 3, 2, 0}) {
+    if (x.size(axis) != 1 && x.stride(axis) != stride) return false;
+    stride *= x.size(axis);
+  }
+  return true;
 }
 
 void pointwise_pair(Tensor y, const Tensor& x, const std::optional<Tensor>& factor, const std::optional<Tensor>& residual,
-                    const Tensor& weight_in, const std::optional<Tensor>& bias_in, const Tensor& weight_out, const std::optional<Tensor>& bias_out) {
+                    const Tensor& weight_in, const std::optional<Tensor>& bias_in, const Tensor& weight_out,
+                    const std::optional<Tensor>& bias_out) {
   STD_TORCH_CHECK(x.dim() == 4, "pointwise_pair: x must have shape (B, C, H, W)");
   const int64_t b = x.size(0), c = x.size(1), h = x.size(2), w = x.size(3), hidden = weight_in.size(0), out = weight_out.size(0);
   check_weight("weight_in", weight_in, bias_in, x, c);
   check_weight("weight_out", weight_out, bias_out, x, hidden);
   const auto fits = [&](const Tensor& t, int64_t channels) {
-    return t.dim() == 4 && t.size(0) == b && t.size(1) == channels && t.size(2) == h && t.size(3) == w && t.scalar_type() == x.scalar_type();
+    const bool shape = t.dim() == 4 && t.size(0) == b && t.size(1) == channels && t.size(2) == h && t.size(3) == w;
+    return shape && t.scalar_type() == x.scalar_type();
   };
   const bool x_last = !x.is_contiguous(), y_last = !y.is_contiguous(), together = x_last && y_last;
   STD_TORCH_CHECK(is_dense(x, x_last), "pointwise_pair: x must be contiguous or channels_last");

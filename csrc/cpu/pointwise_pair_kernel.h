@@ -6,7 +6,8 @@
 namespace spanet {
 
 // x (B, in, P) and factor (B, hidden, P) of one layout, y and residual (B, out, P) of another: contiguous or channels_last; factor and
-// residual may be nullptr. Where all are channels_last they are one image of B P pixels. Weights (hidden, in) and (out, hidden) are contiguous, biases may be nullptr.
+// residual may be nullptr. Where all are channels_last they are one image of B P pixels. Weights (hidden, in) and (out, hidden) are
+// contiguous, biases may be nullptr.
 template <class IO> struct PointwisePair {
   int64_t images, pixels, in, hidden, out;
   bool x_last, y_last;
