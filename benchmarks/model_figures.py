@@ -84,7 +84,7 @@ def speed_figure(results: Results, section: str, path: Path) -> Path:
             faster = f"  (SPANet-S {small / speed:.2f} x)" if small and row["model"] != "spanet_small" else ""
             ax.text(speed, place, f" {speed:.1f}{faster}", va="center", fontsize=8)
         ax.set(title=dtype, xlabel="images per second")
-        ax.margins(x=0.25)
+        ax.margins(x=0.4)
         ax.grid(axis="x", alpha=0.3)
         ax.set_axisbelow(True)
     what = "Inference" if section == "models" else "Training steps"
