@@ -66,7 +66,7 @@ def cases(device: str) -> Iterator[tuple[str, Call]]:
             mlp = torch.nn.Conv2d(32, 64, 1), torch.nn.Conv2d(64, 32, 1)
             parts = [parameter.detach().to(device, dtype) for convolution in mlp for parameter in convolution.parameters()]
             rows = make_input((2, 32, height, width), dtype, layout, device)
-            yield f"pointwise_mlp {name}", inference(lambda *args: pointwise_mlp(*args), [rows, *parts])
+            yield f"pointwise_mlp {name}", inference(pointwise_mlp, [rows, *parts])
             yield f"SPAM {name}", call(lambda x, *_, layer=layer: layer(x), [x, *layer.parameters()])
 
 

@@ -271,8 +271,9 @@ def test_other_implementations_agree(implementation):
 def test_lower_instruction_sets(capability):
     """The same tests in a process that is told to use less than the processor has."""
     names = ["test_error_rule", "test_nan_and_inf", "test_every_16_bit", "test_bit_equal", "test_profile_gradients"]
+    names += ["test_as_accurate", "test_gelu", "test_a_pixel"]
     folder = os.path.dirname(__file__)
-    files = [os.path.join(folder, name) for name in ("test_numerics.py", "test_gradients.py")]
+    files = [os.path.join(folder, name) for name in ("test_numerics.py", "test_gradients.py", "test_pair.py")]
     env = dict(os.environ, SPANET_KERNELS_CPU=capability)
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", " or ".join(names), *files]
     run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from errors import assert_as_accurate
@@ -155,13 +151,3 @@ def test_the_mlp_and_the_mixer_are_made_of_it(layout, monkeypatch):
         pointwise_mlp(x, weight_in[:, :, None, None], bias_in, weight_out[:, :, None, None], bias_out)
         layer(x)
     assert [event.count for event in profile.key_averages() if event.key == "spanet_kernels::pointwise_pair"] == [2]
-
-
-@pytest.mark.parametrize("capability", ["plain", "avx2"])
-def test_lower_instruction_sets(capability):
-    """The values again, in a process that is told to use less than the processor has."""
-    env = dict(os.environ, SPANET_KERNELS_CPU=capability)
-    names = "test_as_accurate or test_gelu or test_a_pixel"
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", names, __file__]
-    run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
-    assert run.returncode == 0, run.stdout[-3000:]
