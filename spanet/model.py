@@ -31,15 +31,21 @@ class ResScale(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two 1x1 convolutions, dim to 4 dim and back, around a GELU; added to a residual if one is given."""
+    """Two 1x1 convolutions, dim to 4 dim and back, around a GELU; on a residual branch if one is given, as for `pointwise_mlp`."""
 
     def __init__(self, dim: int, device: Any = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.fc1 = nn.Conv2d(dim, 4 * dim, 1, device=device, dtype=dtype)
         self.fc2 = nn.Conv2d(4 * dim, dim, 1, device=device, dtype=dtype)
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        return pointwise_mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias, residual)
+    def forward(
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        residual_scale: Tensor | None = None,
+        norm: tuple[Tensor, Tensor, float] | None = None,
+    ) -> Tensor:
+        return pointwise_mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias, residual, residual_scale, norm)
 
 
 class Block(nn.Module):
@@ -66,10 +72,21 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.res_scale1(x) + self.drop_path(self.token_mixer(self.norm1(x)))
-        if self.training and not isinstance(self.drop_path, nn.Identity):
-            return self.res_scale2(x) + self.drop_path(self.mlp(self.norm2(x)))
-        return self.mlp(self.norm2(x), self.res_scale2(x))
+        x = self._branch(x, self.res_scale1, self.token_mixer, self.norm1)
+        return self._branch(x, self.res_scale2, self.mlp, self.norm2)
+
+    def _branch(self, x: Tensor, res_scale: nn.Module, body: nn.Module, norm: nn.Module) -> Tensor:
+        """res_scale(x) + drop_path(body(norm(x))): one call of the body, unless a module was exchanged or a hook looks at one."""
+        drops = self.training and not isinstance(self.drop_path, nn.Identity)
+        own = isinstance(body, SPAM | Mlp) and type(norm) is GroupNorm1 and isinstance(res_scale, ResScale | nn.Identity)
+        if drops or not own or any(map(_is_watched, (res_scale, body, norm, self.drop_path))):
+            return cast(Tensor, res_scale(x) + self.drop_path(body(norm(x))))
+        scale = res_scale.scale if isinstance(res_scale, ResScale) else None
+        return cast(Tensor, body(x, x, scale, (norm.weight, norm.bias, norm.eps)))
+
+
+def _is_watched(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
 
 
 class Downsample(nn.Module):

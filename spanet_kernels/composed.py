@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import modes
-from .products import linear, pair, pair_serves
+from .products import Branch, linear, pair, pair_serves
 
 PART = 2 * 2**20  # bytes of a tensor of the images that a CPU takes at a time
 
@@ -171,24 +171,29 @@ def spectral_mixer(
     out_bias: Tensor,
     radius_squared: int,
     keep: bool,
+    branch: Branch = Branch(),  # noqa: B008  an immutable value
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`reference.spectral_mixer`; keep returns t, z and the coefficients of z for the gradients, else they are empty."""
+    """`reference.spectral_mixer`; keep returns t, z and the coefficients of z for the gradients, else they are empty.
+
+    With a branch, the residual branch that the mixer makes; x and its residual are then dense, and in one dtype with all the weights.
+    """
     wanted = radius_squared if x.is_cuda else -1  # the fused gate of GPUs takes coefficients
     out = _whole(x, modes.memory_format(x))
     all_t, all_z = (_whole(x, torch.channels_last) if keep else None for _ in range(2))
     for part in _parts(x):
-        t = _pointwise(x[part], in_weight, in_bias)
+        around = branch.of(part)
+        t = _pointwise(around.normalised(x[part]), in_weight, in_bias)
         z, coefficients = _ops.axial_conv(t, row_weight, row_bias, column_weight, column_bias, wanted)
         if keep:
             all_t, all_z = _placed(all_t, part, t), _placed(all_z, part, z)
         if pair_serves(z, weight, out_weight):
             filtered, applied = _filtered(z, weight, base, gain, radius_squared)
             to = torch.empty_like(x[part], memory_format=modes.memory_format(x)) if out is None else out[part]
-            pair(to, filtered, z, None, applied, bias, out_weight, out_bias)
+            pair(to, filtered, applied, bias, out_weight, out_bias, z, around._replace(norm_weight=None))
             out = to if out is None else out
         else:
             y = _ops.spectral_gate(z, coefficients if x.is_cuda else None, weight, bias, base, gain, radius_squared)
-            out = _placed(out, part, _pointwise_like(y, out_weight, out_bias, x))
+            out = _placed(out, part, around.added(_pointwise_like(y, out_weight, out_bias, x)))
     assert out is not None
     if all_t is None or all_z is None:
         return out, x.new_empty(0), x.new_empty(0), base.new_empty(0)

@@ -81,7 +81,8 @@ class SPAM(nn.Module):
         boundary: weight on the circle d == radius; the published code's 1/3, or None for the paper's 1 - lam.
         learnable: make lams a parameter, (gates,).
 
-    Shape: (B, dim, H, W) to the same, any size, dtype and layout.
+    Shape: (B, dim, H, W) to the same, any size, dtype and layout. Called with residual, residual_scale or norm (weight, bias, eps) it
+    is a residual branch, residual_scale o residual + SPAM(norm(x)), in one call: see `spectral_mixer`.
 
     Raises:
         ValueError: an even kernel_size, fewer channels than gates; on loading, masks that disagree, a key that is missing or of
@@ -116,7 +117,13 @@ class SPAM(nn.Module):
         self.proj_out = nn.Conv2d(dim, dim, 1)
         self.register_load_state_dict_pre_hook(_check_loaded)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        residual_scale: Tensor | None = None,
+        norm: tuple[Tensor, Tensor, float] | None = None,
+    ) -> Tensor:
         row, column = cast(tuple[nn.Conv2d, nn.Conv2d], tuple(self.conv))
         weight, bias = self._gates()
         base, gain, squared = self._profile(x)
@@ -135,6 +142,9 @@ class SPAM(nn.Module):
             modes.radius_of(squared),
             self.proj_out.weight[:, :, 0, 0],
             self.proj_out.bias,
+            residual,
+            residual_scale,
+            norm,
         )
 
     def _gates(self) -> tuple[Tensor, Tensor | None]:

@@ -7,6 +7,8 @@ Nothing here is differentiable.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -38,34 +40,80 @@ def onednn_serves(x: Tensor) -> bool:
     return bool(x.device.type == "cpu" and x.dtype in _DTYPES and x.numel() > 0 and torch.backends.mkldnn.enabled)
 
 
-def pair_serves(x: Tensor, weight_in: Tensor, weight_out: Tensor) -> bool:
-    """Whether `pointwise_pair` takes these, and is faster: there are more positions than rows of weights to read for them, and enough
-    for every thread."""
-    channels = (x.shape[1], *weight_out.shape)
+class Branch(NamedTuple):
+    """What stands around the products f of a residual branch, scale o residual + f(norm(x)); None for nothing."""
+
+    norm_weight: Tensor | None = None  # (C,) of a GroupNorm with one group; there is none without it
+    norm_bias: Tensor | None = None
+    eps: float = 0.0
+    residual: Tensor | None = None  # of the shape of the result
+    scale: Tensor | None = None  # (E,)
+
+    @property
+    def is_there(self) -> bool:
+        return self.norm_weight is not None or self.residual is not None
+
+    def normalised(self, x: Tensor) -> Tensor:
+        """norm(x), by PyTorch."""
+        return x if self.norm_weight is None else functional.group_norm(x, 1, self.norm_weight, self.norm_bias, self.eps)
+
+    def added(self, y: Tensor) -> Tensor:
+        """scale o residual + y, by PyTorch."""
+        if self.residual is None:
+            return y
+        return (self.residual if self.scale is None else self.residual * self.scale[:, None, None]) + y
+
+    def of(self, part: slice) -> Branch:
+        """That of some images."""
+        return self if self.residual is None else self._replace(residual=self.residual[part])
+
+    def has(self, dtype: torch.dtype) -> bool:
+        """Whether every tensor has the dtype."""
+        return all(tensor.dtype == dtype for tensor in self if isinstance(tensor, Tensor))
+
+
+def pair_serves(x: Tensor, weight_in: Tensor | None, weight_out: Tensor) -> bool:
+    """Whether `pointwise_pair` takes these, and has positions enough for every thread."""
+    weights = [weight_out] if weight_in is None else [weight_in, weight_out]
+    channels = (x.shape[1], *(size for weight in weights for size in weight.shape))
     positions = x.shape[0] * x.shape[2] * x.shape[3]
     return (
         x.device.type == "cpu"
         and x.dtype in _PAIR_DTYPES
-        and x.dtype == weight_in.dtype == weight_out.dtype
+        and all(weight.dtype == x.dtype for weight in weights)
         and not any(size % PAIR_CHANNELS for size in channels)
-        and positions >= max(weight_in.shape[0], PAIR_POSITIONS * torch.get_num_threads())
+        and positions >= PAIR_POSITIONS * torch.get_num_threads()
     )
 
 
 def pair(
     y: Tensor,
     x: Tensor,
-    factor: Tensor | None,
-    residual: Tensor | None,
-    weight_in: Tensor,
+    weight_in: Tensor | None,
     bias_in: Tensor | None,
     weight_out: Tensor,
     bias_out: Tensor | None,
+    factor: Tensor | None = None,
+    branch: Branch = Branch(),  # noqa: B008  an immutable value
 ) -> Tensor:
-    """y, as `reference.pointwise_pair` writes it, of x, factor and residual in any layout; only where `pair_serves`."""
+    """y, as `reference.pointwise_pair` writes it, of x, factor and branch in any layout; only where `pair_serves`."""
     x = modes.like(x, x)
+    moments = None if branch.norm_weight is None else torch.ops.spanet_kernels.image_moments.default(x, branch.eps)
     factor = None if factor is None else modes.like(factor, x)
-    residual = None if residual is None else modes.like(residual, y)
-    weights = weight_in.contiguous(), bias_in, weight_out.contiguous(), bias_out
-    torch.ops.spanet_kernels.pointwise_pair.default(y, x, factor, residual, *weights)
+    residual = None if branch.residual is None else modes.like(branch.residual, y)
+    weight_in = None if weight_in is None else weight_in.contiguous()
+    torch.ops.spanet_kernels.pointwise_pair.default(
+        y,
+        x,
+        moments,
+        branch.norm_weight,
+        branch.norm_bias,
+        factor,
+        residual,
+        branch.scale,
+        weight_in,
+        bias_in,
+        weight_out.contiguous(),
+        bias_out,
+    )
     return y

@@ -213,18 +213,41 @@ def spectral_mixer_backward(grad: Tensor, x: Tensor, t: Tensor, z: Tensor, coeff
     return torch.autograd.grad(out, inputs, grad)
 
 
+def image_moments(x: Tensor, eps: float) -> Tensor:
+    """(B, 2): mean and 1 / sqrt(variance + eps) of every image, in fp32; what a GroupNorm with one group needs to know."""
+    variance, mean = torch.var_mean(x.to(modes.profile_dtype(x.dtype)), (1, 2, 3), correction=0)
+    return torch.stack([mean, (variance + eps).rsqrt()], 1).float()
+
+
 def pointwise_pair(
     y: Tensor,
     x: Tensor,
+    moments: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
     factor: Tensor | None,
     residual: Tensor | None,
-    weight_in: Tensor,
+    residual_scale: Tensor | None,
+    weight_in: Tensor | None,
     bias_in: Tensor | None,
     weight_out: Tensor,
     bias_out: Tensor | None,
 ) -> None:
-    """y = residual + W_out h + b_out, h = gelu(W_in x + b_in) or h = factor o (W_in x + b_in); x is (B, C, H, W), y (B, E, H, W)."""
-    h = functional.conv2d(x, weight_in[:, :, None, None], bias_in)
-    h = functional.gelu(h) if factor is None else factor * h
+    """y = residual_scale o residual + W_out h + b_out; what is None is left out.
+
+    n = norm_weight o (x - mean) / deviation + norm_bias, mean and 1 / deviation being `image_moments`; n = x without them.
+    h = gelu(W_in n + b_in), h = factor o (W_in n + b_in), or h = n without W_in. x is (B, C, H, W), y (B, E, H, W).
+    """
+    h = x
+    if moments is not None:
+        mean, scale = moments.to(modes.profile_dtype(x.dtype))[:, :, None, None, None].unbind(1)
+        h = (x - mean) * scale
+        h = h if norm_weight is None else h * norm_weight[:, None, None]
+        h = (h if norm_bias is None else h + norm_bias[:, None, None]).to(x.dtype)
+    if weight_in is not None:
+        h = functional.conv2d(h, weight_in[:, :, None, None], bias_in)
+        h = functional.gelu(h) if factor is None else factor * h
     product = functional.conv2d(h, weight_out[:, :, None, None], bias_out)
-    y.copy_(product if residual is None else residual + product)
+    if residual is not None:
+        product = (residual if residual_scale is None else residual_scale[:, None, None] * residual) + product
+    y.copy_(product)

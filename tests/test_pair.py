@@ -11,6 +11,7 @@ from spanet_kernels import SPAM, _native, pointwise_mlp, products, reference
 from spanet_kernels.testing import make_input
 
 operator = torch.ops.spanet_kernels.pointwise_pair.default
+moments_of = torch.ops.spanet_kernels.image_moments.default
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 # (B, C, H, W), hidden and output channels: one pixel, parts of a vector and of a strip, several strips and parts of the hidden channels
 SHAPES = [
@@ -23,18 +24,25 @@ SHAPES = [
 ]
 
 
-def pair(x, factor, residual, weight_in, bias_in, weight_out, bias_out, to="contiguous"):
-    """The result in fresh memory of a layout, NaN before."""
-    y = torch.full((x.shape[0], weight_out.shape[0], *x.shape[2:]), torch.nan, dtype=x.dtype).contiguous(memory_format=FORMATS[to])
-    operator(y, x, factor, residual, weight_in, bias_in, weight_out, bias_out)
+def run(function, y, args, around):
+    """Calls function with y; args are x, factor, residual and the weights and biases, around moments, norm's vectors and a scale."""
+    x, factor, residual, *weights = args
+    moments, norm_weight, norm_bias, scale = around or (None,) * 4
+    function(y, x, moments, norm_weight, norm_bias, factor, residual, scale, *weights)
     return y
 
 
-def by_convolutions(*args):
+def pair(*args, to="contiguous", around=None):
+    """The result in fresh memory of a layout, NaN before."""
+    x, weight_out = args[0], args[5]
+    y = torch.full((x.shape[0], weight_out.shape[0], *x.shape[2:]), torch.nan, dtype=x.dtype).contiguous(memory_format=FORMATS[to])
+    return run(operator, y, args, around)
+
+
+def by_convolutions(*args, around=None):
     """The same by the reference, in the dtype of its arguments."""
     y = args[0].new_empty((args[0].shape[0], args[5].shape[0], *args[0].shape[2:]))
-    reference.pointwise_pair(y, *args)
-    return y
+    return run(reference.pointwise_pair, y, args, around)
 
 
 def sample(shape, hidden, out, dtype, layout="contiguous", factor=False, bias=True, residual=None, seed=0):
@@ -50,8 +58,20 @@ def sample(shape, hidden, out, dtype, layout="contiguous", factor=False, bias=Tr
     return [x, f if factor else None, r, *in_out]
 
 
-def exact(args):
-    return by_convolutions(*(None if arg is None else arg.double() for arg in args))
+def sample_around(args, eps=1e-5, seed=0):
+    """Moments of x, weight and bias of its norm, and a scale of the residual if there is one."""
+    generator = torch.Generator().manual_seed(seed + 3)
+    x, residual, out = args[0], args[2], args[5].shape[0]
+    weight, bias, scale = (torch.randn(n, generator=generator).to(x.dtype) for n in (x.shape[1], x.shape[1], out))
+    return moments_of(x, eps), weight, bias, None if residual is None else scale
+
+
+def doubled(args):
+    return None if args is None else [None if arg is None else arg.double() for arg in args]
+
+
+def exact(args, around=None):
+    return by_convolutions(*doubled(args), around=doubled(around))
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -62,9 +82,42 @@ def exact(args):
 @pytest.mark.parametrize(("shape", "hidden", "out"), SHAPES)
 def test_as_accurate_as_the_convolutions(shape, hidden, out, dtype, layout, to, factor, bias):
     args = sample(shape, hidden, out, dtype, layout, factor, bias, to if bias else None)
-    y = pair(*args, to)
+    y = pair(*args, to=to)
     # both round h to bf16, as it were two samples of one distribution
     assert_as_accurate(y, by_convolutions(*args), exact(args), units=4, alike=True)
+
+
+@pytest.mark.parametrize("what", ["mlp", "factor", "one"])
+@pytest.mark.parametrize("to", FORMATS)
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("shape", "hidden", "out"), SHAPES)
+def test_on_a_residual_branch(shape, hidden, out, dtype, layout, to, what):
+    """With a norm before it, and a scaled residual; one product where there is no W_in."""
+    hidden = shape[1] if what == "one" else hidden
+    args = sample(shape, hidden, out, dtype, layout, what == "factor", True, to)
+    if what == "one":
+        args[3] = args[4] = None
+    around = sample_around(args)
+    y = pair(*args, to=to, around=around)
+    # beside h, n and the scaled residual are rounded to bf16 by the reference
+    assert_as_accurate(y, by_convolutions(*args, around=around), exact(args, around), units=4, alike=True)
+    assert torch.equal(y, pair(*args, to=to, around=around))
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(3, 32, 7, 9), (2, 5, 1, 1), (1, 3, 61, 67), (0, 4, 3, 3)])
+@pytest.mark.parametrize("mean", [0, 1000])
+def test_moments(shape, dtype, layout, mean):
+    x = (make_input(shape, torch.float64) + mean).to(dtype).contiguous(memory_format=FORMATS[layout])
+    found, truth = moments_of(x, 1e-5), reference.image_moments(x.double(), 1e-5).double()
+    assert found.dtype == torch.float32
+    assert found.shape == (shape[0], 2)
+    torch.testing.assert_close(found.double(), truth, rtol=3e-7, atol=0)
+    for image in range(shape[0]):
+        assert torch.equal(moments_of(x[image : image + 1], 1e-5), found[image : image + 1])
+    torch.library.opcheck(moments_of, (x, 1e-5))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -83,10 +136,13 @@ def test_gelu_in_both_tails(dtype):
 def test_a_pixel_depends_on_itself_alone(dtype, layout):
     """Not on the batch it is in, on its place in a vector, on threads, or on a NaN or Inf beside it."""
     args = sample((3, 64, 11, 13), 96, 32, dtype, layout)
-    y = pair(*args)
+    y, around = pair(*args), sample_around(args)
+    normal = pair(*args, to=layout, around=around)
     for image in range(3):
-        alone = args[0][image : image + 1].clone(memory_format=FORMATS[layout])
-        assert torch.equal(pair(alone, *args[1:]), y[image : image + 1])
+        one = slice(image, image + 1)
+        alone = args[0][one].clone(memory_format=FORMATS[layout])
+        assert torch.equal(pair(alone, *args[1:]), y[one])
+        assert torch.equal(pair(alone, *args[1:], to=layout, around=(around[0][one], *around[1:])), normal[one])
     moved = args[0].roll(1, 3).contiguous(memory_format=FORMATS[layout])
     assert torch.equal(pair(moved, *args[1:]), y.roll(1, 3))
     threads = torch.get_num_threads()
@@ -119,7 +175,10 @@ def test_operator_contract():
     for layout in FORMATS:
         for factor in (True, False):
             args = sample((2, 32, 5, 6), 64, 96, torch.float32, layout, factor, residual="contiguous" if factor else None)
-            torch.library.opcheck(operator, (torch.zeros(2, 96, 5, 6), *args))
+            x, f, residual, *weights = args
+            moments, *norm, scale = sample_around(args)
+            torch.library.opcheck(operator, (torch.zeros(2, 96, 5, 6), x, None, None, None, f, residual, None, *weights))
+            torch.library.opcheck(operator, (torch.zeros(2, 96, 5, 6), x, moments, *norm, f, residual, scale, *weights))
 
 
 def test_bad_input():
@@ -128,7 +187,8 @@ def test_bad_input():
         "x must be contiguous or channels_last": (x.transpose(2, 3), None, None, *weights),
         r"x must have shape \(B, C, H, W\)": (x[0], None, None, *weights),
         "weight_in must be contiguous with one column per channel": (x[:, :31].contiguous(), None, None, *weights),
-        "the bias of weight_out": (x, None, None, *weights[:3], weights[3][:31]),
+        "bias_out must be contiguous with 32 elements": (x, None, None, *weights[:3], weights[3][:31]),
+        "factor must have shape .* and needs weight_in": (x, x, None, None, None, torch.zeros(32, 32), None),
         "factor must have shape": (x, x, None, *weights),
         "residual must have shape": (x, None, x[:1], *weights),
         "channels must be multiples of 32": (x, None, None, weights[0][:40], None, weights[2][:, :40].contiguous(), None),
@@ -138,7 +198,16 @@ def test_bad_input():
             pair(*args)
     for y in (torch.empty(2, 31, 5, 6), torch.empty(2, 32, 5, 12)[..., ::2], torch.empty(2, 32, 5, 6, dtype=torch.float64)):
         with pytest.raises(RuntimeError, match=r"pointwise_pair: y must have shape \(B, out, H, W\), in the dtype of x"):
-            operator(y, x, None, None, *weights)
+            run(operator, y, (x, None, None, *weights), None)
+    for message, index, wrong in (("moments must be", 0, (3, 2)), ("norm_weight must be", 1, (31,)), ("residual_scale must be", 3, (1,))):
+        around = [torch.zeros(2, 2), torch.zeros(32), torch.zeros(32), torch.zeros(32)]
+        around[index] = torch.zeros(wrong)
+        with pytest.raises(RuntimeError, match=f"pointwise_pair: {message}"):
+            pair(x, None, x, *weights[:2], torch.zeros(32, 64), None, around=around)
+    with pytest.raises(RuntimeError, match="image_moments: x must be contiguous or channels_last"):
+        moments_of(x.transpose(2, 3), 0.0)
+    with pytest.raises(RuntimeError, match="image_moments: x must be float32 or bfloat16"):
+        moments_of(x.half(), 0.0)
 
 
 @pytest.mark.skipif(_native.cpu_capability() == "plain", reason="without vector instructions oneDNN does it")

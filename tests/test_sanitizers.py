@@ -40,7 +40,10 @@ for dtype, layout, last, factor in itertools.product((torch.float32, torch.bfloa
         x, f = (make_input((b, channels, h, w), dtype, layout) for channels in (c, hidden))
         weights = torch.randn(hidden, c, dtype=dtype), None, torch.randn(out, hidden, dtype=dtype), torch.randn(out, dtype=dtype)
         y = make_input((b, out, h, w), dtype, LAYOUTS[last])
-        torch.ops.spanet_kernels.pointwise_pair(y, x, f if factor else None, None if factor else y.clone(), *weights)
+        f, r = (f, None) if factor else (None, y.clone())
+        norm = (None, None) if factor else torch.randn(2, c, dtype=dtype)
+        moments = None if factor else torch.ops.spanet_kernels.image_moments(x, 1e-5)
+        torch.ops.spanet_kernels.pointwise_pair(y, x, moments, *norm, f, r, None, *weights)
         assert y.isfinite().all()
 print("done")
 """
@@ -84,7 +87,7 @@ def sanitized(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("capability", ["plain", "avx2", "avx512"])
+@pytest.mark.parametrize("capability", ["plain", "avx2", "avx512", "amx"])
 def test_clean_under_asan_and_ubsan(sanitized, capability):
     runtimes = [
         subprocess.run([os.environ.get("CXX", "g++"), f"-print-file-name=lib{name}.so"], capture_output=True, text=True).stdout.strip()

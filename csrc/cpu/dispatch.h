@@ -35,7 +35,7 @@ template <template <class, class> class Kernels, class T, class IO>
 const Kernels<T, IO>& pick(const Compiled<Kernels>& compiled, Kernels<T, IO> KernelSet<Kernels>::*dtype, int64_t lanes) {
   static const Capability capability = cpu_capability();
   const Kernels<T, IO>& avx2 = compiled.avx2.*dtype;
-  if (capability == Capability::avx512 && (lanes > avx2.lanes || sizeof(IO) == 2)) return compiled.avx512.*dtype;
+  if (capability >= Capability::avx512 && (lanes > avx2.lanes || sizeof(IO) == 2)) return compiled.avx512.*dtype;
   return capability == Capability::plain ? compiled.plain.*dtype : avx2;
 }
 

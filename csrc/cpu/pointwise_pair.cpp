@@ -1,7 +1,9 @@
-// pointwise_pair on the CPU: checks, the way the work is cut, and the registration.
+// pointwise_pair and image_moments on the CPU: checks, the way the work is cut, and the registration.
 // The arithmetic is in pointwise_pair_kernel.cpp, compiled once per instruction set.
 
 #include "cpu/pointwise_pair_kernel.h"
+
+#include <cmath>
 
 #include "cpu/dispatch.h"
 
@@ -11,18 +13,27 @@ namespace {
 const PointwisePairKernels& kernels() {
   static const Capability capability = cpu_capability();
 #if defined(__x86_64__)
-  if (capability == Capability::avx512) return avx512::pointwise_pair_kernels;
+  if (capability >= Capability::avx512) return avx512::pointwise_pair_kernels;
   if (capability == Capability::avx2) return avx2::pointwise_pair_kernels;
 #endif
   return plain::pointwise_pair_kernels;
 }
 
-void check_weight(const char* name, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& x, int64_t in) {
+// The engine for bf16: the best that was compiled and that the processor has.
+const PointwisePairEngine<Bf16>& bf16_engine() {
+  static const bool tiles = cpu_capability() == Capability::amx, dot = cpu_has_bf16_dot();
+  return tiles ? kernels().bf16_tiles : dot ? kernels().bf16_dot : kernels().bf16;
+}
+
+void check_vector(const char* name, const std::optional<Tensor>& vector, const Tensor& x, int64_t size) {
+  STD_TORCH_CHECK(!vector || (vector->dim() == 1 && vector->size(0) == size && vector->is_contiguous() &&
+                              vector->scalar_type() == x.scalar_type()),
+                  "pointwise_pair: ", name, " must be contiguous with ", size, " elements of the dtype of x");
+}
+
+void check_weight(const char* name, const Tensor& weight, const Tensor& x, int64_t in) {
   STD_TORCH_CHECK(weight.dim() == 2 && weight.size(1) == in && weight.is_contiguous() && weight.scalar_type() == x.scalar_type(),
                   "pointwise_pair: ", name, " must be contiguous with one column per channel, of the dtype of x");
-  STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == weight.size(0) && bias->is_contiguous() &&
-                            bias->scalar_type() == x.scalar_type()),
-                  "pointwise_pair: the bias of ", name, " must be contiguous with one element per row, of the dtype of x");
   STD_TORCH_CHECK(weight.size(0) % pointwise_pair_channels == 0 && in % pointwise_pair_channels == 0,
                   "pointwise_pair: channels must be multiples of ", pointwise_pair_channels, ", ", name, " has ", weight.size(0), " x ",
                   in);
@@ -39,39 +50,75 @@ bool is_dense(const Tensor& x, bool channels_last) {
   return true;
 }
 
-void pointwise_pair(Tensor y, const Tensor& x, const std::optional<Tensor>& factor, const std::optional<Tensor>& residual,
-                    const Tensor& weight_in, const std::optional<Tensor>& bias_in, const Tensor& weight_out,
-                    const std::optional<Tensor>& bias_out) {
+void pointwise_pair(Tensor y, const Tensor& x, const std::optional<Tensor>& moments, const std::optional<Tensor>& norm_weight,
+                    const std::optional<Tensor>& norm_bias, const std::optional<Tensor>& factor, const std::optional<Tensor>& residual,
+                    const std::optional<Tensor>& residual_scale, const std::optional<Tensor>& weight_in,
+                    const std::optional<Tensor>& bias_in, const Tensor& weight_out, const std::optional<Tensor>& bias_out) {
   STD_TORCH_CHECK(x.dim() == 4, "pointwise_pair: x must have shape (B, C, H, W)");
-  const int64_t b = x.size(0), c = x.size(1), h = x.size(2), w = x.size(3), hidden = weight_in.size(0), out = weight_out.size(0);
-  check_weight("weight_in", weight_in, bias_in, x, c);
-  check_weight("weight_out", weight_out, bias_out, x, hidden);
+  const int64_t b = x.size(0), c = x.size(1), h = x.size(2), w = x.size(3);
+  const int64_t hidden = weight_in ? weight_in->size(0) : c, out = weight_out.size(0);
+  if (weight_in) check_weight("weight_in", *weight_in, x, c);
+  check_weight("weight_out", weight_out, x, hidden);
+  check_vector("bias_in", bias_in, x, hidden);
+  check_vector("bias_out", bias_out, x, out);
+  check_vector("norm_weight", norm_weight, x, c);
+  check_vector("norm_bias", norm_bias, x, c);
+  check_vector("residual_scale", residual_scale, x, out);
   const auto fits = [&](const Tensor& t, int64_t channels) {
     const bool shape = t.dim() == 4 && t.size(0) == b && t.size(1) == channels && t.size(2) == h && t.size(3) == w;
     return shape && t.scalar_type() == x.scalar_type();
   };
   const bool x_last = !x.is_contiguous(), y_last = !y.is_contiguous(), together = x_last && y_last;
   STD_TORCH_CHECK(is_dense(x, x_last), "pointwise_pair: x must be contiguous or channels_last");
-  STD_TORCH_CHECK(!factor || (fits(*factor, hidden) && is_dense(*factor, x_last)),
-                  "pointwise_pair: factor must have shape (B, hidden, H, W), in the dtype and layout of x");
+  STD_TORCH_CHECK(!moments || (moments->dim() == 2 && moments->size(0) == b && moments->size(1) == 2 && moments->is_contiguous() &&
+                               moments->scalar_type() == ScalarType::Float),
+                  "pointwise_pair: moments must be contiguous float32 of shape (B, 2)");
+  STD_TORCH_CHECK(!factor || (weight_in && fits(*factor, hidden) && is_dense(*factor, x_last)),
+                  "pointwise_pair: factor must have shape (B, hidden, H, W), in the dtype and layout of x, and needs weight_in");
   STD_TORCH_CHECK(fits(y, out) && is_dense(y, y_last),
                   "pointwise_pair: y must have shape (B, out, H, W), in the dtype of x, contiguous or channels_last");
   STD_TORCH_CHECK(!residual || (fits(*residual, out) && is_dense(*residual, y_last)),
                   "pointwise_pair: residual must have shape (B, out, H, W), in the dtype and layout of y");
   if (y.numel() == 0) return;
-  const auto run = [&]<class IO>(void (*kernel)(const PointwisePair<IO>&, int64_t, int64_t)) {
+  const auto run = [&]<class IO>(const PointwisePairEngine<IO>& engine) {
     const auto data = [](const std::optional<Tensor>& t) { return t ? static_cast<const IO*>(t->data_ptr()) : nullptr; };
-    const PointwisePair<IO> op{together ? 1 : b, together ? b * h * w : h * w, c, hidden, out, x_last, y_last,
-                               data(x), data(factor), data(residual), data(weight_in), data(bias_in), data(weight_out), data(bias_out),
-                               static_cast<IO*>(y.data_ptr())};
-    torch::stable::parallel_for(0, op.strips(kernels().strip), 1, [&](int64_t begin, int64_t end) { kernel(op, begin, end); });
+    const PointwisePair<IO> op{together ? 1 : b, together ? b * h * w : h * w, c, hidden, out, x_last, y_last, h * w,
+                               data(x), data(factor), data(residual), data(residual_scale), data(weight_in), data(bias_in),
+                               data(weight_out), data(bias_out), moments ? static_cast<const float*>(moments->data_ptr()) : nullptr,
+                               data(norm_weight), data(norm_bias), static_cast<IO*>(y.data_ptr())};
+    torch::stable::parallel_for(0, op.strips(engine.strip), 1, [&](int64_t begin, int64_t end) { engine.run(op, begin, end); });
   };
   if (x.scalar_type() == ScalarType::Float) run(kernels().f32);
-  else if (x.scalar_type() == ScalarType::BFloat16) run(kernels().bf16_dot && cpu_has_bf16_dot() ? kernels().bf16_dot : kernels().bf16);
+  else if (x.scalar_type() == ScalarType::BFloat16) run(bf16_engine());
   else STD_TORCH_CHECK(false, "pointwise_pair: x must be float32 or bfloat16");
+}
+
+Tensor image_moments(const Tensor& x, double eps) {
+  STD_TORCH_CHECK(x.dim() == 4, "image_moments: x must have shape (B, C, H, W)");
+  STD_TORCH_CHECK(is_dense(x, !x.is_contiguous()), "image_moments: x must be contiguous or channels_last");
+  const int64_t b = x.size(0), n = x.size(1) * x.size(2) * x.size(3);
+  Tensor out = torch::stable::empty({b, 2}, ScalarType::Float, std::nullopt, x.device());
+  const auto run = [&]<class IO>(Moments (*kernel)(const IO*, int64_t)) {
+    const IO* data = static_cast<const IO*>(x.data_ptr());
+    float* moments = static_cast<float*>(out.data_ptr());
+    torch::stable::parallel_for(0, b, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const Moments found = kernel(data + i * n, n);
+        moments[2 * i] = static_cast<float>(found.mean);
+        moments[2 * i + 1] = static_cast<float>(1 / std::sqrt(found.spread / n + eps));
+      }
+    });
+  };
+  if (x.scalar_type() == ScalarType::Float) run(kernels().f32_moments);
+  else if (x.scalar_type() == ScalarType::BFloat16) run(kernels().bf16_moments);
+  else STD_TORCH_CHECK(false, "image_moments: x must be float32 or bfloat16");
+  return out;
 }
 
 }  // namespace
 }  // namespace spanet
 
-STABLE_TORCH_LIBRARY_IMPL(spanet_kernels, CPU, m) { m.impl("pointwise_pair", TORCH_BOX(&spanet::pointwise_pair)); }
+STABLE_TORCH_LIBRARY_IMPL(spanet_kernels, CPU, m) {
+  m.impl("pointwise_pair", TORCH_BOX(&spanet::pointwise_pair));
+  m.impl("image_moments", TORCH_BOX(&spanet::image_moments));
+}

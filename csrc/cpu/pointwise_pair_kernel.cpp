@@ -1,17 +1,19 @@
 // Two 1x1 convolutions with something between them, for the instruction set this file is compiled for (simd.h).
 //
-//   h = gelu(W_in x + b_in)   or, with a factor f,   h = f o (W_in x + b_in)          y = r + W_out h + b_out
+//   h = gelu(W_in n + b_in)   or, with a factor f,   h = f o (W_in n + b_in)   or   h = n          y = s o r + W_out h + b_out
+//   n = x   or, with moments,   n = gamma o (x - mean) / deviation + delta, mean and deviation of an image
 //
-// Work: 2 (in + out) hidden FLOP a pixel. Memory: x, f, r, y once, and the weights once for every tile; h never leaves the cache.
+// Work: 2 (in + out) hidden FLOP a pixel. Memory: x, f, r, y once, and the weights once for every tile; n and h never leave the cache.
 //
 // A tile of pixels is laid out with pixels adjacent, X (in, pixels), so that a vector is a run of pixels and a weight is one number for
 // all of it: the weights are read where they stand, in either product, and h is written as the second product reads it.
-//   strip  `strip` pixels, NV vectors of them, the columns of a block; a shorter one has fewer vectors
-//   block  MR rows of a product by one strip: MR x NV accumulators in registers
+//   strip  NV vectors of pixels, the columns of a block; the last of an image may have fewer vectors
+//   block  some rows of a product by one strip: its accumulators are in registers
 //   tile   a few strips, for which a part of the hidden channels is computed and multiplied again at once
 // Sums are cut every `summed` terms: a sum of few partial sums rounds less than one long sum does.
 // What stands in memory is a unit of four bytes: an fp32 number, or two adjacent channels in bf16, which one instruction multiplies and
-// adds where the processor has it (vdpbf16ps). Every output is computed by one thread in a fixed order.
+// adds where the processor has it: vdpbf16ps of a vector, or tdpbf16ps of 16 rows of weights by 16 rows of units, both as they stand.
+// Every output is computed by one thread in a fixed order.
 
 #include "cpu/pointwise_pair_kernel.h"
 
@@ -26,8 +28,8 @@ namespace {
 
 using V = Vec<float>;
 using U = Simd<float>::U;
-constexpr int VL = lanes_of<float>, MR = SIMD_BYTES == 64 ? 8 : 4, most_vectors = 3;
-constexpr int64_t strip_pixels = most_vectors * VL, tile_strips = 2, hidden_part = 256, summed = 64;
+constexpr int VL = lanes_of<float>;
+constexpr int64_t summed = 64;
 
 // gelu(x) = max(x, 0) - a Phi(-a), a = |x|, with Phi(-a) as a polynomial in 2 a / end - 1 on [0, end] and its value at the end beyond it:
 // minimax fits of a Phi(-a) by weighted least squares.
@@ -50,18 +52,24 @@ template <int N> SIMD_INLINE V gelu(V x, const Tail<N>& tail) {
   return at_least(x, 0.0f) - a * phi;
 }
 
+// An engine: what a unit is, and the size of blocks and tiles that suits its products.
+
 // fp32: a unit is a number.
 struct Numbers {
   using IO = float;
   static constexpr int channels = 1;  // of a unit
+  static constexpr int rows = SIMD_BYTES == 64 ? 8 : 4, vectors = 3;
+  static constexpr int64_t tile_strips = 2, hidden_part = 256;  // strips of a tile, and hidden channels that it takes at a time
+  static constexpr bool in_registers = true;  // the accumulators of a block
   static constexpr const auto& tail = tail_of_numbers;
+  struct Session {};  // what lives while a thread multiplies
   static SIMD_MEMBER V multiply_add(V sum, V a, V b) { return sum + a * b; }
   static SIMD_MEMBER V channel(V unit, int) { return unit; }
   static SIMD_MEMBER V join(V only, V) { return only; }
 };
 
 // bf16: a unit is two adjacent channels, the first in its lower half.
-struct Pairs {
+struct Pairs : Numbers {
   using IO = Bf16;
   static constexpr int channels = 2;
   static constexpr const auto& tail = tail_of_pairs;
@@ -71,7 +79,10 @@ struct Pairs {
 };
 
 #if SIMD_BYTES == 64
-// By AVX512_BF16. Its instructions as such: this file is compiled for processors without it too. Denormals are zeros to them.
+// Instructions that not every processor with AVX-512 has stand as such: this file is compiled for those without them too.
+// Denormals are zeros to them.
+
+// By AVX512_BF16.
 struct PairsByDot : Pairs {
   static SIMD_MEMBER V multiply_add(V sum, V a, V b) {
     asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
@@ -85,6 +96,58 @@ struct PairsByDot : Pairs {
     return (V)__builtin_shuffle(halves, zipped);
   }
 };
+
+// By AMX: a block is two tiles of 16 rows by up to two tiles of 16 pixels.
+struct PairsByTiles : PairsByDot {
+  static constexpr int rows = 32, vectors = 2;
+  static constexpr int64_t tile_strips = 8, hidden_part = 512;
+  static constexpr bool in_registers = false;
+
+  // Eight tiles of 16 rows of 64 bytes; what the thread had before comes back.
+  class Session {
+    struct alignas(64) Config {
+      uint8_t palette, unused[15];
+      uint16_t bytes[16];
+      uint8_t rows[16];
+    } before;
+
+   public:
+    Session() {
+      Config config{};
+      config.palette = 1;
+      for (int i = 0; i < 8; ++i) config.bytes[i] = 64, config.rows[i] = 16;
+      asm volatile("sttilecfg %0\n\tldtilecfg %1" : "=m"(before) : "m"(config));
+    }
+    ~Session() {
+      if (before.palette) asm volatile("ldtilecfg %0" ::"m"(before));
+      else asm volatile("tilerelease");
+    }
+    Session(const Session&) = delete;
+  };
+
+  // total = weights x columns; rows of weights are `stride` bytes apart.
+  template <int NV> static SIMD_MEMBER void multiply(const char* weights, int64_t stride, int64_t units, const float* columns, V (&total)[rows][NV]) {
+    constexpr int64_t line = 64, row = NV * line;
+    const char* below = weights + 16 * stride;
+    asm volatile("tilezero %tmm0\n\ttilezero %tmm1\n\ttilezero %tmm2\n\ttilezero %tmm3");
+    for (int64_t k = 0; k < units; k += 16, weights += line, below += line, columns += 16 * NV * VL) {
+      if constexpr (NV == 2)
+        asm volatile(
+            "tileloadd (%2,%3), %%tmm6\n\ttileloadd (%0,%4), %%tmm4\n\ttdpbf16ps %%tmm6, %%tmm4, %%tmm0\n\t"
+            "tileloadd 64(%2,%3), %%tmm7\n\ttdpbf16ps %%tmm7, %%tmm4, %%tmm1\n\t"
+            "tileloadd (%1,%4), %%tmm5\n\ttdpbf16ps %%tmm6, %%tmm5, %%tmm2\n\ttdpbf16ps %%tmm7, %%tmm5, %%tmm3"
+            ::"r"(weights), "r"(below), "r"(columns), "r"(row), "r"(stride) : "memory");
+      else
+        asm volatile(
+            "tileloadd (%2,%3), %%tmm6\n\ttileloadd (%0,%4), %%tmm4\n\ttdpbf16ps %%tmm6, %%tmm4, %%tmm0\n\t"
+            "tileloadd (%1,%4), %%tmm5\n\ttdpbf16ps %%tmm6, %%tmm5, %%tmm2"
+            ::"r"(weights), "r"(below), "r"(columns), "r"(row), "r"(stride) : "memory");
+    }
+    asm volatile("tilestored %%tmm0, (%0,%2)\n\ttilestored %%tmm2, (%1,%2)" ::"r"(&total[0][0]), "r"(&total[16][0]), "r"(row) : "memory");
+    if constexpr (NV == 2)
+      asm volatile("tilestored %%tmm1, 64(%0,%2)\n\ttilestored %%tmm3, 64(%1,%2)" ::"r"(&total[0][0]), "r"(&total[16][0]), "r"(row) : "memory");
+  }
+};
 #endif
 
 // A strip: n adjacent pixels of an image, in NV vectors.
@@ -92,11 +155,11 @@ struct Strip {
   int64_t image, first, n;
 };
 
-// Calls f(integral constant) with the number of vectors that hold n pixels.
-template <class F> SIMD_INLINE void for_vectors(int64_t n, F f) {
-  if (n > 2 * VL) f(std::integral_constant<int, 3>());
-  else if (n > VL) f(std::integral_constant<int, 2>());
-  else f(std::integral_constant<int, 1>());
+// Calls f(integral constant) with the number of vectors that hold n pixels, at most `most`.
+template <int most, class F> SIMD_INLINE void for_vectors(int64_t n, F f) {
+  if constexpr (most > 1)
+    if (n <= (most - 1) * VL) return for_vectors<most - 1>(n, f);
+  f(std::integral_constant<int, most>());
 }
 
 // The pixels of a vector that are there.
@@ -105,9 +168,16 @@ SIMD_INLINE int64_t pixels_of(const Strip& strip, int v) {
   return left < VL ? left : VL;
 }
 
-// to (channels / E::channels, NV VL) units = the strip of a tensor; pixels that are not there are zeros.
+// (x - mean) / deviation of every pixel of a strip, times weight, plus bias, of channel units.
+struct Norm {
+  const float *scale, *shift;   // 1 / deviation and - mean / deviation by pixel
+  const float *weight, *bias;  // (E::channels, units): the first channels of all units, then the second
+};
+
+// to (channels / E::channels, NV VL) units = the strip of a tensor, normalised if norm is not nullptr; pixels that are not there are
+// anything.
 template <class E, int NV, class Op, class IO>
-void load_strip(const Op& op, const IO* from, int64_t channels, bool last, const Strip& strip, float* to) {
+void load_strip(const Op& op, const IO* from, int64_t channels, bool last, const Strip& strip, const Norm* norm, float* to) {
   constexpr int64_t width = NV * VL;
   const int64_t units = channels / E::channels;
   if (last) {
@@ -117,6 +187,20 @@ void load_strip(const Op& op, const IO* from, int64_t channels, bool last, const
         V square[VL];
         UNROLL
         for (int i = 0; i < VL; ++i) square[i] = i < pixels_of(strip, v) ? load_raw<V>(pixel + ((v * VL + i) * units + k) * 4) : V{};
+        if (norm) {
+          V weight[E::channels], bias[E::channels];
+          for (int c = 0; c < E::channels; ++c) {
+            weight[c] = load_raw<V>(norm->weight + c * units + k);
+            bias[c] = load_raw<V>(norm->bias + c * units + k);
+          }
+          UNROLL
+          for (int i = 0; i < VL; ++i) {
+            V part[E::channels];
+            for (int c = 0; c < E::channels; ++c)
+              part[c] = (E::channel(square[i], c) * norm->scale[v * VL + i] + norm->shift[v * VL + i]) * weight[c] + bias[c];
+            square[i] = E::join(part[0], part[E::channels - 1]);
+          }
+        }
         transpose<float>(square);
         UNROLL
         for (int i = 0; i < VL; ++i) store<float>(to + (k + i) * width + v * VL, square[i]);
@@ -129,8 +213,13 @@ void load_strip(const Op& op, const IO* from, int64_t channels, bool last, const
       const int64_t n = pixels_of(strip, v);
       V part[E::channels];
       UNROLL
-      for (int c = 0; c < E::channels; ++c)
+      for (int c = 0; c < E::channels; ++c) {
         part[c] = n == VL ? load<float>(plane + c * op.pixels + v * VL) : load_part<float>(plane + c * op.pixels + v * VL, n);
+        if (norm) {
+          const V normal = part[c] * load_raw<V>(norm->scale + v * VL) + load_raw<V>(norm->shift + v * VL);
+          part[c] = normal * norm->weight[c * units + k] + norm->bias[c * units + k];
+        }
+      }
       store<float>(to + k * width + v * VL, E::join(part[0], part[E::channels - 1]));
     }
 }
@@ -165,17 +254,25 @@ template <class E, int NV, class Op> void store_strip(const Op& op, const float*
     }
 }
 
-// total[m] += sum over `units` of weights[m] x columns; rows of weights are `stride` elements apart, of columns NV VL.
+// total = weights x columns, of `units` units; rows of weights are `stride` elements apart, of columns NV VL.
 template <class E, int NV>
-SIMD_INLINE void multiply(const typename E::IO* weights, int64_t stride, int64_t units, const float* columns, V (&total)[MR][NV]) {
-  const char* row[MR];
+SIMD_INLINE void multiply(const typename E::IO* weights, int64_t stride, int64_t units, const float* columns, V (&total)[E::rows][NV]) {
+  if constexpr (requires { &E::template multiply<NV>; }) {
+    E::multiply(reinterpret_cast<const char*>(weights), stride * int64_t{sizeof *weights}, units, columns, total);
+    return;
+  }
+  const char* row[E::rows];
   UNROLL
-  for (int m = 0; m < MR; ++m) row[m] = reinterpret_cast<const char*>(weights + m * stride);
+  for (int m = 0; m < E::rows; ++m) {
+    row[m] = reinterpret_cast<const char*>(weights + m * stride);
+    UNROLL
+    for (int v = 0; v < NV; ++v) total[m][v] = V{};
+  }
   for (int64_t first = 0; first < units; first += summed) {
     const int64_t end = first + summed < units ? first + summed : units;
-    V sum[MR][NV];
+    V sum[E::rows][NV];
     UNROLL
-    for (int m = 0; m < MR; ++m)
+    for (int m = 0; m < E::rows; ++m)
       UNROLL
       for (int v = 0; v < NV; ++v) sum[m][v] = V{};
 #pragma GCC unroll 4
@@ -184,7 +281,7 @@ SIMD_INLINE void multiply(const typename E::IO* weights, int64_t stride, int64_t
       UNROLL
       for (int v = 0; v < NV; ++v) column[v] = load_raw<V>(columns + v * VL);
       UNROLL
-      for (int m = 0; m < MR; ++m) {
+      for (int m = 0; m < E::rows; ++m) {
         uint32_t weight;
         std::memcpy(&weight, row[m] + 4 * k, 4);
         UNROLL
@@ -192,64 +289,95 @@ SIMD_INLINE void multiply(const typename E::IO* weights, int64_t stride, int64_t
       }
     }
     UNROLL
-    for (int m = 0; m < MR; ++m)
+    for (int m = 0; m < E::rows; ++m)
       UNROLL
       for (int v = 0; v < NV; ++v) total[m][v] += sum[m][v];
   }
 }
 
-template <class IO> SIMD_INLINE float bias_at(const IO* bias, int64_t i) { return bias ? widen(bias[i]) : 0.0f; }
+// What a channel is multiplied by or what is added to it, in fp32.
+struct Vectors {
+  float *norm_weight, *norm_bias;  // (E::channels, units): the first channels of all units, then the second
+  float *bias_in, *bias_out, *residual_scale;
+};
 
-// MR hidden channels from `channel` on: h (MR / E::channels, NV VL) units. factor are those of f, laid out like h, or nullptr.
-template <class E, int NV, class Op> void first_product(const Op& op, int64_t channel, const float* x, const float* factor, float* h) {
-  V total[MR][NV];
-  UNROLL
-  for (int m = 0; m < MR; ++m)
-    UNROLL
-    for (int v = 0; v < NV; ++v) total[m][v] = V{} + bias_at(op.bias_in, channel + m);
-  multiply<E, NV>(op.weight_in + channel * op.in, op.in, op.in / E::channels, x, total);
-  UNROLL
-  for (int m = 0; m < MR; m += E::channels)
-    UNROLL
-    for (int v = 0; v < NV; ++v) {
-      const int64_t at = (m / E::channels * NV + v) * VL;
-      V part[E::channels];
-      UNROLL
-      for (int c = 0; c < E::channels; ++c) {
-        const V sum = total[m + c][v];
-        part[c] = factor ? sum * E::channel(load_raw<V>(factor + at), c) : gelu(sum, E::tail);
-      }
-      store<float>(h + at, E::join(part[0], part[E::channels - 1]));
-    }
+// to (channels, n / channels) = values, adjacent ones below each other; all `otherwise` where there are none. Returns its end.
+template <uint64_t channels, class IO> float* widen_all(const IO* values, uint64_t n, float otherwise, float* to) {
+  for (uint64_t c = 0; c < n; ++c) to[c % channels * (n / channels) + c / channels] = values ? widen(values[c]) : otherwise;
+  return to + n;
 }
 
-// MR outputs from `channel` on: sums (MR, NV VL) += W_out h over `hidden` channels from `from` on, r + b_out first; residual are those
-// of r (MR / E::channels, NV VL) units, or nullptr.
+// Calls f(m) for the rows of a block: unrolled where they are in registers, else in a loop that stays small.
+template <class E, int step, class F> SIMD_INLINE void for_rows(F f) {
+  if constexpr (E::in_registers) {
+    UNROLL
+    for (int m = 0; m < E::rows; m += step) f(m);
+  } else {
+#pragma GCC unroll 1
+    for (int m = 0; m < E::rows; m += step) f(m);
+  }
+}
+
+// E::rows hidden channels from `channel` on: h (E::rows / E::channels, NV VL) units. factor are those of f, laid out like h, or nullptr.
 template <class E, int NV, class Op>
-void second_product(const Op& op, int64_t channel, int64_t from, int64_t hidden, const float* h, const float* residual, float* sums) {
-  V total[MR][NV];
-  UNROLL
-  for (int m = 0; m < MR; ++m)
-    UNROLL
-    for (int v = 0; v < NV; ++v) {
-      total[m][v] = from ? load_raw<V>(sums + (m * NV + v) * VL) : V{} + bias_at(op.bias_out, channel + m);
-      if (residual && !from) total[m][v] += E::channel(load_raw<V>(residual + (m / E::channels * NV + v) * VL), m % E::channels);
-    }
+void first_product(const Op& op, const float* bias, int64_t channel, const float* x, const float* factor, float* h) {
+  V total[E::rows][NV];
+  multiply<E, NV>(op.weight_in + channel * op.in, op.in, op.in / E::channels, x, total);
+  const auto finish = [&](auto of) __attribute__((always_inline)) {  // of(sum, where the unit of f stands, which of its channels)
+    for_rows<E, E::channels>([&](int m) __attribute__((always_inline)) {
+      UNROLL
+      for (int v = 0; v < NV; ++v) {
+        const int64_t at = (m / E::channels * NV + v) * VL;
+        V part[E::channels];
+        UNROLL
+        for (int c = 0; c < E::channels; ++c) part[c] = of(total[m + c][v] + bias[channel + m + c], at, c);
+        store<float>(h + at, E::join(part[0], part[E::channels - 1]));
+      }
+    });
+  };
+  if (factor) finish([&](V sum, int64_t at, int c) { return sum * E::channel(load_raw<V>(factor + at), c); });
+  else finish([](V sum, int64_t, int) { return gelu(sum, E::tail); });
+}
+
+// E::rows outputs from `channel` on: sums (E::rows, NV VL) += W_out h over `hidden` channels from `from` on, s o r + b_out first;
+// residual are those of r (E::rows / E::channels, NV VL) units, or nullptr.
+template <class E, int NV, class Op>
+void second_product(const Op& op, const Vectors& vectors, int64_t channel, int64_t from, int64_t hidden, const float* h,
+                    const float* residual, float* sums) {
+  V total[E::rows][NV];
   multiply<E, NV>(op.weight_out + channel * op.hidden + from, op.hidden, hidden / E::channels, h, total);
-  UNROLL
-  for (int m = 0; m < MR; ++m)
-    UNROLL
-    for (int v = 0; v < NV; ++v) store<float>(sums + (m * NV + v) * VL, total[m][v]);
+  const float *bias = vectors.bias_out + channel, *scale = vectors.residual_scale + channel;
+  const auto finish = [&](auto before) __attribute__((always_inline)) {
+    for_rows<E, 1>([&](int m) __attribute__((always_inline)) {
+      UNROLL
+      for (int v = 0; v < NV; ++v) store<float>(sums + (m * NV + v) * VL, total[m][v] + before(m, v));
+    });
+  };
+  const auto unit = [&](int m, int v) { return load_raw<V>(residual + (m / E::channels * NV + v) * VL); };
+  if (from) finish([&](int m, int v) { return load_raw<V>(sums + (m * NV + v) * VL); });
+  else if (residual) finish([&](int m, int v) { return E::channel(unit(m, v), m % E::channels) * scale[m] + bias[m]; });
+  else finish([&](int m, int) { return V{} + bias[m]; });
 }
 
 template <class E> void run(const PointwisePair<typename E::IO>& op, int64_t begin, int64_t end) {
-  constexpr int64_t in_unit = E::channels;
+  constexpr int64_t in_unit = E::channels, tile_strips = E::tile_strips, hidden_part = E::hidden_part, strip_pixels = E::vectors * VL;
+  [[maybe_unused]] const typename E::Session session;
   const int64_t x_size = op.in / in_unit * strip_pixels, f_size = op.factor ? op.hidden / in_unit * strip_pixels : 0;
   const int64_t r_size = op.residual ? op.out / in_unit * strip_pixels : 0;
   const int64_t h_size = hidden_part / in_unit * strip_pixels, y_size = op.out * strip_pixels;
-  float* const x = static_cast<float*>(thread_scratch(tile_strips * (x_size + f_size + r_size + h_size + y_size) * sizeof(float)));
+  const int64_t strip_size = x_size + f_size + r_size + h_size + y_size, vectors_size = 2 * op.in + op.hidden + 2 * op.out;
+  float* const x = static_cast<float*>(thread_scratch((tile_strips * strip_size + vectors_size) * sizeof(float)));
   float *const factor = x + tile_strips * x_size, *const residual = factor + tile_strips * f_size;
   float *const h = residual + tile_strips * r_size, *const y = h + tile_strips * h_size;
+  Vectors vectors;
+  vectors.norm_weight = y + tile_strips * y_size;
+  vectors.norm_bias = widen_all<in_unit>(op.norm_weight, op.in, 1.0f, vectors.norm_weight);
+  vectors.bias_in = widen_all<in_unit>(op.norm_bias, op.in, 0.0f, vectors.norm_bias);
+  vectors.bias_out = widen_all<1>(op.bias_in, op.hidden, 0.0f, vectors.bias_in);
+  vectors.residual_scale = widen_all<1>(op.bias_out, op.out, 0.0f, vectors.bias_out);
+  widen_all<1>(op.residual_scale, op.out, 1.0f, vectors.residual_scale);
+  float scale[strip_pixels], shift[strip_pixels];
+  const Norm norm{scale, shift, vectors.norm_weight, vectors.norm_bias};
   const int64_t of_image = op.strips_of_image(strip_pixels);
   for (int64_t first = begin; first < end; first += tile_strips) {
     const int64_t count = end - first < tile_strips ? end - first : tile_strips;
@@ -257,42 +385,87 @@ template <class E> void run(const PointwisePair<typename E::IO>& op, int64_t beg
     for (int64_t s = 0; s < count; ++s) {
       const int64_t pixel = (first + s) % of_image * strip_pixels, left = op.pixels - pixel;
       strip[s] = {(first + s) / of_image, pixel, left < strip_pixels ? left : strip_pixels};
-      for_vectors(strip[s].n, [&](auto nv) {
-        load_strip<E, nv()>(op, op.x, op.in, op.x_last, strip[s], x + s * x_size);
-        if (op.factor) load_strip<E, nv()>(op, op.factor, op.hidden, op.x_last, strip[s], factor + s * f_size);
-        if (op.residual) load_strip<E, nv()>(op, op.residual, op.out, op.y_last, strip[s], residual + s * r_size);
+      for (int64_t i = 0; i < (op.moments ? strip_pixels : 0); ++i) {
+        const int64_t in_strip = i < strip[s].n ? i : 0, at = strip[s].image * op.pixels + pixel + in_strip;
+        const float* moments = op.moments + 2 * (at / op.image_pixels);
+        scale[i] = moments[1];
+        shift[i] = -moments[0] * moments[1];
+      }
+      for_vectors<E::vectors>(strip[s].n, [&](auto nv) {
+        load_strip<E, nv()>(op, op.x, op.in, op.x_last, strip[s], op.moments ? &norm : nullptr, x + s * x_size);
+        if (op.factor) load_strip<E, nv()>(op, op.factor, op.hidden, op.x_last, strip[s], nullptr, factor + s * f_size);
+        if (op.residual) load_strip<E, nv()>(op, op.residual, op.out, op.y_last, strip[s], nullptr, residual + s * r_size);
       });
     }
     for (int64_t from = 0; from < op.hidden; from += hidden_part) {
       const int64_t hidden = op.hidden - from < hidden_part ? op.hidden - from : hidden_part;
-      for (int64_t channel = 0; channel < hidden; channel += MR)
+      for (int64_t channel = 0; channel < (op.weight_in ? hidden : 0); channel += E::rows)
         for (int64_t s = 0; s < count; ++s)
-          for_vectors(strip[s].n, [&](auto nv) {
+          for_vectors<E::vectors>(strip[s].n, [&](auto nv) {
             const int64_t width = nv() * VL;
-            first_product<E, nv()>(op, from + channel, x + s * x_size,
+            first_product<E, nv()>(op, vectors.bias_in, from + channel, x + s * x_size,
                                    op.factor ? factor + s * f_size + (from + channel) / in_unit * width : nullptr,
                                    h + s * h_size + channel / in_unit * width);
           });
-      for (int64_t channel = 0; channel < op.out; channel += MR)
+      for (int64_t channel = 0; channel < op.out; channel += E::rows)
         for (int64_t s = 0; s < count; ++s)
-          for_vectors(strip[s].n, [&](auto nv) {
+          for_vectors<E::vectors>(strip[s].n, [&](auto nv) {
             const int64_t width = nv() * VL;
-            second_product<E, nv()>(op, channel, from, hidden, h + s * h_size,
+            const float* columns = op.weight_in ? h + s * h_size : x + s * x_size + from / in_unit * width;
+            second_product<E, nv()>(op, vectors, channel, from, hidden, columns,
                                     op.residual ? residual + s * r_size + channel / in_unit * width : nullptr,
                                     y + s * y_size + channel * width);
           });
     }
-    for (int64_t s = 0; s < count; ++s) for_vectors(strip[s].n, [&](auto nv) { store_strip<E, nv()>(op, y + s * y_size, strip[s]); });
+    for (int64_t s = 0; s < count; ++s)
+      for_vectors<E::vectors>(strip[s].n, [&](auto nv) { store_strip<E, nv()>(op, y + s * y_size, strip[s]); });
   }
 }
 
+// In chunks that stay in the first-level cache between the two sums; those of all chunks are put together in fp64.
+template <class IO> Moments moments_of(const IO* x, int64_t n) {
+  constexpr int64_t chunk = 4096, vectors = 4;
+  Moments all{0, 0};
+  for (int64_t first = 0; first < n; first += chunk) {
+    const int64_t length = n - first < chunk ? n - first : chunk, whole = length / (vectors * VL) * (vectors * VL);
+    const auto sum = [&](auto of) {  // of of(value)
+      V sums[vectors] = {};
+      for (int64_t i = 0; i < whole; i += vectors * VL)
+        UNROLL
+        for (int v = 0; v < vectors; ++v) sums[v] += of(load<float>(x + first + i + v * VL));
+      double total = 0;
+      for (int64_t i = whole; i < length; ++i) total += of(widen(x[first + i]));
+      const V joined = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+      for (int l = 0; l < VL; ++l) total += joined[l];
+      return total;
+    };
+    const double mean = sum([](auto value) { return value; }) / length, apart = mean - all.mean;
+    const float centre = static_cast<float>(mean);
+    const double spread = sum([&](auto value) { return (value - centre) * (value - centre); });
+    // squared distances were from the mean as fp32 rounds it
+    const double off = mean - centre, seen = static_cast<double>(first);
+    all.spread += spread - length * off * off + apart * apart * seen * length / (seen + length);
+    all.mean += apart * length / (seen + length);
+  }
+  return all;
+}
+
+template <class E> constexpr PointwisePairEngine<typename E::IO> engine{run<E>, E::vectors * VL};
+
 }  // namespace
 
+extern const PointwisePairKernels pointwise_pair_kernels{
+    engine<Numbers>,
+    engine<Pairs>,
 #if SIMD_BYTES == 64
-extern const PointwisePairKernels pointwise_pair_kernels{run<Numbers>, run<Pairs>, run<PairsByDot>, strip_pixels};
+    engine<PairsByDot>,
+    engine<PairsByTiles>,
 #else
-extern const PointwisePairKernels pointwise_pair_kernels{run<Numbers>, run<Pairs>, nullptr, strip_pixels};
+    {},
+    {},
 #endif
+    moments_of<float>,
+    moments_of<Bf16>};
 
 }  // namespace SIMD_NAME
 }  // namespace spanet

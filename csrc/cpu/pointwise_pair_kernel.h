@@ -5,25 +5,38 @@
 
 namespace spanet {
 
-// x (B, in, P) and factor (B, hidden, P) of one layout, y and residual (B, out, P) of another: contiguous or channels_last; factor and
-// residual may be nullptr. Where all are channels_last they are one image of B P pixels. Weights (hidden, in) and (out, hidden) are
-// contiguous, biases may be nullptr.
+// x (B, in, P) and factor (B, hidden, P) of one layout, y and residual (B, out, P) of another: contiguous or channels_last. Where all are
+// channels_last they are one image of B P pixels. Weights (hidden, in) and (out, hidden) are contiguous. Only x, weight_out and y are
+// always there; without weight_in, hidden is in and the only product is that of weight_out.
 template <class IO> struct PointwisePair {
   int64_t images, pixels, in, hidden, out;
   bool x_last, y_last;
-  const IO *x, *factor, *residual, *weight_in, *bias_in, *weight_out, *bias_out;
+  int64_t image_pixels;  // of one image, also where all are one
+  const IO *x, *factor, *residual, *residual_scale, *weight_in, *bias_in, *weight_out, *bias_out;
+  const float* moments;  // (B, 2): mean and 1 / deviation of the images of x
+  const IO *norm_weight, *norm_bias;
   IO* y;
 
   int64_t strips(int64_t strip) const { return images * strips_of_image(strip); }
   int64_t strips_of_image(int64_t strip) const { return (pixels + strip - 1) / strip; }
 };
 
-struct PointwisePairKernels {
+// Mean and sum of squared distances from it.
+struct Moments {
+  double mean, spread;
+};
+
+template <class IO> struct PointwisePairEngine {
   // strips [begin, end) of `strip` pixels of an image, the last of every image shorter
-  void (*f32)(const PointwisePair<float>&, int64_t begin, int64_t end);
-  void (*bf16)(const PointwisePair<Bf16>&, int64_t begin, int64_t end);
-  void (*bf16_dot)(const PointwisePair<Bf16>&, int64_t begin, int64_t end);  // by AVX512_BF16, or nullptr
+  void (*run)(const PointwisePair<IO>&, int64_t begin, int64_t end);
   int64_t strip;
+};
+
+struct PointwisePairKernels {
+  PointwisePairEngine<float> f32;
+  PointwisePairEngine<Bf16> bf16, bf16_dot, bf16_tiles;  // the last two by AVX512_BF16 and AMX, or nothing
+  Moments (*f32_moments)(const float* x, int64_t n);
+  Moments (*bf16_moments)(const Bf16* x, int64_t n);
 };
 
 namespace plain { extern const PointwisePairKernels pointwise_pair_kernels; }

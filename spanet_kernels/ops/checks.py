@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import modes
+from ..products import Branch
 
 PROFILE_DTYPE = {dtype: modes.profile_dtype(dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
 
@@ -44,6 +45,28 @@ def check_parameter(op: str, name: str, value: Tensor | None, shape: tuple[int, 
     if value.device != x.device:
         raise ValueError(f"{op}: {name} must be on {x.device} like its input, got {value.device}")
     return value
+
+
+def check_branch(
+    op: str,
+    x: Tensor,
+    shape: tuple[int, ...],
+    norm: tuple[Tensor, Tensor, float] | None,
+    residual: Tensor | None,
+    residual_scale: Tensor | None,
+) -> Branch:
+    """What stands around an operator from x to a result of this shape, or an error that names what does not fit."""
+    weight, bias, eps = (None, None, 0.0) if norm is None else norm
+    if norm is not None:
+        weight = check_parameter(op, "the weight of norm", weight, (x.shape[1],), x)
+        bias = check_parameter(op, "the bias of norm", bias, (x.shape[1],), x)
+    if residual is not None:
+        check_parameter(op, "residual", residual, shape, x)
+    if residual_scale is not None:
+        check_parameter(op, "residual_scale", residual_scale, (shape[1],), x)
+        if residual is None:
+            raise ValueError(f"{op}: residual_scale needs a residual, got none")
+    return Branch(weight, bias, eps, residual, residual_scale)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:

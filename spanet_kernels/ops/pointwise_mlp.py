@@ -10,8 +10,8 @@ from torch.autograd import forward_ad
 from torch.nn import functional
 
 from .. import modes
-from ..products import linear, onednn_serves, pair, pair_serves
-from .checks import autocast_dtype, check_input, check_parameter
+from ..products import Branch, linear, onednn_serves, pair, pair_serves
+from .checks import autocast_dtype, check_branch, check_input, check_parameter
 
 
 def pointwise_mlp(
@@ -21,8 +21,10 @@ def pointwise_mlp(
     weight_out: Tensor,
     bias_out: Tensor | None,
     residual: Tensor | None = None,
+    residual_scale: Tensor | None = None,
+    norm: tuple[Tensor, Tensor, float] | None = None,
 ) -> Tensor:
-    """residual + W_out gelu(W_in x + b_in) + b_out at every position, with the exact GELU.
+    """residual_scale o residual + W_out gelu(W_in norm(x) + b_in) + b_out at every position, with the exact GELU.
 
     For gradients x and h = W_in x + b_in are kept; gelu(h), as large as h, is computed again. Without gradients, on a CPU, h never
     leaves the cache; of few positions the GELU is done where oneDNN writes h. Under torch.compile, which fuses and chooses what to
@@ -32,6 +34,8 @@ def pointwise_mlp(
         x: (B, C, H, W), float64, float32, float16 or bfloat16; under autocast it is cast to autocast's dtype.
         weight_in: (D, C, 1, 1); weight_out: (E, D, 1, 1), of the dtype of x, like the biases (D,) and (E,) or None.
         residual: (B, E, H, W), added to the result; None for nothing.
+        residual_scale: (E,), a factor per channel of the residual; None for 1.
+        norm: weight (C,), bias (C,) and eps of a GroupNorm with one group; None for no norm.
 
     Returns:
         (B, E, H, W), dtype of x and residual, channels_last if x is; differentiable to any order in everything.
@@ -47,34 +51,33 @@ def pointwise_mlp(
     for name, bias, size in (("bias_in", bias_in, hidden), ("bias_out", bias_out, out)):
         if bias is not None:
             check_parameter("pointwise_mlp", name, bias, (size,), x)
-    if residual is not None:
-        check_parameter("pointwise_mlp", "residual", residual, (x.shape[0], out, *x.shape[2:]), x)
-    if dtype := autocast_dtype(x):
-        x, weight_in, weight_out = (tensor.to(dtype) for tensor in (x, weight_in, weight_out))
-        bias_in, bias_out = (None if bias is None else bias.to(dtype) for bias in (bias_in, bias_out))
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        y = _composition(x, weight_in, bias_in, weight_out, bias_out)
-    elif torch.is_grad_enabled() and torch._C._any_requires_grad(x, weight_in, bias_in, weight_out, bias_out, residual):
-        y = _Mlp.apply(x, weight_in, bias_in, weight_out, bias_out)
-    else:
-        return _inferred(x, weight_in, bias_in, weight_out, bias_out, residual)
-    return y if residual is None else residual + y
+    branch = check_branch("pointwise_mlp", x, (x.shape[0], out, *x.shape[2:]), norm, residual, residual_scale)
+    weights: list[Any] = [weight_in, bias_in, weight_out, bias_out]
+    eager = not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0)
+    infers = eager and not (torch.is_grad_enabled() and torch._C._any_requires_grad(x, *weights, *branch))
+    dtype = autocast_dtype(x)
+    if infers and dtype in (None, x.dtype):
+        return _inferred(x, *weights, branch)
+    x = branch.normalised(x)
+    if dtype:
+        x, weights = x.to(dtype), [None if weight is None else weight.to(dtype) for weight in weights]
+    y = _inferred(x, *weights, Branch()) if infers else _Mlp.apply(x, *weights) if eager else _composition(x, *weights)
+    return branch.added(y)
 
 
-def _inferred(
-    x: Tensor, weight_in: Tensor, bias_in: Tensor | None, weight_out: Tensor, bias_out: Tensor | None, residual: Tensor | None
-) -> Tensor:
+def _inferred(x: Tensor, weight_in: Tensor, bias_in: Tensor | None, weight_out: Tensor, bias_out: Tensor | None, branch: Branch) -> Tensor:
+    if not branch.has(x.dtype):
+        return branch.added(_inferred(branch.normalised(x), weight_in, bias_in, weight_out, bias_out, Branch()))
     matrix_in, matrix_out = weight_in[:, :, 0, 0], weight_out[:, :, 0, 0]
     if pair_serves(x, matrix_in, matrix_out):
         y = torch.empty((x.shape[0], matrix_out.shape[0], *x.shape[2:]), dtype=x.dtype, memory_format=modes.memory_format(x))
-        if residual is None or residual.dtype == x.dtype:
-            return pair(y, x, None, residual, matrix_in, bias_in, matrix_out, bias_out)
-        pair(y, x, None, None, matrix_in, bias_in, matrix_out, bias_out)
-    elif onednn_serves(x) and x.dtype == weight_in.dtype and x.is_contiguous(memory_format=torch.channels_last):
+        return pair(y, x, matrix_in, bias_in, matrix_out, bias_out, branch=branch)
+    x = branch.normalised(x)
+    if onednn_serves(x) and x.dtype == weight_in.dtype and x.is_contiguous(memory_format=torch.channels_last):
         y = linear(linear(x.movedim(1, -1), matrix_in, bias_in, gelu=True), matrix_out, bias_out).movedim(-1, 1)
     else:
         y = _composition(x, weight_in, bias_in, weight_out, bias_out)
-    return y if residual is None else residual + y
+    return branch.added(y)
 
 
 def _composition(x: Tensor, weight_in: Tensor, bias_in: Tensor | None, weight_out: Tensor, bias_out: Tensor | None) -> Tensor:
@@ -109,15 +112,11 @@ def _convolution_backward(grad: Tensor, x: Tensor, weight: Tensor, *needed: bool
     return found
 
 
+@torch.library.register_fake("spanet_kernels::image_moments")
+def _moments_fake(x: Tensor, eps: float) -> Tensor:
+    return x.new_empty((x.shape[0], 2), dtype=torch.float32)
+
+
 @torch.library.register_fake("spanet_kernels::pointwise_pair")
-def _pair_fake(
-    y: Tensor,
-    x: Tensor,
-    factor: Tensor | None,
-    residual: Tensor | None,
-    weight_in: Tensor,
-    bias_in: Tensor | None,
-    weight_out: Tensor,
-    bias_out: Tensor | None,
-) -> None:
+def _pair_fake(y: Tensor, x: Tensor, *args: Tensor | None) -> None:
     pass

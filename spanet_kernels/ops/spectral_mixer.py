@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .. import modes
-from .autograd import by_composition
+from .. import composed, modes
+from .autograd import by_composition, wants_derivative
 from .axial_conv import axial_conv, coefficients_fake
-from .checks import PROFILE_DTYPE, autocast_dtype, check_input, check_parameter, check_radius, odd_size
+from .checks import PROFILE_DTYPE, autocast_dtype, check_branch, check_input, check_parameter, check_radius, odd_size
 from .radial_filter import radial_filter
 
 _mixer = torch.ops.spanet_kernels.spectral_mixer.default
@@ -33,18 +33,24 @@ def spectral_mixer(
     radius: float | None,
     out_weight: Tensor,
     out_bias: Tensor | None,
+    residual: Tensor | None = None,
+    residual_scale: Tensor | None = None,
+    norm: tuple[Tensor, Tensor, float] | None = None,
 ) -> Tensor:
-    """Mix the positions of x: the whole token mixer of SPANet.
+    """Mix the positions of x: the whole token mixer of SPANet, with what stands around it on a residual branch.
 
-    z = axial_conv(W_in x + b_in),  y = W_out (z o (W F(z) + b)) + b_out. Channels stay adjacent from the first product to the last,
-    for either layout of x. For gradients t = W_in x + b_in, z and the coefficients of z are kept; the context is computed again.
-    Compiled for inference on a CPU it is its parts, for Inductor to fuse with what stands around them.
+    z = axial_conv(W_in norm(x) + b_in),  y = residual_scale o residual + W_out (z o (W F(z) + b)) + b_out.
+
+    Channels stay adjacent from the first product to the last, for either layout of x. For gradients t = W_in norm(x) + b_in, z and the
+    coefficients of z are kept; the context is computed again. Without gradients, on a CPU, norm and residual are part of the products
+    and sums. Compiled for inference on a CPU it is its parts, for Inductor to fuse with what stands around them.
 
     Args:
         x: (B, C, H, W), float64, float32, float16 or bfloat16; under autocast it is cast to autocast's dtype.
         in_weight, weight, out_weight: (C, C), any floating dtype; computed with in the dtype of x, like the biases (C,) or None.
         row_weight, row_bias, column_weight, column_bias: as for `axial_conv`.
         base, gain, radius: as for `radial_filter`; a radius of None is an empty disc, with gain of shape (0, C).
+        residual, residual_scale, norm: as for `pointwise_mlp`.
 
     Returns:
         y, of the shape of x, channels_last if the channels of x are adjacent, else contiguous; differentiable to any order in everything.
@@ -56,35 +62,44 @@ def spectral_mixer(
     Source: arXiv 2308.11568, section 3.3.
     """
     check_input("spectral_mixer", x)
-    if dtype := autocast_dtype(x):
-        x = x.to(dtype)
+    branch = check_branch("spectral_mixer", x, tuple(x.shape), norm, residual, residual_scale)
+    dtype = autocast_dtype(x) or x.dtype
     squared = -1 if radius is None else modes.squared_radius(check_radius("spectral_mixer", radius))
-    channels, wide = x.shape[1], PROFILE_DTYPE[x.dtype]
+    channels, wide = x.shape[1], PROFILE_DTYPE[dtype]
     size = odd_size("spectral_mixer", row_weight)
     square, flat = (channels, channels), (channels,)
-    args = [
+    args: list[Any] = [
         check_parameter("spectral_mixer", name, value, shape, x).to(wanted)
         for name, value, shape, wanted in (
-            ("in_weight", in_weight, square, x.dtype),
-            ("in_bias", in_bias, flat, x.dtype),
+            ("in_weight", in_weight, square, dtype),
+            ("in_bias", in_bias, flat, dtype),
             ("row_weight", row_weight, (channels, 1, 1, size), wide),
             ("row_bias", row_bias, flat, wide),
             ("column_weight", column_weight, (channels, 1, size, 1), wide),
             ("column_bias", column_bias, flat, wide),
-            ("weight", weight, square, x.dtype),
-            ("bias", bias, flat, x.dtype),
+            ("weight", weight, square, dtype),
+            ("bias", bias, flat, dtype),
             ("base", base, flat, wide),
             ("gain", gain, (len(modes.shells(squared)), channels), wide),
-            ("out_weight", out_weight, square, x.dtype),
-            ("out_bias", out_bias, flat, x.dtype),
+            ("out_weight", out_weight, square, dtype),
+            ("out_bias", out_bias, flat, dtype),
         )
     ]
     args[2], args[4] = args[2].flatten(1), args[4].flatten(1)
+    if branch.is_there and branch.has(dtype) and x.dtype == dtype and _infers_on_cpu(x, *args, *branch):
+        with torch._C._AutoDispatchBelowAutograd():
+            return composed.spectral_mixer(x, *args, *(squared, False), branch=branch)[0]
+    x = branch.normalised(x).to(dtype)
     keep = torch.is_grad_enabled() and any(arg.requires_grad for arg in (x, *args))
     if torch.compiler.is_compiling() and not torch.compiler.is_exporting() and x.device.type == "cpu" and not keep:
-        return _parts(x, *args, squared)
-    y: Tensor = _call(x, *args, squared, keep)[0]
-    return y
+        return branch.added(_parts(x, *args, squared))
+    return branch.added(_call(x, *args, squared, keep)[0])
+
+
+def _infers_on_cpu(x: Tensor, *args: Any) -> bool:
+    """Whether this is an eager call on a CPU of which no derivative may be asked."""
+    eager = not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
+    return eager and x.device.type == "cpu" and not wants_derivative((x, *args))
 
 
 def _gradients(grad: Tensor, needed: Any, kept: tuple[Tensor, ...], x: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
