@@ -182,7 +182,11 @@ def spectral_mixer(
     all_t, all_z = (_whole(x, torch.channels_last) if keep else None for _ in range(2))
     for part in _parts(x):
         around = branch.of(part)
-        t = _pointwise(around.normalised(x[part]), in_weight, in_bias)
+        if around.norm_weight is not None and pair_serves(x[part], None, in_weight):
+            t = torch.empty_like(x[part], memory_format=torch.channels_last)
+            pair(t, x[part], None, None, in_weight, in_bias, branch=around._replace(residual=None, scale=None))
+        else:
+            t = _pointwise(around.normalised(x[part]), in_weight, in_bias)
         z, coefficients = _ops.axial_conv(t, row_weight, row_bias, column_weight, column_bias, wanted)
         if keep:
             all_t, all_z = _placed(all_t, part, t), _placed(all_z, part, z)

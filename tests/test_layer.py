@@ -15,7 +15,19 @@ from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.export import Dim, export
 
-from spanet_kernels import SPAM, SPF, SPG, accelerate, axial_conv, decompositions, modes, reference, spectral_gate, spectral_mixer
+from spanet_kernels import (
+    SPAM,
+    SPF,
+    SPG,
+    accelerate,
+    axial_conv,
+    decompositions,
+    modes,
+    products,
+    reference,
+    spectral_gate,
+    spectral_mixer,
+)
 from spanet_kernels.testing import DTYPES, LAYOUTS, make_input, make_profile
 
 OPS = torch.ops.spanet_kernels
@@ -419,3 +431,44 @@ def test_gradients_are_tensors_of_their_own():
     layer(x).sum().backward()
     for (name, parameter), first in zip(layer.named_parameters(), once, strict=True):
         torch.testing.assert_close(parameter.grad, 2 * first, msg=name)
+
+
+@pytest.mark.parametrize("channels", [20, 32])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("given", ["norm", "residual", "all"])
+def test_on_a_residual_branch(given, dtype, layout, channels, monkeypatch):
+    """scale o residual + SPAM(norm(x)) in one call: with gradients that of its parts, to the bit; without them as accurate."""
+    monkeypatch.setattr(products, "PAIR_POSITIONS", 0)
+    torch.manual_seed(0)
+    layer = SPAM(channels, radius=1).to(dtype)
+    x, residual = (make_input((3, channels, 9, 8), dtype, layout, seed=seed) for seed in (0, 1))
+    weight, bias, scale = torch.randn(3, channels).to(dtype)
+    branch = None if given == "norm" else residual, scale if given == "all" else None, None if given == "residual" else (weight, bias, 1e-5)
+
+    def parts(layer, x, residual, scale, norm):
+        y = layer(x if norm is None else nn.functional.group_norm(x, 1, *norm))
+        return y if residual is None else (residual if scale is None else residual * scale[:, None, None]) + y
+
+    def doubled(value):
+        return value.double() if isinstance(value, torch.Tensor) else tuple(map(doubled, value)) if isinstance(value, tuple) else value
+
+    assert torch.equal(layer(x, *branch), parts(layer, x, *branch))
+    with torch.no_grad():
+        y, exact = layer(x, *branch), parts(copy.deepcopy(layer).double(), x.double(), *map(doubled, branch))
+        assert modes.memory_format(y) == modes.memory_format(x)
+        assert_as_accurate(y, parts(layer, x, *branch), exact, units=4, alike=True)
+        assert torch.equal(layer(x[1:2], *(b[1:2] if b is residual else b for b in branch)), y[1:2])
+    if dtype == torch.float32:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(layer(x, *branch), parts(layer, x, *branch))
+
+
+def test_a_residual_branch_that_does_not_fit():
+    layer, x = SPAM(20), torch.randn(2, 20, 5, 5)
+    with pytest.raises(ValueError, match=r"spectral_mixer: residual must have shape \(2, 20, 5, 5\)"):
+        layer(x, x[:1])
+    with pytest.raises(ValueError, match="spectral_mixer: residual_scale needs a residual, got none"):
+        layer(x, None, torch.ones(20))
+    with pytest.raises(ValueError, match=r"spectral_mixer: the weight of norm must have shape \(20,\)"):
+        layer(x, None, None, (torch.ones(19), torch.ones(20), 1e-5))

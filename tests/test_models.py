@@ -213,6 +213,25 @@ def test_stochastic_depth():
     assert torch.equal(model.eval()(x), model(x))
 
 
+def test_hooks_see_every_module_of_a_block_and_an_exchanged_module_serves():
+    model, x = tiny(), image(2, 3, 64, 64)
+    with torch.no_grad():
+        together = model(x)
+        for name in ("norm1", "token_mixer", "norm2", "mlp"):
+            seen = []
+            handle = (
+                model.network[4][0].get_submodule(name).register_forward_hook(lambda module, args, y, seen=seen: seen.append((args, y)))
+            )
+            torch.testing.assert_close(model(x), together)
+            handle.remove()
+            ((args, y),) = seen
+            assert len(args) == 1
+            assert y.shape == args[0].shape
+        model.network[4][0].norm1 = torch.nn.Identity()
+        model.network[4][0].token_mixer = torch.nn.AvgPool2d(3, 1, 1)
+        assert not torch.equal(model(x), together)
+
+
 def test_initial_weights():
     torch.manual_seed(0)
     model = spanet.SPANet()

@@ -215,8 +215,11 @@ def test_bad_input():
 def test_the_mlp_and_the_mixer_are_made_of_it(layout, monkeypatch):
     monkeypatch.setattr(products, "PAIR_POSITIONS", 0)
     x, _, _, weight_in, bias_in, weight_out, bias_out = sample((4, 32, 9, 9), 64, 32, torch.float32, layout)
-    layer = SPAM(32)
-    with torch.no_grad(), torch.profiler.profile() as profile:
-        pointwise_mlp(x, weight_in[:, :, None, None], bias_in, weight_out[:, :, None, None], bias_out)
-        layer(x)
-    assert [event.count for event in profile.key_averages() if event.key == "spanet_kernels::pointwise_pair"] == [2]
+    layer, norm = SPAM(32), (torch.randn(32), torch.randn(32), 1e-5)
+    mlp = weight_in[:, :, None, None], bias_in, weight_out[:, :, None, None], bias_out
+    with torch.no_grad():
+        for branch, count in (((), 2), ((x, torch.randn(32), norm), 3)):  # with a norm proj_in is one too
+            with torch.profiler.profile() as profile:
+                pointwise_mlp(x, *mlp, *branch)
+                layer(x, *branch)
+            assert [event.count for event in profile.key_averages() if event.key == "spanet_kernels::pointwise_pair"] == [count]

@@ -52,16 +52,16 @@ def pointwise_mlp(
         if bias is not None:
             check_parameter("pointwise_mlp", name, bias, (size,), x)
     branch = check_branch("pointwise_mlp", x, (x.shape[0], out, *x.shape[2:]), norm, residual, residual_scale)
-    weights: list[Any] = [weight_in, bias_in, weight_out, bias_out]
+    weights: Any = weight_in, bias_in, weight_out, bias_out
     eager = not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0)
     infers = eager and not (torch.is_grad_enabled() and torch._C._any_requires_grad(x, *weights, *branch))
     dtype = autocast_dtype(x)
     if infers and dtype in (None, x.dtype):
-        return _inferred(x, *weights, branch)
+        return _inferred(x, *(*weights, branch))
     x = branch.normalised(x)
     if dtype:
-        x, weights = x.to(dtype), [None if weight is None else weight.to(dtype) for weight in weights]
-    y = _inferred(x, *weights, Branch()) if infers else _Mlp.apply(x, *weights) if eager else _composition(x, *weights)
+        x, weights = x.to(dtype), tuple(None if weight is None else weight.to(dtype) for weight in weights)
+    y = _inferred(x, *(*weights, Branch())) if infers else _Mlp.apply(x, *weights) if eager else _composition(x, *weights)
     return branch.added(y)
 
 

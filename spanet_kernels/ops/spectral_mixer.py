@@ -88,7 +88,7 @@ def spectral_mixer(
     args[2], args[4] = args[2].flatten(1), args[4].flatten(1)
     if branch.is_there and branch.has(dtype) and x.dtype == dtype and _infers_on_cpu(x, *args, *branch):
         with torch._C._AutoDispatchBelowAutograd():
-            return composed.spectral_mixer(x, *args, *(squared, False), branch=branch)[0]
+            return composed.spectral_mixer(x, *(*args, squared, False, branch))[0]
     x = branch.normalised(x).to(dtype)
     keep = torch.is_grad_enabled() and any(arg.requires_grad for arg in (x, *args))
     if torch.compiler.is_compiling() and not torch.compiler.is_exporting() and x.device.type == "cpu" and not keep:
