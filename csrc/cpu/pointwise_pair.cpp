@@ -39,7 +39,7 @@ bool is_dense(const Tensor& x, bool channels_last) {
   return true;
 }
 
-void pointwise_pair(Tensor y, const Tensor& x, const std::optional<Tensor>& factor, const std::optional<Tensor>& residual,
+void pointwise_pair(const Tensor& y, const Tensor& x, const std::optional<Tensor>& factor, const std::optional<Tensor>& residual,
                     const Tensor& weight_in, const std::optional<Tensor>& bias_in, const Tensor& weight_out,
                     const std::optional<Tensor>& bias_out) {
   STD_TORCH_CHECK(x.dim() == 4, "pointwise_pair: x must have shape (B, C, H, W)");
@@ -60,11 +60,12 @@ void pointwise_pair(Tensor y, const Tensor& x, const std::optional<Tensor>& fact
                   "pointwise_pair: residual must have shape (B, out, H, W), in the dtype and layout of y");
   if (y.numel() == 0) return;
   const auto run = [&]<class IO>(void (*kernel)(const PointwisePair<IO>&, int64_t, int64_t)) {
-    const auto data = [](const std::optional<Tensor>& t) { return t ? static_cast<const IO*>(t->data_ptr()) : nullptr; };
+    const auto data = [](const Tensor& t) { return static_cast<const IO*>(t.data_ptr()); };
+    const auto given = [&](const std::optional<Tensor>& t) { return t ? data(*t) : nullptr; };
     const PointwisePair<IO> op{together ? 1 : b, together ? b * h * w : h * w, c, hidden, out, x_last, y_last,
-                               data(x), data(factor), data(residual), data(weight_in), data(bias_in), data(weight_out), data(bias_out),
+                               data(x), given(factor), given(residual), data(weight_in), given(bias_in), data(weight_out), given(bias_out),
                                static_cast<IO*>(y.data_ptr())};
-    torch::stable::parallel_for(0, op.strips(kernels().strip), 1, [&](int64_t begin, int64_t end) { kernel(op, begin, end); });
+    parallel(1, op.strips(kernels().strip), 1, [&](int64_t begin, int64_t end) { kernel(op, begin, end); });
   };
   if (x.scalar_type() == ScalarType::Float) run(kernels().f32);
   else if (x.scalar_type() == ScalarType::BFloat16) run(kernels().bf16_dot && cpu_has_bf16_dot() ? kernels().bf16_dot : kernels().bf16);
@@ -74,4 +75,4 @@ void pointwise_pair(Tensor y, const Tensor& x, const std::optional<Tensor>& fact
 }  // namespace
 }  // namespace spanet
 
-STABLE_TORCH_LIBRARY_IMPL(spanet_kernels, CPU, m) { m.impl("pointwise_pair", TORCH_BOX(&spanet::pointwise_pair)); }
+STABLE_TORCH_LIBRARY_IMPL(spanet_kernels, CPU, m) { m.impl("pointwise_pair", spanet::boxed<&spanet::pointwise_pair>); }
