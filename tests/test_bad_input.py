@@ -43,6 +43,7 @@ META = torch.device("meta")
     ],
 )
 def test_radial_filter(arguments, error, message):
+    radial_filter(X, BASE, GAIN, 2)  # from here on the radius is known: the operator checks first
     with pytest.raises(error, match=re.escape(message)) as raised:
         radial_filter(*arguments)
     assert str(raised.value).startswith("radial_filter: ")
@@ -85,8 +86,25 @@ def test_unknown_implementation():
 
 
 def test_operators_check_what_would_corrupt_memory():
-    with pytest.raises(RuntimeError, match="base must have shape"):
-        torch.ops.spanet_kernels.radial_filter(X, BASE[:2], GAIN, 4)
+    for x, base, gain in (
+        (X, BASE[:2], GAIN),
+        (X, BASE[None], GAIN),
+        (X, BASE.double(), GAIN),
+        (X, BASE, GAIN[:3]),
+        (X, BASE, GAIN.flatten()),
+        (X, BASE, GAIN.bfloat16()),
+        (X[:0], BASE, GAIN[:3]),
+    ):
+        with pytest.raises(RuntimeError, match="base must have shape"):
+            torch.ops.spanet_kernels.radial_filter(x, base, gain, 4)
+    for x in (X[0], X[:, :, :0], X[..., :0]):
+        with pytest.raises(RuntimeError, match="x must have shape"):
+            torch.ops.spanet_kernels.radial_filter(x, BASE, GAIN, 4)
+    for x in (X.int(), X[:0].int(), X.to(torch.complex64)):
+        with pytest.raises(RuntimeError, match="must be float64, float32, float16 or bfloat16"):
+            torch.ops.spanet_kernels.radial_filter(x, BASE, GAIN, 4)
+    with pytest.raises(RuntimeError, match="at least 4 dimensions, got 2"):
+        torch.ops.spanet_kernels.mode_coefficients(X[0, 0], 4)
     with pytest.raises(RuntimeError, match="grad must have the shape"):
         torch.ops.spanet_kernels.radial_filter_backward(X[:1], X, 4)
 

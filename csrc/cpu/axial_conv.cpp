@@ -49,7 +49,7 @@ std::tuple<Tensor, Tensor> axial_conv(const Tensor& x, const Tensor& row_weight,
   const int64_t columns = radius_squared < 0 ? 0 : axis_functions(w, radius_squared);
   Tensor z = empty_in_layout_of(x);
   Tensor coefficients = empty_coefficients(x, rows, columns);
-  if (x.numel() == 0) return {z, coefficients};
+  if (x.numel() == 0) return {std::move(z), std::move(coefficients)};
   for_dtype("axial_conv", compiled, x.scalar_type(), channels, [&]<class T, class IO>(const AxialConvKernels<T, IO>& kernel) {
     AxialConv<T> op = problem<T>(x, row_weight, row_bias, column_weight, column_bias);
     std::shared_ptr<const ModeTable<T>> table;
@@ -62,7 +62,7 @@ std::tuple<Tensor, Tensor> axial_conv(const Tensor& x, const Tensor& row_weight,
     parallel(grain, images * chunks, h * w * kernel.lanes,
              [&](int64_t begin, int64_t end) { kernel.forward(op, planes<const IO>(x), planes<IO>(z), to, begin, end); });
   });
-  return {z, coefficients};
+  return {std::move(z), std::move(coefficients)};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> axial_conv_backward(const Tensor& grad, const Tensor& x, const Tensor& row_weight,
@@ -82,7 +82,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> axial_conv_backward(const Ten
       const AxialConv<T> op = problem<T>(x, row_weight, row_bias, column_weight, row_bias);
       const int64_t chunks = (channels + kernel.lanes - 1) / kernel.lanes;
       const Tensor partial =
-          torch::stable::empty({chunks, images, op.sums(), kernel.lanes}, ScalarType::Double, std::nullopt, x.device());
+          empty(std::array{chunks, images, op.sums(), kernel.lanes}, ScalarType::Double);
       double* sums = static_cast<double*>(partial.data_ptr());
       parallel(grain, images * chunks, h * w * kernel.lanes, [&](int64_t begin, int64_t end) {
         kernel.backward(op, planes<const IO>(grad), planes<const IO>(x), planes<IO>(x_grad), sums, begin, end);
@@ -92,13 +92,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> axial_conv_backward(const Ten
                           row_planes<T>(column_bias_grad), begin, end);
       });
     });
-  return {x_grad, row_weight_grad, row_bias_grad, column_weight_grad, column_bias_grad};
+  return {std::move(x_grad), std::move(row_weight_grad), std::move(row_bias_grad), std::move(column_weight_grad), std::move(column_bias_grad)};
 }
 
 }  // namespace
 }  // namespace spanet
 
 STABLE_TORCH_LIBRARY_IMPL(spanet_kernels, CPU, m) {
-  m.impl("axial_conv", TORCH_BOX(&spanet::axial_conv));
-  m.impl("axial_conv_backward", TORCH_BOX(&spanet::axial_conv_backward));
+  m.impl("axial_conv", spanet::boxed<&spanet::axial_conv>);
+  m.impl("axial_conv_backward", spanet::boxed<&spanet::axial_conv_backward>);
 }

@@ -1,22 +1,11 @@
 // What the host functions of this folder share: the choice of kernels, threads, and tensors in and out.
 #pragma once
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-
-#include <array>
-#include <optional>
-#include <vector>
-
 #include "cpu/capability.h"
 #include "cpu/radial_filter_kernel.h"
+#include "cpu/tensor.h"
 
 namespace spanet {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 // The kernels of an operator for every instruction set; all the same where there is one.
 template <template <class, class> class Kernels> struct Compiled {
@@ -52,7 +41,9 @@ void for_dtype(const char* op, const Compiled<Kernels>& compiled, ScalarType dty
 
 // Calls f(begin, end) for ranges of units of so many elements; a thread gets `grain` elements at least.
 template <class F> void parallel(int64_t grain, int64_t units, int64_t elements, const F& f) {
-  torch::stable::parallel_for(0, units, (grain + elements - 1) / elements, f);
+  if (units * elements <= grain) return f(int64_t{0}, units);
+  const auto range = [](int64_t begin, int64_t end, void* f) { (*static_cast<const F*>(f))(begin, end); };
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, units, (grain + elements - 1) / elements, range, const_cast<F*>(&f)));
 }
 
 template <class IO> Planes<IO> planes(const Tensor& t) {
@@ -72,32 +63,22 @@ inline void check_grad(const char* op, const Tensor& grad, const Tensor& x) {
   STD_TORCH_CHECK(same, op, ": grad must have the shape and dtype of x");
 }
 
-// A new tensor, straight from the allocator: `torch::stable::empty` goes through the dispatcher, which costs as much again.
-inline Tensor empty(std::array<int64_t, 4> sizes, int32_t dtype, bool channels_last = false) {
-  const auto [b, c, h, w] = sizes;
-  const std::array<int64_t, 4> contiguous{c * h * w, h * w, w, 1}, last{h * w * c, 1, w * c, c};
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(4, sizes.data(), (channels_last ? last : contiguous).data(), dtype,
-                                                         aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
-}
-
 inline Tensor empty_in_layout_of(const Tensor& x) {
-  int32_t dtype;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
-  return empty({x.size(0), x.size(1), x.size(2), x.size(3)}, dtype, is_channels_last(x));
+  const int64_t b = x.size(0), c = x.size(1), h = x.size(2), w = x.size(3);
+  if (!is_channels_last(x)) return empty(std::array{b, c, h, w}, x.scalar_type());
+  return empty(std::array{b, c, h, w}, std::array{h * w * c, int64_t{1}, w * c, c}, x.scalar_type());
 }
 
 // For a_h x a_w coefficients of every plane of x.
 inline Tensor empty_coefficients(const Tensor& x, int64_t a_h, int64_t a_w) {
-  const bool wide = x.scalar_type() == ScalarType::Double;
-  return empty({x.size(0), x.size(1), a_h, a_w}, wide ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32());
+  return empty(std::array{x.size(0), x.size(1), a_h, a_w}, accumulator_dtype(x));
 }
 
-// For the gradient of a parameter.
-inline Tensor zeros(const Tensor& x, const std::vector<int64_t>& sizes) {
-  Tensor t = torch::stable::empty(sizes, accumulator_dtype(x), std::nullopt, x.device());
-  return torch::stable::zero_(t);
+// For the gradient of a parameter of x.
+template <size_t N> Tensor zeros(const Tensor& x, const int64_t (&sizes)[N]) {
+  Tensor t = empty(std::to_array(sizes), accumulator_dtype(x));
+  std::memset(t.data_ptr(), 0, t.numel() * t.element_size());
+  return t;
 }
 
 }  // namespace spanet

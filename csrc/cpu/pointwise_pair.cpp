@@ -50,7 +50,7 @@ bool is_dense(const Tensor& x, bool channels_last) {
   return true;
 }
 
-void pointwise_pair(Tensor y, const Tensor& x, const std::optional<Tensor>& moments, const std::optional<Tensor>& norm_weight,
+void pointwise_pair(const Tensor& y, const Tensor& x, const std::optional<Tensor>& moments, const std::optional<Tensor>& norm_weight,
                     const std::optional<Tensor>& norm_bias, const std::optional<Tensor>& factor, const std::optional<Tensor>& residual,
                     const std::optional<Tensor>& residual_scale, const std::optional<Tensor>& weight_in,
                     const std::optional<Tensor>& bias_in, const Tensor& weight_out, const std::optional<Tensor>& bias_out) {
@@ -81,12 +81,13 @@ void pointwise_pair(Tensor y, const Tensor& x, const std::optional<Tensor>& mome
                   "pointwise_pair: residual must have shape (B, out, H, W), in the dtype and layout of y");
   if (y.numel() == 0) return;
   const auto run = [&]<class IO>(const PointwisePairEngine<IO>& engine) {
-    const auto data = [](const std::optional<Tensor>& t) { return t ? static_cast<const IO*>(t->data_ptr()) : nullptr; };
+    const auto data = [](const Tensor& t) { return static_cast<const IO*>(t.data_ptr()); };
+    const auto given = [&](const std::optional<Tensor>& t) { return t ? data(*t) : nullptr; };
     const PointwisePair<IO> op{together ? 1 : b, together ? b * h * w : h * w, c, hidden, out, x_last, y_last, h * w,
-                               data(x), data(factor), data(residual), data(residual_scale), data(weight_in), data(bias_in),
-                               data(weight_out), data(bias_out), moments ? static_cast<const float*>(moments->data_ptr()) : nullptr,
-                               data(norm_weight), data(norm_bias), static_cast<IO*>(y.data_ptr())};
-    torch::stable::parallel_for(0, op.strips(engine.strip), 1, [&](int64_t begin, int64_t end) { engine.run(op, begin, end); });
+                               data(x), given(factor), given(residual), given(residual_scale), given(weight_in), given(bias_in),
+                               data(weight_out), given(bias_out), moments ? static_cast<const float*>(moments->data_ptr()) : nullptr,
+                               given(norm_weight), given(norm_bias), static_cast<IO*>(y.data_ptr())};
+    parallel(1, op.strips(engine.strip), 1, [&](int64_t begin, int64_t end) { engine.run(op, begin, end); });
   };
   if (x.scalar_type() == ScalarType::Float) run(kernels().f32);
   else if (x.scalar_type() == ScalarType::BFloat16) run(bf16_engine());
@@ -97,11 +98,11 @@ Tensor image_moments(const Tensor& x, double eps) {
   STD_TORCH_CHECK(x.dim() == 4, "image_moments: x must have shape (B, C, H, W)");
   STD_TORCH_CHECK(is_dense(x, !x.is_contiguous()), "image_moments: x must be contiguous or channels_last");
   const int64_t b = x.size(0), n = x.size(1) * x.size(2) * x.size(3);
-  Tensor out = torch::stable::empty({b, 2}, ScalarType::Float, std::nullopt, x.device());
+  Tensor out = empty(std::array{b, int64_t{2}}, ScalarType::Float);
   const auto run = [&]<class IO>(Moments (*kernel)(const IO*, int64_t)) {
     const IO* data = static_cast<const IO*>(x.data_ptr());
     float* moments = static_cast<float*>(out.data_ptr());
-    torch::stable::parallel_for(0, b, 1, [&](int64_t begin, int64_t end) {
+    parallel(1, b, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const Moments found = kernel(data + i * n, n);
         moments[2 * i] = static_cast<float>(found.mean);
@@ -119,6 +120,6 @@ Tensor image_moments(const Tensor& x, double eps) {
 }  // namespace spanet
 
 STABLE_TORCH_LIBRARY_IMPL(spanet_kernels, CPU, m) {
-  m.impl("pointwise_pair", TORCH_BOX(&spanet::pointwise_pair));
-  m.impl("image_moments", TORCH_BOX(&spanet::image_moments));
+  m.impl("pointwise_pair", spanet::boxed<&spanet::pointwise_pair>);
+  m.impl("image_moments", spanet::boxed<&spanet::image_moments>);
 }

@@ -71,14 +71,22 @@ template <class F> void for_planes(const char* op, const Tensor& x, int64_t radi
 }
 
 Tensor radial_filter(const Tensor& x, const Tensor& base, const Tensor& gain, int64_t radius_squared) {
-  Tensor y = empty_in_layout_of(x);
-  if (x.numel() == 0) return y;
+  STD_TORCH_CHECK(x.dim() == 4 && x.size(2) > 0 && x.size(3) > 0, "radial_filter: x must have shape (B, C, H, W), H and W at least 1");
   const int64_t channels = x.size(1);
+  const auto check_profile = [&](int64_t shells) {
+    const bool shapes = base.dim() == 1 && base.size(0) == channels && gain.dim() == 2 && gain.size(0) == shells && gain.size(1) == channels;
+    const ScalarType wide = accumulator_dtype(x);
+    STD_TORCH_CHECK(shapes && base.scalar_type() == wide && gain.scalar_type() == wide,
+                    "radial_filter: base must have shape (C,) and gain (S, C), in the dtype of the accumulators");
+  };
+  Tensor y = empty_in_layout_of(x);
+  if (x.numel() == 0) {
+    check_profile(shell_count(radius_squared));
+    return y;
+  }
   for_planes("radial_filter", x, radius_squared, Extent::disc,
              [&]<class T, class IO>(const RadialFilterKernels<T, IO>& kernel, const Modes<T>& modes, const Plan& plan) {
-    STD_TORCH_CHECK(base.scalar_type() == gain.scalar_type() && base.element_size() == sizeof(T) && base.numel() == channels &&
-                        gain.numel() == modes.shells * channels,
-                    "radial_filter: base must have shape (C,) and gain (S, C), in the dtype of the accumulators");
+    check_profile(modes.shells);
     const Profile<T> profile{static_cast<const T*>(base.data_ptr()), static_cast<const T*>(gain.data_ptr()), base.stride(0), gain.stride(0),
                              gain.stride(1)};
     parallel(grain, plan.units, plan.elements, [&](int64_t begin, int64_t end) {
@@ -107,7 +115,7 @@ std::tuple<Tensor, Tensor> radial_filter_backward(const Tensor& grad, const Tens
   const int64_t images = x.size(0), channels = x.size(1), h = x.size(2), w = x.size(3);
   const int64_t shells = shell_count(radius_squared);
   Tensor base_grad = zeros(x, {channels}), gain_grad = zeros(x, {shells, channels});
-  if (x.numel() == 0) return {base_grad, gain_grad};
+  if (x.numel() == 0) return {std::move(base_grad), std::move(gain_grad)};
   check_grad("radial_filter_backward", grad, x);
   const bool channels_last = grad.stride(1) == 1 && x.stride(1) == 1 && channels > 1;
   const int64_t lanes = adjacent(x, channels_last, radius_squared);
@@ -134,14 +142,14 @@ std::tuple<Tensor, Tensor> radial_filter_backward(const Tensor& grad, const Tens
     for (int64_t i = 0; i < shells * channels; ++i) to_gain[i] = static_cast<T>(of_shell[i]);
     for (int64_t c = 0; c < channels; ++c) to_base[c] = static_cast<T>(sums[modes.inside * channels + c]);
   });
-  return {base_grad, gain_grad};
+  return {std::move(base_grad), std::move(gain_grad)};
 }
 
 }  // namespace
 }  // namespace spanet
 
 STABLE_TORCH_LIBRARY_IMPL(spanet_kernels, CPU, m) {
-  m.impl("radial_filter", TORCH_BOX(&spanet::radial_filter));
-  m.impl("mode_coefficients", TORCH_BOX(&spanet::mode_coefficients));
-  m.impl("radial_filter_backward", TORCH_BOX(&spanet::radial_filter_backward));
+  m.impl("radial_filter", spanet::boxed<&spanet::radial_filter>);
+  m.impl("mode_coefficients", spanet::boxed<&spanet::mode_coefficients>);
+  m.impl("radial_filter_backward", spanet::boxed<&spanet::radial_filter_backward>);
 }

@@ -16,40 +16,58 @@ from torch.autograd import forward_ad
 _library = torch.library.Library("spanet_kernels", "IMPL")
 
 
-def wants_derivative(args: tuple[Any, ...]) -> bool:
-    """Whether a derivative of a call with these arguments may be asked for."""
-    return (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)) or forward_ad._current_level >= 0
+# this is what a call of an operator on a small tensor spends its time on: no look-ups that can be spared
+_is_compiling, _is_inference, _is_recording = torch.compiler.is_compiling, torch.is_inference_mode_enabled, torch.is_grad_enabled
+_is_transformed, _any_requires_grad = torch._C._are_functorch_transforms_active, torch._C._any_requires_grad
+_below_autograd = torch._C._AutoDispatchBelowAutograd
 
 
-def call_below_autograd(operator: Any, keyset: Any, *args: Any) -> Any:
-    """Go on to the kernels below autograd: from the dispatch keys that an autograd kernel was called with, or (None) from the top."""
-    with torch._C._AutoDispatchBelowAutograd():
-        return operator(*args) if keyset is None else operator.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+def call_below_autograd(operator: Any, *args: Any) -> Any:
+    """Call the kernels below autograd."""
+    with _below_autograd():
+        return operator(*args)
 
 
-def register(operator: Any, function: Any, vmap: Callable[..., Any]) -> None:
-    """The kernel of the Autograd keys records the function where a derivative is wanted, else goes below; and vmap."""
+def register(operator: Any, function: Any, transformed: Callable[..., Any] | None = None) -> Callable[..., Any]:
+    """Register vmap, and as the kernel of the Autograd keys: record the function where a derivative is wanted, else go below.
 
-    def kernel(keyset: Any, *args: Any) -> Any:
-        if torch._C._are_functorch_transforms_active():
-            name = operator.name().partition(".")[0].replace("::", ".")
-            raise RuntimeError(f"{operator}: call {name} under torch.func, in eager mode; the operator has no levels")
-        if wants_derivative(args):
-            return function.record(keyset, *args)
-        return call_below_autograd(operator, keyset, *args)
+    transformed: what serves torch.func and forward mode, the function if None.
+
+    Returns how eager code calls the operator.
+    """
+    call_operator, setup_context = operator._op, function.setup_context  # without the frame of `operator.__call__`
 
     def forward(ctx: Any, *args: Any) -> Any:
-        output = function.forward(*args)
-        function.setup_context(ctx, args, output)
+        with _below_autograd():
+            output = call_operator(*args)
+        setup_context(ctx, args, output)
         return output
 
     # the same function with one forward that sets up its own context: without torch.func there is no need to inspect signatures
     no_setup = {"forward": staticmethod(forward), "setup_context": torch.autograd.function._SingleLevelFunction.setup_context}
     recorded: Any = type(function.__name__, (function,), no_setup)
-    function.record = recorded.apply
+    record, transformed = recorded.apply, transformed or function.apply
+
+    def eager(*args: Any) -> Any:
+        if forward_ad._current_level >= 0 or _is_transformed():
+            return transformed(*args)
+        if _is_recording() and (args[0].requires_grad or _any_requires_grad(*args)):
+            return record(*args)
+        if _is_inference():  # is below autograd already
+            return call_operator(*args)
+        with _below_autograd():
+            return call_operator(*args)
+
+    def kernel(*args: Any) -> Any:
+        if _is_transformed():
+            name = operator.name().partition(".")[0].replace("::", ".")
+            raise RuntimeError(f"{operator}: call {name} under torch.func, in eager mode; the operator has no levels")
+        return eager(*args)
+
     name = operator.name().partition(".")[0]
-    _library.impl(name, kernel, "Autograd", with_keyset=True)
-    torch.library.register_vmap(name, vmap)
+    _library.impl(name, kernel, "Autograd")
+    torch.library.register_vmap(name, function.vmap)
+    return eager
 
 
 def one_by_one(operator: Any) -> Callable[..., Any]:
@@ -79,47 +97,38 @@ def by_composition(operator: Any, gradient: Any, gradients: Callable[..., Any], 
     """
 
     class Composed(torch.autograd.Function):
-        @staticmethod
-        def forward(keyset: Any, *args: Any) -> Any:
-            return call_below_autograd(operator, keyset, *args)
+        vmap = staticmethod(one_by_one(operator))
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            _, *args = inputs
             by_products = output[1:] if isinstance(output, tuple) else ()
-            ctx.others = [None if isinstance(arg, Tensor) else arg for arg in args]
-            ctx.save_for_backward(*(arg if isinstance(arg, Tensor) else None for arg in args), *by_products)
+            ctx.others = [None if isinstance(arg, Tensor) else arg for arg in inputs]
+            ctx.save_for_backward(*(arg if isinstance(arg, Tensor) else None for arg in inputs), *by_products)
             ctx.set_materialize_grads(False)
             ctx.mark_non_differentiable(*by_products)
 
         @staticmethod
         def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
-            needed = ctx.needs_input_grad[1:]
+            needed = ctx.needs_input_grad
             if grad is None:
-                return (None,) * (1 + len(needed))
+                return (None,) * len(needed)
             kept = ctx.saved_tensors  # activation checkpointing hands them out once
             saved, by_products = kept[: len(needed)], kept[len(needed) :]
             args = [other if tensor is None else tensor for tensor, other in zip(saved, ctx.others, strict=True)]
             if not torch.is_grad_enabled():
-                return None, *gradients(grad, needed, by_products, *args)
+                return tuple(gradients(grad, needed, by_products, *args))
             # aliases in place of the arguments, so that each has a gradient of its own
             wanted = {index: args[index].view_as(args[index]) for index, need in enumerate(needed) if need}
             y = composition(*(wanted.get(index, arg) for index, arg in enumerate(args)))
             y = y[0] if isinstance(y, tuple) else y
             found = torch.autograd.grad(y, list(wanted.values()), grad, create_graph=True, allow_unused=True)
             by_index = dict(zip(wanted, found, strict=True))
-            return None, *(by_index.get(index) for index in range(len(args)))
+            return tuple(by_index.get(index) for index in range(len(args)))
 
-    register(operator, Composed, one_by_one(operator))
     torch.library.register_vmap(gradient.name().partition(".")[0], one_by_one(gradient))
+    eager = register(operator, Composed, composition)
 
     def call(*args: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return operator(*args)
-        if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-            return composition(*args)
-        if wants_derivative(args):
-            return Composed.record(None, *args)  # type: ignore[attr-defined]
-        return call_below_autograd(operator, None, *args)
+        return operator(*args) if _is_compiling() else eager(*args)
 
     return call

@@ -8,6 +8,7 @@ of the profile, whose own derivatives are `radial_filter` again.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,11 +16,12 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import modes
-from .autograd import call_below_autograd, register, wants_derivative
+from .autograd import call_below_autograd, register
 from .checks import PROFILE_DTYPE, check_input, check_radius
 
 _filter = torch.ops.spanet_kernels.radial_filter.default
 _profile_grad = torch.ops.spanet_kernels.radial_filter_backward.default
+_is_compiling = torch.compiler.is_compiling
 
 
 def radial_filter(x: Tensor, base: Tensor, gain: Tensor, radius: float) -> Tensor:
@@ -44,10 +46,22 @@ def radial_filter(x: Tensor, base: Tensor, gain: Tensor, radius: float) -> Tenso
 
     Source: arXiv 2308.11568, eqs. 5-18, with a free gain per shell and channel.
     """
-    squared, shells = _KNOWN.get(radius, (-1, -1)) if isinstance(radius, (int, float)) else (-1, -1)
-    if not _fits(x, base, gain, shells):
-        squared = _checked(x, base, gain, radius)
-    return _apply(x, base, gain, squared)
+    if (
+        not _is_compiling()
+        and type(radius) in _NUMBERS
+        and radius in _FEW
+        and type(x) in _TENSORS
+        and type(base) in _TENSORS
+        and type(gain) in _TENSORS
+        and x.is_cpu
+        and base.is_cpu
+        and gain.is_cpu
+    ):
+        try:
+            return _filter_eager(x, base, gain, _FEW[radius])
+        except RuntimeError:  # the operator on the CPU takes nothing that does not fit, and finds out in less time
+            pass
+    return _apply(x, base, gain, _checked(x, base, gain, radius))
 
 
 def spectral_pool(x: Tensor, lam: float | Tensor, radius: float, boundary: float | None = None) -> Tensor:
@@ -84,7 +98,7 @@ def spectral_pool(x: Tensor, lam: float | Tensor, radius: float, boundary: float
         raise TypeError(f"spectral_pool: lam must be a number or a tensor, got {type(lam).__name__}")
     elif not -math.inf < lam < math.inf:
         raise ValueError(f"spectral_pool: lam must be finite, got {lam}")
-    elif torch.compiler.is_compiling():
+    elif _is_compiling():
         lams = torch.full((channels,), lam, dtype=dtype, device=x.device)
     else:
         return _apply(x, *modes.constant_profile((lam,), channels, radius, boundary, height, width, dtype, x.device))
@@ -95,27 +109,6 @@ def _apply(x: Tensor, base: Tensor, gain: Tensor, radius_squared: int) -> Tensor
     if _fft_pays(x, radius_squared):
         return _by_fft(x, base, gain, radius_squared)
     return linear(x, base, gain, radius_squared)
-
-
-def _differentiable(operator: Any, function: Any, *args: Any) -> Any:
-    if torch.compiler.is_compiling():
-        return operator(*args)
-    if torch._C._are_functorch_transforms_active():
-        return function.apply(None, *args)
-    if wants_derivative(args):
-        return function.record(None, *args)
-    return call_below_autograd(operator, None, *args)
-
-
-def linear(x: Tensor, base: Tensor, gain: Tensor, radius_squared: int) -> Tensor:
-    """The operator, differentiable to any order; arguments are those of `radial_filter`, checked."""
-    y: Tensor = _differentiable(_filter, _RadialFilter, x, base, gain, radius_squared)
-    return y
-
-
-def _bilinear(grad: Tensor, x: Tensor, radius_squared: int) -> tuple[Tensor, Tensor]:
-    grads: tuple[Tensor, Tensor] = _differentiable(_profile_grad, _ProfileGrad, grad, x, radius_squared)
-    return grads
 
 
 def _fft_pays(x: Tensor, radius_squared: int) -> bool:
@@ -154,31 +147,28 @@ class _RadialFilter(torch.autograd.Function):
     """y = F(x; base, gain): linear in x and in the profile, self-adjoint in x."""
 
     @staticmethod
-    def forward(keyset: Any, x: Tensor, base: Tensor, gain: Tensor, radius_squared: int) -> Tensor:
-        out: Tensor = call_below_autograd(_filter, keyset, x, base, gain, radius_squared)
+    def forward(x: Tensor, base: Tensor, gain: Tensor, radius_squared: int) -> Tensor:
+        out: Tensor = call_below_autograd(_filter, x, base, gain, radius_squared)
         return out
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, x, base, gain, ctx.radius_squared = inputs
-        ctx.set_materialize_grads(False)
-        profile_learns = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
-        ctx.save_for_backward(x if profile_learns else None, base, gain)
+        x, base, gain, ctx.radius_squared = inputs
+        needed = ctx.needs_input_grad
+        ctx.save_for_backward(x if needed[1] or needed[2] else None, base, gain)
         if forward_ad._current_level >= 0:
             ctx.save_for_forward(x, base, gain)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-        if grad is None:
-            return None, None, None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, base, gain = ctx.saved_tensors
-        x_grad = linear(grad, base, gain, ctx.radius_squared) if ctx.needs_input_grad[1] else None
+        x_grad = linear(grad, base, gain, ctx.radius_squared) if ctx.needs_input_grad[0] else None
         if x is None:
-            return None, x_grad, None, None, None
-        return None, x_grad, *_bilinear(grad, x, ctx.radius_squared), None
+            return x_grad, None, None, None
+        return x_grad, *_bilinear(grad, x, ctx.radius_squared), None
 
     @staticmethod
-    def jvp(ctx: Any, _: None, x_t: Tensor | None, base_t: Tensor | None, gain_t: Tensor | None, __: None) -> Tensor | None:
+    def jvp(ctx: Any, x_t: Tensor | None, base_t: Tensor | None, gain_t: Tensor | None, _: None) -> Tensor | None:
         x, base, gain = ctx.saved_tensors
         out = None if x_t is None else linear(x_t, base, gain, ctx.radius_squared)
         if base_t is None and gain_t is None:
@@ -189,9 +179,9 @@ class _RadialFilter(torch.autograd.Function):
         return profile if out is None else out + profile
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, _: None, x: Tensor, base: Tensor, gain: Tensor, radius_squared: int) -> tuple[Tensor, int]:
+    def vmap(info: Any, in_dims: Any, x: Tensor, base: Tensor, gain: Tensor, radius_squared: int) -> tuple[Tensor, int]:
         size = info.batch_size
-        x, base, gain = (_into_channels(arg, dim, size, at) for arg, dim, at in zip((x, base, gain), in_dims[1:], (1, 0, 1), strict=False))
+        x, base, gain = (_into_channels(arg, dim, size, at) for arg, dim, at in zip((x, base, gain), in_dims, (1, 0, 1), strict=False))
         return linear(x, base, gain, radius_squared).unflatten(1, (size, -1)), 1
 
 
@@ -199,13 +189,13 @@ class _ProfileGrad(torch.autograd.Function):
     """(base_grad, gain_grad) = P(grad, x): bilinear and symmetric, the transpose of F in the profile."""
 
     @staticmethod
-    def forward(keyset: Any, grad: Tensor, x: Tensor, radius_squared: int) -> tuple[Tensor, Tensor]:
-        outputs: tuple[Tensor, Tensor] = call_below_autograd(_profile_grad, keyset, grad, x, radius_squared)
+    def forward(grad: Tensor, x: Tensor, radius_squared: int) -> tuple[Tensor, Tensor]:
+        outputs: tuple[Tensor, Tensor] = call_below_autograd(_profile_grad, grad, x, radius_squared)
         return outputs
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        _, grad, x, ctx.radius_squared = inputs
+        grad, x, ctx.radius_squared = inputs
         ctx.save_for_backward(grad, x)
         if forward_ad._current_level >= 0:
             ctx.save_for_forward(grad, x)
@@ -213,12 +203,12 @@ class _ProfileGrad(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, base_grad: Tensor, gain_grad: Tensor) -> tuple[Tensor | None, ...]:
         grad, x = ctx.saved_tensors
-        to_grad = linear(x, base_grad, gain_grad, ctx.radius_squared) if ctx.needs_input_grad[1] else None
-        to_x = linear(grad, base_grad, gain_grad, ctx.radius_squared) if ctx.needs_input_grad[2] else None
-        return None, to_grad, to_x, None
+        to_grad = linear(x, base_grad, gain_grad, ctx.radius_squared) if ctx.needs_input_grad[0] else None
+        to_x = linear(grad, base_grad, gain_grad, ctx.radius_squared) if ctx.needs_input_grad[1] else None
+        return to_grad, to_x, None
 
     @staticmethod
-    def jvp(ctx: Any, _: None, grad_t: Tensor | None, x_t: Tensor | None, __: None) -> tuple[Tensor, Tensor]:
+    def jvp(ctx: Any, grad_t: Tensor | None, x_t: Tensor | None, _: None) -> tuple[Tensor, Tensor]:
         grad, x = ctx.saved_tensors
         grad_t = torch.zeros_like(grad) if grad_t is None else grad_t
         x_t = torch.zeros_like(x) if x_t is None else x_t
@@ -226,11 +216,9 @@ class _ProfileGrad(torch.autograd.Function):
         return left[0] + right[0], left[1] + right[1]
 
     @staticmethod
-    def vmap(
-        info: Any, in_dims: Any, _: None, grad: Tensor, x: Tensor, radius_squared: int
-    ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+    def vmap(info: Any, in_dims: Any, grad: Tensor, x: Tensor, radius_squared: int) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
         size = info.batch_size
-        grad, x = (_into_channels(arg, dim, size, 1) for arg, dim in zip((grad, x), in_dims[1:], strict=False))
+        grad, x = (_into_channels(arg, dim, size, 1) for arg, dim in zip((grad, x), in_dims, strict=False))
         base_grad, gain_grad = _bilinear(grad, x, radius_squared)
         return (base_grad.unflatten(0, (size, -1)), gain_grad.unflatten(1, (size, -1))), (0, 1)
 
@@ -244,8 +232,17 @@ def _into_channels(arg: Tensor, dim: int | None, size: int, channel_dim: int) ->
     return moved.flatten(channel_dim, channel_dim + 1)
 
 
-register(_filter, _RadialFilter, lambda info, in_dims, *args: _RadialFilter.vmap(info, (None, *in_dims), None, *args))
-register(_profile_grad, _ProfileGrad, lambda info, in_dims, *args: _ProfileGrad.vmap(info, (None, *in_dims), None, *args))
+_filter_eager: Callable[[Tensor, Tensor, Tensor, int], Tensor] = register(_filter, _RadialFilter)
+_profile_grad_eager: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]] = register(_profile_grad, _ProfileGrad)
+
+
+def linear(x: Tensor, base: Tensor, gain: Tensor, radius_squared: int) -> Tensor:
+    """The operator, differentiable to any order; arguments are those of `radial_filter`, checked."""
+    return (_filter if _is_compiling() else _filter_eager)(x, base, gain, radius_squared)
+
+
+def _bilinear(grad: Tensor, x: Tensor, radius_squared: int) -> tuple[Tensor, Tensor]:
+    return (_profile_grad if _is_compiling() else _profile_grad_eager)(grad, x, radius_squared)
 
 
 @torch.library.register_fake("spanet_kernels::radial_filter")
@@ -257,24 +254,6 @@ def _filter_fake(x: Tensor, base: Tensor, gain: Tensor, radius_squared: int) -> 
 def _profile_grad_fake(grad: Tensor, x: Tensor, radius_squared: int) -> tuple[Tensor, Tensor]:
     dtype = modes.profile_dtype(x.dtype)
     return x.new_empty(x.shape[1], dtype=dtype), x.new_empty(len(modes.shells(radius_squared)), x.shape[1], dtype=dtype)
-
-
-def _fits(x: Tensor, base: Tensor, gain: Tensor, shells: int) -> bool:
-    """Whether everything is as it should be, in the fewest steps; what is wrong, if anything, is for `_checked` to say."""
-    if not (type(x) in _TENSORS and type(base) in _TENSORS and type(gain) in _TENSORS):
-        return False
-    shape, device, dtype = x.shape, x.device, base.dtype
-    return (
-        len(shape) == 4
-        and base.shape == shape[1:2]
-        and gain.shape == (shells, shape[1])
-        and gain.dtype == dtype
-        and PROFILE_DTYPE.get(x.dtype) == dtype
-        and base.device == device
-        and gain.device == device
-        and shape[2] > 0
-        and shape[3] > 0
-    )
 
 
 def _checked(x: Tensor, base: Tensor, gain: Tensor, radius: float) -> int:
@@ -298,8 +277,8 @@ def _checked(x: Tensor, base: Tensor, gain: Tensor, radius: float) -> int:
             )
         if tensor.device != x.device:
             raise ValueError(f"radial_filter: {name} must be on {x.device} like x, got {tensor.device}")
-    if not torch.compiler.is_compiling() and len(_KNOWN) < 1024:
-        _KNOWN[radius] = squared, shells
+    if squared < 25 and len(_FEW) < 1024 and not _is_compiling():
+        _FEW[radius] = squared
     return squared
 
 
@@ -312,5 +291,6 @@ def _check_lam(x: Tensor, lam: Tensor) -> None:
         raise ValueError(f"spectral_pool: lam must be on {x.device} like x, got {lam.device}")
 
 
+_NUMBERS = int, float
 _TENSORS = (Tensor, torch.nn.Parameter)
-_KNOWN: dict[float, tuple[int, int]] = {}  # squared radius and number of shells of every radius that has been checked
+_FEW: dict[float, int] = {}  # squared radius of every radius that has been checked and has too few modes for `_fft_pays`
