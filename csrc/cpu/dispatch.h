@@ -1,6 +1,9 @@
 // What the host functions of this folder share: the choice of kernels, threads, and tensors in and out.
 #pragma once
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -43,7 +46,10 @@ const Kernels<T, IO>& pick(const Compiled<Kernels>& compiled, Kernels<T, IO> Ker
 template <template <class, class> class Kernels, class F>
 void for_dtype(const char* op, const Compiled<Kernels>& compiled, ScalarType dtype, int64_t lanes, F f) {
   using Set = KernelSet<Kernels>;
+  static const bool has_native = cpu_has_bf16_dot();
+  const auto& native = (has_native ? compiled.avx512 : compiled.plain).native_bf16;
   if (dtype == ScalarType::Float) f(pick(compiled, &Set::f32, lanes));
+  else if (dtype == ScalarType::BFloat16 && native.lanes) f(native);
   else if (dtype == ScalarType::BFloat16) f(pick(compiled, &Set::bf16, lanes));
   else if (dtype == ScalarType::Half) f(pick(compiled, &Set::f16, lanes));
   else if (dtype == ScalarType::Double) f(pick(compiled, &Set::f64, lanes));
@@ -72,6 +78,18 @@ inline void check_grad(const char* op, const Tensor& grad, const Tensor& x) {
   STD_TORCH_CHECK(same, op, ": grad must have the shape and dtype of x");
 }
 
+// Outputs of this size malloc maps afresh for every call (with glibc).
+constexpr int64_t fresh_bytes = int64_t{32} << 20;
+
+// Memory that is not there yet comes in pages of 2 MiB where the system gives them on request: one fault in place of 512.
+inline void expect_large_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
+#if defined(__linux__)
+  const uintptr_t page = 4096, first = (reinterpret_cast<uintptr_t>(data) + page - 1) / page * page;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / page * page;
+  if (first < end) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
+#endif
+}
+
 // A new tensor, straight from the allocator: `torch::stable::empty` goes through the dispatcher, which costs as much again.
 inline Tensor empty(std::array<int64_t, 4> sizes, int32_t dtype, bool channels_last = false) {
   const auto [b, c, h, w] = sizes;
@@ -79,7 +97,10 @@ inline Tensor empty(std::array<int64_t, 4> sizes, int32_t dtype, bool channels_l
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(4, sizes.data(), (channels_last ? last : contiguous).data(), dtype,
                                                          aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
+  const Tensor t(handle);
+  const int64_t bytes = b * c * h * w * t.element_size();
+  if (bytes >= fresh_bytes) expect_large_pages(t.data_ptr(), bytes);
+  return t;
 }
 
 inline Tensor empty_in_layout_of(const Tensor& x) {
