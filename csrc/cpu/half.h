@@ -8,6 +8,8 @@ namespace spanet {
 struct Bf16 {
   uint16_t bits;
 };
+// bf16 that the processor itself rounds to (AVX512_BF16).
+struct NativeBf16 : Bf16 {};
 struct Half {
   uint16_t bits;
 };

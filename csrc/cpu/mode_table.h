@@ -13,11 +13,6 @@
 
 namespace spanet {
 
-// Whether contiguous planes go through whole, as rows of a matrix product with all modes: small ones with few modes.
-inline bool serves_flat(int64_t h, int64_t w, int64_t radius_squared) {
-  return h * w >= 16 && h * w <= 256 && axis_functions(h, radius_squared) * axis_functions(w, radius_squared) <= 25;
-}
-
 // Function k of an axis at i, not normalised.
 template <class T> double function_value(const Axis<T>& axis, int64_t k, int64_t i) {
   const int64_t f = k < axis.nc ? k : k - axis.nc + 1;
@@ -36,12 +31,13 @@ template <class T> struct Lines {
 };
 
 // Values for n elements laid out in slots (Step in tiles.h): the last vector of several is moved back to end with the elements.
-// Of those that stand there twice, `once` keeps the first and has zeros for the second.
+// Of those that stand there twice, `once` keeps the first and has zeros for the second. If they fit in half a vector, both halves
+// have them.
 template <class T, class F> void fill_slots(int64_t n, int64_t lanes, T* slots, T* once, F value) {
   const int64_t vectors = (n + lanes - 1) / lanes, width = vectors * lanes;
   for (int64_t slot = 0; slot < width; ++slot) {
     const bool moved = n >= lanes && slot / lanes == vectors - 1;
-    const int64_t i = moved ? slot - (width - n) : slot;
+    const int64_t i = moved ? slot - (width - n) : 2 * n <= lanes ? slot % (lanes / 2) : slot;
     if (i >= n) continue;
     slots[slot] = value(i);
     if (!moved || i >= slot / lanes * lanes) once[slot] = value(i);
@@ -76,7 +72,7 @@ enum class Extent { disc, square };
 template <class T> struct ModeTable {
   AxisTable<T> rows, columns;
   std::vector<Mode> mode;
-  Lines<T> flat, flat_once;
+  std::vector<T> scales;
   Modes<T> modes;
 
   ModeTable(int64_t h, int64_t w, int64_t radius_squared, Extent extent, int64_t lanes)
@@ -95,16 +91,8 @@ template <class T> struct ModeTable {
         if (extent == Extent::square) mode.push_back({a, b, static_cast<int32_t>(index), a * width, b * width, std::sqrt(scale)});
         else if (squared <= radius_squared) mode.push_back({a, b, shell_of[squared], a * width, b * width, scale});
       }
-    const int64_t flat_width = (h * w + lanes - 1) / lanes * lanes;
-    if (serves_flat(h, w, radius_squared)) {
-      flat = flat_once = Lines<T>(flat_rows(mode.size()) * flat_width);
-      for (size_t k = 0; k < mode.size(); ++k)
-        fill_slots(h * w, lanes, flat.data() + k * flat_width, flat_once.data() + k * flat_width, [&](int64_t i) {
-          return static_cast<T>(function_value(rows.axis, mode[k].row, i / w) * function_value(columns.axis, mode[k].column, i % w));
-        });
-    }
-    modes = {rows.axis, columns.axis, mode.data(), static_cast<int64_t>(mode.size()), shell_count(radius_squared),
-             flat.data(), flat_once.data(), flat_width};
+    for (const Mode& one : mode) scales.push_back(static_cast<T>(one.scale));
+    modes = {rows.axis, columns.axis, mode.data(), scales.data(), static_cast<int64_t>(mode.size()), shell_count(radius_squared)};
   }
 };
 

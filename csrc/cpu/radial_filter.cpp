@@ -18,9 +18,9 @@ void* thread_scratch(int64_t bytes) {
 
 namespace {
 
-// Outputs of this size do not fit the caches that the next operator reads from: they are streamed past them. Not so those
-// that malloc maps afresh for every call (from 32 MiB with glibc): the kernel has just zeroed their pages in the cache.
-constexpr int64_t stream_bytes = int64_t{8} << 20, fresh_bytes = int64_t{32} << 20;
+// Outputs of this size do not fit the caches that the next operator reads from: they are streamed past them. Not so fresh ones:
+// the system has just zeroed their pages in the cache.
+constexpr int64_t stream_bytes = int64_t{8} << 20;
 // Planes beyond this would leave the second-level cache if they were staged for streaming.
 constexpr int64_t staged_bytes = int64_t{512} << 10;
 
@@ -58,7 +58,7 @@ struct Plan {
 // How many adjacent elements a kernel sees.
 int64_t adjacent(const Tensor& x, bool channels_last, int64_t radius_squared) {
   const int64_t h = x.size(2), w = x.size(3);
-  return channels_last ? x.size(1) : serves_flat(h, w, radius_squared) ? h * w : w;
+  return channels_last ? x.size(1) : axis_functions(h, radius_squared) * axis_functions(w, radius_squared) <= 25 ? h * w : w;
 }
 
 // Calls f(kernels, modes, plan) for the operator on x.

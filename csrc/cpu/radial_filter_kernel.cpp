@@ -11,14 +11,15 @@
 //
 // Cuts: columns (NCHW): l is a column, the reduced axis the rows; along columns, up to one vector of modes is summed
 //         by dot products, more by a small GEMM. Columns that are not adjacent are first copied, a plane at a time.
-//         Small planes go through whole instead, as rows of pixels (flat.h).
+//         Radii 1 and 2 over planes of a few vectors stay in registers, two planes in a vector if their rows fit in half of it
+//         (disc.h). Rows of y are brought together in the cache where they are not whole vectors, and written by whole ones.
 //       lanes (channels_last): l is a channel; reduce along columns, then along rows, expand in reverse.
 // Every output is owned by one thread and the order of its sum is fixed: bit-equal for any number of threads.
 // Memory: x is read once from memory and once more from the cache, y is written once, past the cache if `stream` (columns).
 
 #include "cpu/radial_filter_kernel.h"
 
-#include "cpu/flat.h"
+#include "cpu/disc.h"
 #include "cpu/tiles.h"
 
 namespace spanet {
@@ -41,32 +42,17 @@ template <class T> struct Scratch {
   T* next;
 };
 
-// Writes n elements past the cache; whole vectors only, the ends by ordinary stores.
-template <class IO> void stream_copy(const IO* from, IO* to, int64_t n) {
-  constexpr int64_t vector = SIMD_BYTES / sizeof(IO);
-  const int64_t head = (SIMD_BYTES - reinterpret_cast<uintptr_t>(to) % SIMD_BYTES) % SIMD_BYTES / sizeof(IO);
-  int64_t i = head < n ? head : n;
-  std::memcpy(to, from, i * sizeof(IO));
-  for (; i + vector <= n; i += vector) store_streaming<float>(reinterpret_cast<float*>(to + i), load_raw<Vec<float>>(from + i));
-  std::memcpy(to + i, from + i, (n - i) * sizeof(IO));
-}
-
-// Rows of w elements that stand a vector apart, brought together. A whole vector is written for each, in order, so that
-// what it writes too much belongs to the next rows; the last ones are written element by element.
-template <class IO> void compact(const IO* rows, int64_t vector, IO* to, int64_t h, int64_t w) {
-  typedef uint8_t Bytes __attribute__((vector_size(SIMD_BYTES)));
-  typedef uint8_t HalfBytes __attribute__((vector_size(SIMD_BYTES / 2)));
-  for (int64_t i = 0; i < h; ++i, rows += vector, to += w) {
-    if (i * w + vector > h * w) {
-      for (int64_t j = 0; j < w; ++j) to[j] = rows[j];
-    } else if (vector * sizeof(IO) == SIMD_BYTES) {
-      const Bytes row = load_raw<Bytes>(rows);
-      std::memcpy(to, &row, sizeof row);
-    } else {
-      const HalfBytes row = load_raw<HalfBytes>(rows);
-      std::memcpy(to, &row, sizeof row);
-    }
-  }
+// n elements of scratch, which has room for a vector more, to memory in whole aligned vectors, past the caches if `stream`.
+template <class T, class IO> void write_out(const T* from, IO* to, int64_t n, bool stream) {
+  constexpr int64_t vl = lanes_of<T>, line = vl * vectors_of_line<T, IO>;
+  const auto write_part = [&](int64_t i, int64_t end) {
+    for (; i < end; i += vl) store_part<T>(to + i, load<T>(from + i), end - i < vl ? end - i : vl);
+  };
+  const int64_t ahead = (SIMD_BYTES - reinterpret_cast<uintptr_t>(to) % SIMD_BYTES) % SIMD_BYTES / sizeof(IO);
+  int64_t i = ahead < n ? ahead : n;
+  write_part(0, i);
+  for (; i + line <= n; i += line) store_line<T>(from + i, to + i, stream);
+  write_part(i, n);
 }
 
 template <class IO> const IO* copy_plane(const IO* x, Planes<const IO> p, int64_t h, int64_t w, IO* copy) {
@@ -81,61 +67,58 @@ template <class IO> const IO* adjacent_columns(const IO* x, Planes<const IO> p, 
   return p.w == 1 ? x : copy_plane(x, p, h, w, copy);
 }
 
-// The same as rows that follow each other.
-template <class IO> const IO* packed_plane(const IO* x, Planes<const IO> p, int64_t h, int64_t w, IO* copy) {
-  return p.w == 1 && p.h == w ? x : copy_plane(x, p, h, w, copy);
-}
-
-// What the columns cut works in, for each of a group of planes. v and t are (A_H, width) in slots; z has one number a mode;
-// full and weighed, (A_H, padded), serve the GEMM.
+// What the columns cut works in, for each plane of a group. v and t are (A_H, width) in slots; parts has a vector for each mode,
+// z a number; full and weighed, (A_H, padded), serve the matrix products.
 template <class T, class IO> struct ColumnsScratch {
-  ColumnsScratch(const Modes<T>& m, int64_t planes)
-      : rows(m.rows.count() * m.columns.width), modes(line_up(m.inside + lanes_of<T>)),
-        scratch(planes * (2 * rows + modes) + 2 * m.rows.count() * m.columns.padded + 2 * line_up(m.rows.n * m.columns.width) +
-                3 * m.columns.width + 256) {
+  ColumnsScratch(const Modes<T>& m, int64_t planes, int64_t staged, int64_t copied)
+      : rows(m.rows.count() * m.columns.width), padded(m.rows.count() * m.columns.padded),
+        scratch(planes * 2 * rows + (planes * m.inside + lanes_of<T>) * (lanes_of<T> + 3) + 2 * padded + 3 * m.columns.width + 2 * m.inside +
+                staged + 2 * copied + 512) {
     v = scratch.take(planes * rows);
     t = scratch.take(planes * rows);
-    z = scratch.take(planes * modes);
-    full = scratch.take(m.rows.count() * m.columns.padded);
-    weighed = scratch.zeros(m.rows.count() * m.columns.padded);
+    parts = reinterpret_cast<Vec<T>*>(scratch.take((planes * m.inside + lanes_of<T>) * lanes_of<T>));
+    z = scratch.take(planes * m.inside + lanes_of<T>);
+    full = scratch.take(padded);
+    weighed = scratch.zeros(padded);
     base = scratch.take(m.columns.width);
     dots = reinterpret_cast<double*>(scratch.take(2 * m.columns.width));
-    for (IO*& part : plane) part = reinterpret_cast<IO*>(scratch.take(m.rows.n * m.columns.width));
+    products = reinterpret_cast<double*>(scratch.take(2 * m.inside));
+    stage = scratch.take(staged);
+    for (IO*& part : plane) part = reinterpret_cast<IO*>(scratch.take(copied));
   }
-  int64_t rows, modes;
+  int64_t rows, padded;
   Scratch<T> scratch;
-  T *v, *t, *z, *full, *weighed, *base;
-  double* dots;
+  T *v, *t, *z, *full, *weighed, *base, *stage;
+  Vec<T>* parts;
+  double *dots, *products;
   IO* plane[2];
 };
 
-// Up to this many modes are cheaper as dot products along the columns than as a GEMM.
-constexpr int64_t few_modes = 16;
-
-// z[k] = sum_ab v[a, b] over mode k.
-template <class T, class IO> void columns_coefficients(const Modes<T>& m, const T* v, ColumnsScratch<T, IO>& s, T* z) {
+// z[i, k] = sum_ab v[i, a, b] over mode k, for so many planes.
+template <class T, class IO> void columns_coefficients(const Modes<T>& m, ColumnsScratch<T, IO>& s, int64_t planes) {
   constexpr int64_t vl = lanes_of<T>;
-  const int64_t width = m.columns.width, padded = m.columns.padded;
-  if (m.inside > few_modes) {
-    product(m.rows.count(), padded, width, v, width, m.columns.transposed, padded, s.full, padded);
-    for (int64_t k = 0; k < m.inside; ++k) z[k] = s.full[m.mode[k].row * padded + m.mode[k].column];
+  const int64_t width = m.columns.width, padded = m.columns.padded, inside = m.inside;
+  if (inside > few_modes) {
+    for (int64_t i = 0; i < planes; ++i) {
+      product(m.rows.count(), padded, width, s.v + i * s.rows, width, m.columns.transposed, padded, s.full, padded);
+      for (int64_t k = 0; k < inside; ++k) s.z[i * inside + k] = s.full[m.mode[k].row * padded + m.mode[k].column];
+    }
     return;
   }
-  for (int64_t first = 0; first < m.inside; first += vl) {
-    Vec<T> sums[vl];  // those of absent modes are summed up too, and not read
-    const int64_t count = m.inside - first < vl ? m.inside - first : vl;
-    for (int64_t k = 0; k < count; ++k) {
-      const T* row = v + m.mode[first + k].row_at;
-      const T* function = m.columns.once + m.mode[first + k].column_at;
+  Vec<T>* part = s.parts;
+  for (int64_t i = 0; i < planes; ++i)
+    for (int64_t k = 0; k < inside; ++k) {
+      const T* row = s.v + i * s.rows + m.mode[k].row_at;
+      const T* function = m.columns.once + m.mode[k].column_at;
       Vec<T> sum = load_raw<Vec<T>>(row) * load_raw<Vec<T>>(function);
       for (int64_t j = vl; j < width; j += vl) sum += load_raw<Vec<T>>(row + j) * load_raw<Vec<T>>(function + j);
-      sums[k] = sum;
+      *part++ = sum;
     }
-    store<T>(z + first, sum_lanes<T>(sums));
-  }
+  // of vectors beyond the last one the sums are not read
+  for (int64_t i = 0; i < planes * inside; i += vl) store<T>(s.z + i, sum_lanes<T>(s.parts + i));
 }
 
-// t[a, j] = sum_b z[a, b] psi[b, j] with the weighed coefficients.
+// t[a, j] = sum_b z[a, b] psi[b, j] with the weighed coefficients of a plane.
 template <class T, class IO> void columns_expand(const Modes<T>& m, const T* z, ColumnsScratch<T, IO>& s, T* t) {
   constexpr int64_t vl = lanes_of<T>;
   const int64_t width = m.columns.width, padded = m.columns.padded;
@@ -148,26 +131,35 @@ template <class T, class IO> void columns_expand(const Modes<T>& m, const T* z, 
     for (int64_t k = 0; k < m.inside;) {
       const int64_t row = m.mode[k].row_at;
       Vec<T> sum = load_raw<Vec<T>>(m.columns.functions + m.mode[k].column_at + j) * z[k];
-      for (++k; k < m.inside && m.mode[k].row_at == row; ++k) sum += load_raw<Vec<T>>(m.columns.functions + m.mode[k].column_at + j) * z[k];
+      for (++k; k < m.inside && m.mode[k].row_at == row; ++k)
+        sum += load_raw<Vec<T>>(m.columns.functions + m.mode[k].column_at + j) * z[k];
       store<T>(t + row + j, sum);
     }
 }
 
-// Planes [begin, end), in groups that stay in the first-level cache: the short steps of one overlap with those of the next.
+// Planes of a group: what is read and written of them stays in the first-level cache.
+constexpr int64_t most_planes = 16;
+template <class T, class IO> int64_t group_planes(int64_t pixels) {
+  constexpr int64_t cached = 8192;
+  const int64_t fit = cached / (pixels * static_cast<int64_t>(sizeof(T)));
+  return fit < 2 ? 1 : fit < most_planes ? fit / 2 * 2 : most_planes;
+}
+
+// Planes [begin, end), in groups: the short steps of one overlap with those of the next.
 // z are the coefficients of x, not normalised; between(b, c, z) is what happens to them.
-// WRITE: then their functions are added to base(c) x; else there is no y.
+// WRITE: then their functions are added to base(c) x; else there is no y. `staged`: rows of y are brought together in scratch, where
+// what crosses a cache line costs little.
 template <bool WRITE, class T, class IO, class Base, class Between>
-void over_columns(const Modes<T>& m, Planes<const IO> x, Planes<IO> y, int64_t channels, bool stream, int64_t begin, int64_t end, Base base,
-                  Between between) {
-  constexpr int64_t most = 8, cached = 16384;
-  const int64_t h = m.rows.n, w = m.columns.n, width = m.columns.width, bytes = h * w * static_cast<int64_t>(sizeof(IO));
-  const int64_t planes = x.w != 1 || bytes * 2 > cached ? 1 : (cached / bytes < most ? cached / bytes : most);
-  ColumnsScratch<T, IO> s(m, planes);
+void over_columns(const Modes<T>& m, Planes<const IO> x, Planes<IO> y, int64_t channels, bool staged, bool stream, int64_t begin,
+                  int64_t end, Base base, Between between) {
+  const int64_t h = m.rows.n, w = m.columns.n, width = m.columns.width, pixels = h * w;
+  const int64_t planes = x.w == 1 ? group_planes<T, IO>(pixels) : 1;
+  ColumnsScratch<T, IO> s(m, planes, staged ? planes * pixels + lanes_of<T> : 0, x.w == 1 ? 0 : pixels);
   int64_t image = begin / channels, channel = begin % channels;
   for (int64_t first = begin; first < end; first += planes) {
     const int64_t group = end - first < planes ? end - first : planes;
-    const IO* plane[most];
-    int64_t h_stride, b[most], c[most];
+    const IO* plane[most_planes];
+    int64_t h_stride, b[most_planes], c[most_planes];
     for (int64_t g = 0; g < group; ++g) {
       b[g] = image;
       c[g] = channel;
@@ -175,64 +167,59 @@ void over_columns(const Modes<T>& m, Planes<const IO> x, Planes<IO> y, int64_t c
       plane[g] = adjacent_columns(x.data + b[g] * x.b + c[g] * x.c, x, h_stride, h, w, s.plane[0]);
       reduce(m.rows, plane[g], h_stride, w, true, s.v + g * s.rows, width);
     }
-    for (int64_t g = 0; g < group; ++g) columns_coefficients(m, s.v + g * s.rows, s, s.z + g * s.modes);
-    for (int64_t g = 0; g < group; ++g) between(b[g], c[g], s.z + g * s.modes);
+    columns_coefficients(m, s, group);
+    for (int64_t g = 0; g < group; ++g) between(b[g], c[g], s.z + g * m.inside);
     if constexpr (WRITE) {
-      for (int64_t g = 0; g < group; ++g) columns_expand(m, s.z + g * s.modes, s, s.t + g * s.rows);
+      IO* out = y.data + b[0] * y.b + c[0] * y.c;
+      for (int64_t g = 0; g < group; ++g) columns_expand(m, s.z + g * m.inside, s, s.t + g * s.rows);
       for (int64_t g = 0; g < group; ++g) {
         for (int64_t j = 0; j < width; ++j) s.base[j] = base(c[g]);
-        const bool narrow = w < width && width == lanes_of<T>;
-        IO* out = y.data + b[g] * y.b + c[g] * y.c;
-        IO* to = stream || narrow ? s.plane[1] : out;
-        expand<Out::scaled>(m.rows, s.t + g * s.rows, width, w, true, Rows<T, IO>{s.base, plane[g], h_stride, to, narrow ? width : w});
-        if (narrow) compact(s.plane[1], width, out, h, w);
-        else if (stream) stream_copy(s.plane[1], out, h * w);
+        const T* t = s.t + g * s.rows;
+        if (staged) expand<Out::scaled>(m.rows, t, width, w, true, Rows<T, IO, T>{s.base, plane[g], h_stride, s.stage + g * pixels, w});
+        else expand<Out::scaled>(m.rows, t, width, w, true, Rows<T, IO, IO>{s.base, plane[g], h_stride, out + g * pixels, w});
       }
+      if (staged) write_out(s.stage, out, group * pixels, stream);
     }
   }
   if (stream) fence_streaming();
 }
 
-// Planes [begin, end) as over_columns, whole planes at a time; planes that are not contiguous are first copied.
-template <bool WRITE, class T, class IO, class Base, class Between>
-void over_flat(const Modes<T>& m, Planes<const IO> x, Planes<IO> y, int64_t channels, bool stream, int64_t begin, int64_t end, Base base,
-               Between between) {
-  constexpr int64_t most = 16, vl = lanes_of<T>;
-  const int64_t h = m.rows.n, w = m.columns.n, rows = flat_rows(m.inside);
-  const int64_t planes = x.w == 1 && x.h == w ? most : 1;
-  Scratch<T> scratch(planes * rows * (vl + 1) + vl * vl + 2 * line_up(h * w) + 256);
-  Vec<T>* sums = reinterpret_cast<Vec<T>*>(scratch.take(planes * rows * vl + vl * vl));
-  T* z = scratch.take(planes * rows + vl);
-  IO* copy[2];
-  for (IO*& part : copy) part = reinterpret_cast<IO*>(scratch.take(h * w));
+// filter for planes [begin, end) with the modes of Disc<R2>.
+template <int R2, int NV, class T, class IO>
+void filter_disc(const Modes<T>& m, Planes<const IO> x, Planes<IO> y, const Profile<T>& p, int64_t channels, bool stream, int64_t begin,
+                 int64_t end) {
+  constexpr int PARTS = parts_of<NV>;
+  constexpr int64_t modes = Disc<R2>::modes, vl = lanes_of<T>, half = vl / 2;
+  const int64_t w = m.columns.n, pixels = m.rows.n * w, planes = group_planes<T, IO>(pixels);
+  Scratch<T> scratch((planes + 1) * pixels + vl + 64);
+  T* stage = scratch.take((planes + 1) * pixels + vl);
+  Coefficients<R2, NV, T> z, weights{};
+  Vec<T> base{};
   int64_t image = begin / channels, channel = begin % channels;
+  const bool same = p.base_stride == 0 && p.gain_channel == 0;
   for (int64_t first = begin; first < end; first += planes) {
     const int64_t group = end - first < planes ? end - first : planes;
-    const IO* plane[most];
-    int64_t b[most], c[most];
-    for (int64_t g = 0; g < group; ++g) {
-      b[g] = image;
-      c[g] = channel;
-      if (++channel == channels) channel = 0, ++image;
-      plane[g] = packed_plane(x.data + b[g] * x.b + c[g] * x.c, x, h, w, copy[0]);
-      flat_reduce(m, plane[g], sums + g * rows);
-    }
-    for (int64_t i = 0; i < group * rows; i += vl) store<T>(z + i, sum_lanes<T>(sums + i));
-    for (int64_t g = 0; g < group; ++g) between(b[g], c[g], z + g * rows);
-    if constexpr (WRITE)
-      for (int64_t g = 0; g < group; ++g) {
-        IO* out = y.data + b[g] * y.b + c[g] * y.c;
-        flat_expand(m, z + g * rows, base(c[g]), plane[g], stream ? copy[1] : out);
-        if (stream) stream_copy(copy[1], out, h * w);
+    IO* out = y.data + image * y.b + channel * y.c;
+    for (int64_t g = 0; g < group; g += PARTS) {
+      const IO* plane[2] = {};
+      for (int part = 0; part < PARTS && g + part < group; ++part) {
+        plane[part] = x.data + image * x.b + channel * x.c;
+        if (!same || first + g == begin) {
+          for (int64_t l = part * half; l < vl; ++l) base[l] = p.base[channel * p.base_stride];
+          const T* gain = p.gain + channel * p.gain_channel;
+          for (int64_t k = 0; k < modes; ++k) weights.of(k, part) = m.scales[k] * gain[m.mode[k].index * p.gain_shell];
+        }
+        if (++channel == channels) channel = 0, ++image;
       }
+      // a plane without another one beside it is its own second
+      const Step<NV, T> step{NV > 0 ? w - vl : w, true, PARTS == 2 && plane[1] ? plane[1] - plane[0] : 0};
+      disc_coefficients(m, plane[0], x.h, step, Vec<T>{}, z);
+      z *= weights;
+      disc_expand(m, z, base, step, Rows<T, IO, T>{nullptr, plane[0], x.h, stage + g * pixels, w, pixels});
+    }
+    write_out(stage, out, group * pixels, stream);
   }
   if (stream) fence_streaming();
-}
-
-// Planes [begin, end), by the one or the other.
-template <bool WRITE, class T, class IO, class... More> void over_planes(const Modes<T>& m, Planes<const IO> x, More... more) {
-  if (m.flat) over_flat<WRITE>(m, x, more...);
-  else over_columns<WRITE>(m, x, more...);
 }
 
 struct Chunk {
@@ -293,23 +280,31 @@ void over_lanes(const Modes<T>& m, Planes<const IO> x, Planes<IO> y, int64_t cha
     lanes_coefficients(m, from, x.h, x.w, part.lanes, wide, s.u, s.z[0]);
     between(b, part, wide, s.z[0], s.gains);
     if constexpr (WRITE) {
-      expand<Out::sum>(m.rows, s.z[0], row, row, false, Rows<T, T>{s.base, s.u, 0, s.u, row});
+      expand<Out::sum>(m.rows, s.z[0], row, row, false, Rows<T, T, T>{s.base, s.u, 0, s.u, row});
       IO* to = y.data + b * y.b + part.first * y.c;
       for (int64_t i = 0; i < m.rows.n; ++i)
-        expand<Out::scaled>(m.columns, s.u + i * row, wide, part.lanes, false, Rows<T, IO>{s.base, from + i * x.h, x.w, to + i * y.h, y.w});
+        expand<Out::scaled>(m.columns, s.u + i * row, wide, part.lanes, false, Rows<T, IO, IO>{s.base, from + i * x.h, x.w, to + i * y.h, y.w});
     }
   }
 }
+
+// Planes whose staged copies would leave the second-level cache are written at once.
+constexpr int64_t most_staged = int64_t{1} << 20;
 
 template <class T, class IO>
 void filter(Cut cut, const Modes<T>& m, Planes<const IO> x, Planes<IO> y, const Profile<T>& p, int64_t channels, int64_t chunk, bool stream,
             int64_t begin, int64_t end) {
   if (cut == Cut::columns) {
-    over_planes<true>(
-        m, x, y, channels, stream, begin, end, [&](int64_t c) { return p.base[c * p.base_stride]; },
+    constexpr int64_t line = SIMD_BYTES / sizeof(IO);
+    const bool fits = m.rows.n * m.columns.n * static_cast<int64_t>(sizeof(T)) <= most_staged;
+    const bool staged = fits && (stream || m.columns.n % line != 0 || sizeof(IO) != sizeof(T));
+    const auto disc = [&](auto r2, auto nv) { filter_disc<r2(), nv()>(m, x, y, p, channels, stream, begin, end); };
+    if (fits && x.w == 1 && for_disc(m, disc)) return;
+    over_columns<true>(
+        m, x, y, channels, staged, stream, begin, end, [&](int64_t c) { return p.base[c * p.base_stride]; },
         [&](int64_t, int64_t c, T* z) {
           const T* gain = p.gain + c * p.gain_channel;
-          for (int64_t k = 0; k < m.inside; ++k) z[k] *= T(m.mode[k].scale) * gain[m.mode[k].index * p.gain_shell];
+          for (int64_t k = 0; k < m.inside; ++k) z[k] *= m.scales[k] * gain[m.mode[k].index * p.gain_shell];
         });
     return;
   }
@@ -334,7 +329,7 @@ void mode_coefficients(Cut cut, const Modes<T>& m, Planes<const IO> x, T* out, i
                        int64_t end) {
   const Planes<IO> none{};
   if (cut == Cut::columns) {
-    over_planes<false>(m, x, none, channels, false, begin, end, 0, [&](int64_t b, int64_t c, T* z) {
+    over_columns<false>(m, x, none, channels, false, false, begin, end, 0, [&](int64_t b, int64_t c, T* z) {
       T* to = out + (b * channels + c) * m.inside;
       for (int64_t k = 0; k < m.inside; ++k) to[m.mode[k].index] = T(z[k] * m.mode[k].scale);
     });
@@ -363,56 +358,66 @@ void accumulate_dot(const IO* grad, int64_t grad_stride, const IO* x, int64_t x_
       for (int v = 0; v < step.vectors; ++v)
         sum[v] += step.read(grad + i * grad_stride + l + step.at(v)) * step.read(x + i * x_stride + l + step.at(v));
     UNROLL
-    for (int v = 0; v < step.vectors; ++v) step.write(partial + l + step.at(v), sum[v]);
+    for (int v = 0; v < step.vectors; ++v) step.write(partial + l + step.at(v), sum[v], 0);
   });
   for (int64_t l = 0; l < lanes; ++l) total[l] += partial[l];
 }
 
 template <class T, class IO>
-void backward_flat(const Modes<T>& m, Planes<const IO> grad, Planes<const IO> x, double* sums, int64_t images, int64_t channels,
-                   int64_t begin, int64_t end) {
-  constexpr int64_t vl = lanes_of<T>;
-  const int64_t h = m.rows.n, w = m.columns.n, rows = flat_rows(m.inside), count = 2 * rows + 1;
-  Scratch<T> scratch((count + vl) * (vl + 1) + 2 * line_up(h * w) + 256);
-  Vec<T>* parts = reinterpret_cast<Vec<T>*>(scratch.take((count + vl) * vl));
-  T* z = scratch.take(count + vl);
-  IO* copy[2];
-  for (IO*& part : copy) part = reinterpret_cast<IO*>(scratch.take(h * w));
-  for (int64_t c = begin; c < end; ++c)
-    for (int64_t b = 0; b < images; ++b) {
-      const IO* g = packed_plane(grad.data + b * grad.b + c * grad.c, grad, h, w, copy[0]);
-      const IO* f = packed_plane(x.data + b * x.b + c * x.c, x, h, w, copy[1]);
-      flat_reduce(m, g, parts);
-      flat_reduce(m, f, parts + rows);
-      parts[2 * rows] = flat_dot(m, g, f);
-      for (int64_t i = 0; i < count; i += vl) store<T>(z + i, sum_lanes<T>(parts + i));
-      for (int64_t k = 0; k < m.inside; ++k) sums[k * channels + c] += double(z[k]) * double(z[rows + k]);
-      sums[m.inside * channels + c] += z[2 * rows];
-    }
-}
-
-template <class T, class IO>
 void backward_columns(const Modes<T>& m, Planes<const IO> grad, Planes<const IO> x, double* sums, int64_t images, int64_t channels,
                       int64_t begin, int64_t end) {
-  const int64_t h = m.rows.n, w = m.columns.n;
-  ColumnsScratch<T, IO> s(m, 2);
+  const int64_t h = m.rows.n, w = m.columns.n, inside = m.inside;
+  ColumnsScratch<T, IO> s(m, 2, 0, grad.w == 1 && x.w == 1 ? 0 : h * w);
+  const Planes<const IO> from[2] = {grad, x};
   for (int64_t c = begin; c < end; ++c) {
+    for (int64_t k = 0; k < inside; ++k) s.products[k] = 0;
     for (int64_t j = 0; j < w; ++j) s.dots[j] = 0;
     for (int64_t b = 0; b < images; ++b) {
+      const IO* plane[2];
       int64_t h_stride[2];
-      const IO* plane[2] = {adjacent_columns(grad.data + b * grad.b + c * grad.c, grad, h_stride[0], h, w, s.plane[0]),
-                            adjacent_columns(x.data + b * x.b + c * x.c, x, h_stride[1], h, w, s.plane[1])};
       for (int side = 0; side < 2; ++side) {
-        reduce(m.rows, plane[side], h_stride[side], w, true, s.v, m.columns.width);
-        columns_coefficients(m, s.v, s, s.z + side * s.modes);
+        const Planes<const IO>& p = from[side];
+        plane[side] = adjacent_columns(p.data + b * p.b + c * p.c, p, h_stride[side], h, w, s.plane[side]);
+        reduce(m.rows, plane[side], h_stride[side], w, true, s.v + side * s.rows, m.columns.width);
       }
-      for (int64_t k = 0; k < m.inside; ++k) sums[k * channels + c] += double(s.z[k]) * double(s.z[s.modes + k]);
+      columns_coefficients(m, s, 2);
+      for (int64_t k = 0; k < inside; ++k) s.products[k] += double(s.z[k]) * double(s.z[inside + k]);
       // rows in groups of eight: short sums in T
       for (int64_t i = 0; i < h; i += 8)
         accumulate_dot(plane[0] + i * h_stride[0], h_stride[0], plane[1] + i * h_stride[1], h_stride[1], h - i < 8 ? h - i : 8, w, s.t,
                        s.dots);
     }
-    for (int64_t j = 0; j < w; ++j) sums[m.inside * channels + c] += s.dots[j];
+    for (int64_t k = 0; k < inside; ++k) sums[k * channels + c] = s.products[k];
+    for (int64_t j = 0; j < w; ++j) sums[inside * channels + c] += s.dots[j];
+  }
+}
+
+// The same for the modes of Disc<R2>; the planes of a step are those of a channel in PARTS images.
+template <int R2, int NV, class T, class IO>
+void backward_disc(const Modes<T>& m, Planes<const IO> grad, Planes<const IO> x, double* sums, int64_t images, int64_t channels,
+                   int64_t begin, int64_t end) {
+  constexpr int PARTS = parts_of<NV>;
+  using Z = Coefficients<R2, NV, T>;
+  constexpr int64_t modes = Disc<R2>::modes, vl = lanes_of<T>;
+  const int64_t last = NV > 0 ? m.columns.n - vl : m.columns.n;
+  for (int64_t c = begin; c < end; ++c) {
+    double products[Z::vectors * vl] = {};
+    for (int64_t b = 0; b < images; b += PARTS) {
+      const bool pair = PARTS == 2 && b + 1 < images;
+      const IO* g = grad.data + b * grad.b + c * grad.c;
+      const IO* f = x.data + b * x.b + c * x.c;
+      const Step<NV, T> grad_step{last, true, pair ? grad.b : 0}, x_step{last, true, pair ? x.b : 0};
+      Z of_grad, of_x;
+      disc_coefficients(m, g, grad.h, grad_step, Vec<T>{}, of_grad);
+      disc_coefficients(m, f, x.h, x_step, disc_dot(m, g, grad.h, grad_step, f, x.h, x_step), of_x);
+      // the number behind the coefficients is <grad, x> itself; of a plane without another one beside it the second copy is left out
+      for (int64_t part = 0; part < PARTS; ++part) of_grad.of(modes, part) = 1;
+      if (PARTS == 2 && !pair)
+        for (int64_t k = 0; k <= modes; ++k) of_grad.of(k, 1) = 0;
+      for (int64_t i = 0; i < Z::vectors * vl; ++i) products[i] += double(of_grad.number(i)) * double(of_x.number(i));
+    }
+    for (int64_t k = 0; k <= modes; ++k)
+      for (int64_t part = 0; part < PARTS; ++part) sums[k * channels + c] += products[k * PARTS + part];
   }
 }
 
@@ -443,9 +448,10 @@ void backward_lanes(const Modes<T>& m, Planes<const IO> grad, Planes<const IO> x
 template <class T, class IO>
 void backward(Cut cut, const Modes<T>& m, Planes<const IO> grad, Planes<const IO> x, double* sums, int64_t images, int64_t channels,
               int64_t chunk, int64_t begin, int64_t end) {
-  if (cut == Cut::columns && m.flat) backward_flat(m, grad, x, sums, images, channels, begin, end);
-  else if (cut == Cut::columns) backward_columns(m, grad, x, sums, images, channels, begin, end);
-  else backward_lanes(m, grad, x, sums, images, channels, chunk, begin, end);
+  if (cut == Cut::lanes) return backward_lanes(m, grad, x, sums, images, channels, chunk, begin, end);
+  const auto disc = [&](auto r2, auto nv) { backward_disc<r2(), nv()>(m, grad, x, sums, images, channels, begin, end); };
+  if (grad.w == 1 && x.w == 1 && for_disc(m, disc)) return;
+  backward_columns(m, grad, x, sums, images, channels, begin, end);
 }
 
 template <class T, class IO>
@@ -453,8 +459,12 @@ constexpr RadialFilterKernels<T, IO> kernels{filter<T, IO>, mode_coefficients<T,
 
 }  // namespace
 
-extern const KernelSet<RadialFilterKernels> radial_filter_kernels{kernels<float, float>, kernels<float, Bf16>, kernels<float, Half>,
-                                                                  kernels<double, double>};
+extern const KernelSet<RadialFilterKernels> radial_filter_kernels{
+    kernels<float, float>, kernels<float, Bf16>, kernels<float, Half>, kernels<double, double>,
+#if SIMD_BYTES == 64
+    kernels<float, NativeBf16>,
+#endif
+};
 
 }  // namespace SIMD_NAME
 }  // namespace spanet

@@ -14,7 +14,7 @@ inline int64_t line_up(int64_t elements) { return (elements + 15) / 16 * 16; }
 template <class T> struct Axis {
   int64_t n, nc, ns;
   const T* table;
-  // the functions laid out in slots (radial_filter_kernel.cpp): of lanes that stand there twice, `once` keeps the first
+  // the functions laid out in slots (tiles.h): of lanes that stand there twice, `once` keeps the first
   const T* functions;   // (nc + ns, width)
   const T* once;        // (nc + ns, width)
   const T* transposed;  // once^T, (width, padded), zeros beyond nc + ns
@@ -33,15 +33,12 @@ struct Mode {
 template <class T> struct Modes {
   Axis<T> rows, columns;
   const Mode* mode;  // those inside the disc, or all, by rows
+  const T* scales;   // theirs
   int64_t inside, shells;
-  // the modes of small planes as functions of the pixel, (flat_rows(inside), flat_width) in slots; nullptr for other planes
-  const T* flat;
-  const T* flat_once;
-  int64_t flat_width;
 };
 
-// Rows of Modes::flat: tiles of five modes first, then of four.
-inline int64_t flat_rows(int64_t inside) { return inside < 6 ? 5 : 5 + (inside - 2) / 4 * 4; }
+// Up to this many modes are cheaper as dot products along the columns than as a matrix product.
+constexpr int64_t few_modes = 16;
 
 template <class IO> struct Planes {  // (B, C, H, W) with strides in elements
   IO* data;
@@ -70,7 +67,7 @@ template <class T, class IO> struct RadialFilterKernels {
   // sums is (inside + 1, C): the products of every mode, not normalised, then <grad, x>
   void (*backward)(Cut, const Modes<T>&, Planes<const IO> grad, Planes<const IO> x, double* sums, int64_t images, int64_t channels,
                    int64_t chunk, int64_t begin, int64_t end);
-  int64_t lanes;
+  int64_t lanes;  // 0: there are none
 };
 
 // Working memory of the calling thread, kept from call to call; aligned to 64 bytes, contents undefined.
@@ -82,6 +79,7 @@ template <template <class, class> class Kernels> struct KernelSet {
   Kernels<float, Bf16> bf16;
   Kernels<float, Half> f16;
   Kernels<double, double> f64;
+  Kernels<float, NativeBf16> native_bf16{};  // of AVX-512 alone, and not of every operator
 };
 
 // Declares the sets that the compilations of the operator's kernels define.

@@ -26,11 +26,14 @@ template <> struct Simd<float> {
   typedef float V __attribute__((vector_size(SIMD_BYTES)));
   typedef uint32_t U __attribute__((vector_size(SIMD_BYTES)));
   typedef uint16_t U16 __attribute__((vector_size(SIMD_BYTES / 2)));
+  typedef int32_t I __attribute__((vector_size(SIMD_BYTES)));
 };
 template <> struct Simd<double> {
   typedef double V __attribute__((vector_size(SIMD_BYTES)));
+  typedef int64_t I __attribute__((vector_size(SIMD_BYTES)));
 };
 template <class T> using Vec = typename Simd<T>::V;
+template <class T> using LaneIndex = typename Simd<T>::I;
 template <class T> constexpr int64_t lanes_of = SIMD_BYTES / sizeof(T);
 
 #define SIMD_INLINE static inline __attribute__((always_inline))
@@ -88,13 +91,24 @@ SIMD_INLINE void narrow(float f, Half* p) {
   }
 }
 
+template <class IO> constexpr bool is_bf16 = std::is_base_of_v<Bf16, IO>;
+
 template <class T, class IO> SIMD_INLINE Vec<T> load(const IO* p) {
   if constexpr (std::is_same_v<IO, T>) {
     return load_raw<Vec<T>>(p);
-  } else if constexpr (std::is_same_v<IO, Bf16>) {
+  } else if constexpr (is_bf16<IO>) {
+#if SIMD_BYTES == 64
+    // each half word goes to the upper half of a lane, by one permutation
+    const __m512i halves = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)p));
+    typedef uint16_t Words __attribute__((vector_size(64)));
+    Words at;
+    for (int l = 0; l < 32; ++l) at[l] = uint16_t(l / 2);
+    return (Vec<T>)_mm512_maskz_permutexvar_epi16(0xaaaaaaaau, (__m512i)at, halves);
+#else
     using S = Simd<float>;
     const S::U wide = __builtin_convertvector(load_raw<S::U16>(p), S::U) << 16;
     return (Vec<T>)wide;
+#endif
   } else {
 #if SIMD_BYTES == 64
     return (Vec<T>)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
@@ -163,12 +177,25 @@ SIMD_INLINE Simd<float>::U bf16_bits(Vec<float> v) {
   return bits + (up & (U)(v == v));
 }
 
+#if SIMD_BYTES == 64
+// The rounding instructions of AVX512_BF16 take denormals for zeros: where there are some, they do not serve.
+SIMD_INLINE bool has_denormals(Vec<float> v) { return __builtin_expect(_mm512_fpclass_ps_mask((__m512)v, 0x20), 0); }
+#endif
+
 // The bit pattern of v as IO, ready to be stored.
 template <class IO, class T> SIMD_INLINE auto narrow(Vec<T> v) {
   if constexpr (std::is_same_v<IO, T>) {
     return v;
-  } else if constexpr (std::is_same_v<IO, Bf16>) {
-    return __builtin_convertvector(bf16_bits(v) >> 16, Simd<float>::U16);
+  } else if constexpr (is_bf16<IO>) {
+    Simd<float>::U16 halves;
+#if SIMD_BYTES == 64
+    if (std::is_same_v<IO, NativeBf16> && !has_denormals(v)) {
+      asm("vcvtneps2bf16 %1, %0" : "=v"(halves) : "v"(v));
+      return halves;
+    }
+#endif
+    halves = __builtin_convertvector(bf16_bits(v) >> 16, Simd<float>::U16);
+    return halves;
   } else {
 #if SIMD_BYTES == 64
     return _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -208,18 +235,48 @@ template <class T, class IO> SIMD_INLINE void store_part(IO* p, Vec<T> v, int64_
 #endif
 }
 
-// One vector whose lane k is the sum of the lanes of v[k].
-template <class T> SIMD_INLINE Vec<T> sum_lanes(Vec<T>* v) {
+// Whether a vector is long enough to have a plane in either half.
+constexpr bool pairs_planes = SIMD_BYTES == 64;
+
+#if SIMD_BYTES == 64
+// A vector whose lower half is load_part(p, n) and its upper half load_part(q, n), and the way back.
+template <class T, class IO> SIMD_INLINE Vec<T> load_halves(const IO* p, const IO* q, int64_t n) {
+  constexpr int64_t half = lanes_of<T> / 2;
+  const uint32_t low = (1u << n) - 1, high = low << half;
+  if constexpr (sizeof(IO) == 8)
+    return (Vec<T>)_mm512_mask_loadu_pd(_mm512_maskz_loadu_pd(__mmask8(low), p), __mmask8(high), q - half);
+  else if constexpr (sizeof(IO) == 4)
+    return (Vec<T>)_mm512_mask_loadu_ps(_mm512_maskz_loadu_ps(__mmask16(low), p), __mmask16(high), q - half);
+  const __m256i both = _mm256_mask_loadu_epi16(_mm256_maskz_loadu_epi16(__mmask16(low), p), __mmask16(high), q - half);
+  return load<T>((const IO*)&both);
+}
+template <class T, class IO> SIMD_INLINE void store_halves(IO* p, IO* q, Vec<T> v, int64_t n) {
+  constexpr int64_t half = lanes_of<T> / 2;
+  const uint32_t low = (1u << n) - 1, high = low << half;
+  if constexpr (sizeof(IO) == 8) {
+    _mm512_mask_storeu_pd(p, __mmask8(low), (__m512d)v);
+    _mm512_mask_storeu_pd(q - half, __mmask8(high), (__m512d)v);
+  } else if constexpr (sizeof(IO) == 4) {
+    _mm512_mask_storeu_ps(p, __mmask16(low), (__m512)v);
+    _mm512_mask_storeu_ps(q - half, __mmask16(high), (__m512)v);
+  } else {
+    const __m256i bits = (__m256i)narrow<IO, T>(v);
+    _mm256_mask_storeu_epi16(p, __mmask16(low), bits);
+    _mm256_mask_storeu_epi16(q - half, __mmask16(high), bits);
+  }
+}
+#endif
+
+// One vector whose lane PARTS k + p is the sum of part p of the lanes of v[k].
+template <class T, int PARTS = 1> SIMD_INLINE Vec<T> sum_lanes(Vec<T>* v) {
   constexpr int64_t vl = lanes_of<T>;
-  using Index = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
-  typedef Index Mask __attribute__((vector_size(SIMD_BYTES)));
-  Mask even, odd;
+  LaneIndex<T> even, odd;
   for (int64_t l = 0; l < vl; ++l) {
-    even[l] = Index(2 * l);
-    odd[l] = Index(2 * l + 1);
+    even[l] = 2 * l;
+    odd[l] = 2 * l + 1;
   }
 #pragma GCC unroll 4
-  for (int64_t left = vl / 2; left > 0; left /= 2)
+  for (int64_t left = vl / PARTS / 2; left > 0; left /= 2)
 #pragma GCC unroll 8
     for (int64_t k = 0; k < left; ++k)
       v[k] = __builtin_shuffle(v[2 * k], v[2 * k + 1], even) + __builtin_shuffle(v[2 * k], v[2 * k + 1], odd);
@@ -230,12 +287,10 @@ template <class T> SIMD_INLINE Vec<T> sum_lanes(Vec<T>* v) {
 template <class T, int S = 1> SIMD_INLINE void transpose(Vec<T>* v) {
   constexpr int64_t vl = lanes_of<T>;
   if constexpr (S < vl) {
-    using Index = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
-    typedef Index Mask __attribute__((vector_size(SIMD_BYTES)));
-    Mask low, high;
+    LaneIndex<T> low, high;
     for (int64_t l = 0; l < vl; ++l) {
-      low[l] = Index(l & S ? vl + l - S : l);
-      high[l] = Index(l & S ? vl + l : l + S);
+      low[l] = l & S ? vl + l - S : l;
+      high[l] = l & S ? vl + l : l + S;
     }
 #pragma GCC unroll 16
     for (int64_t i = 0; i < vl; ++i)
@@ -248,16 +303,34 @@ template <class T, int S = 1> SIMD_INLINE void transpose(Vec<T>* v) {
   }
 }
 
-// A store past the caches; p must be aligned to its own size.
-template <class T, class IO> SIMD_INLINE void store_streaming(IO* p, Vec<T> v) {
-  const auto bits = narrow<IO, T>(v);
-#if SIMD_BYTES >= 32
-  if constexpr (sizeof bits == 64) _mm512_stream_si512((__m512i*)p, (__m512i)bits);
-  else if constexpr (sizeof bits == 32) _mm256_stream_si256((__m256i*)p, (__m256i)bits);
-  else _mm_stream_si128((__m128i*)p, (__m128i)bits);
-#else
-  std::memcpy(p, &bits, sizeof bits);
+// The vectors that fill SIMD_BYTES of memory.
+template <class T, class IO> constexpr int64_t vectors_of_line = SIMD_BYTES / sizeof(IO) / lanes_of<T>;
+
+// Narrows so many vectors at `from` to a whole, aligned vector in memory, past the caches if `stream`.
+template <class T, class IO> SIMD_INLINE void store_line(const T* from, IO* to, [[maybe_unused]] bool stream) {
+  typedef uint8_t Bytes __attribute__((vector_size(SIMD_BYTES)));
+  Bytes line{};
+#if SIMD_BYTES == 64
+  bool done = false;
+  if constexpr (std::is_same_v<IO, NativeBf16>) {
+    const Vec<T> low = load<T>(from), high = load<T>(from + lanes_of<T>);
+    done = !has_denormals(low) && !has_denormals(high);
+    if (done) asm("vcvtne2ps2bf16 %1, %2, %0" : "=v"(line) : "v"(low), "v"(high));
+  }
+  if (!done)
 #endif
+  {
+    for (int64_t v = 0; v < vectors_of_line<T, IO>; ++v) {
+      const auto bits = narrow<IO, T>(load<T>(from + v * lanes_of<T>));
+      std::memcpy((char*)&line + v * sizeof bits, &bits, sizeof bits);
+    }
+  }
+#if SIMD_BYTES == 64
+  if (stream) return _mm512_stream_si512((__m512i*)to, (__m512i)line);
+#elif SIMD_BYTES == 32
+  if (stream) return _mm256_stream_si256((__m256i*)to, (__m256i)line);
+#endif
+  std::memcpy(to, &line, sizeof line);
 }
 
 SIMD_INLINE void fence_streaming() {

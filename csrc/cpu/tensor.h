@@ -2,6 +2,9 @@
 // torch::stable::Tensor would count references and ask PyTorch for every size: half of the time of a call on a small tensor.
 #pragma once
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 #include <torch/csrc/stable/library.h>
 #include <torch/headeronly/core/ScalarType.h>
 
@@ -72,6 +75,18 @@ class Tensor {
   int64_t dim_, *sizes_, *strides_;
 };
 
+// Outputs of this size malloc maps afresh for every call (with glibc).
+constexpr int64_t fresh_bytes = int64_t{32} << 20;
+
+// Memory that is not there yet comes in pages of 2 MiB where the system gives them on request: one fault in place of 512.
+inline void expect_large_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
+#if defined(__linux__)
+  const uintptr_t page = 4096, first = (reinterpret_cast<uintptr_t>(data) + page - 1) / page * page;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / page * page;
+  if (first < end) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
+#endif
+}
+
 // A new tensor, straight from the allocator, without the dispatcher.
 template <size_t N> Tensor empty(const std::array<int64_t, N>& sizes, const std::array<int64_t, N>& strides, ScalarType type) {
   STD_TORCH_CHECK(type != ScalarType::Undefined, "spanet_kernels: tensors must be float64, float32, float16 or bfloat16");
@@ -82,7 +97,10 @@ template <size_t N> Tensor empty(const std::array<int64_t, N>& sizes, const std:
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(N, sizes.data(), strides.data(), dtype, aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
+  Tensor t(handle);
+  const int64_t bytes = t.numel() * t.element_size();
+  if (bytes >= fresh_bytes) expect_large_pages(t.data_ptr(), bytes);
+  return t;
 }
 
 template <size_t N> Tensor empty(const std::array<int64_t, N>& sizes, ScalarType type) {

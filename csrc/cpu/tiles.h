@@ -22,26 +22,29 @@ constexpr int max_vectors = SIMD_BYTES == 64 ? 4 : 2;
 
 // A step of NV vectors that starts at some lane. In memory its last vector is moved back to end with the lanes: at(v).
 // In scratch laid out in slots every vector has a place of its own, slot(v), so that what is loaded there is what was
-// stored; lanes that two vectors share stand there twice. NV = 0 is a single vector that is not full: it is written whole
-// where there is room for all of it.
+// stored; lanes that two vectors share stand there twice.
+// NV = 0 is a single vector that is not full, NV = -1 one whose halves are not full, of two planes.
 template <int NV, class T> struct Step {
-  static constexpr int vectors = NV ? NV : 1;
-  int64_t last;
+  static constexpr int vectors = NV > 0 ? NV : 1;
+  int64_t last;  // the number of lanes if NV <= 0
   bool slots;
-  SIMD_MEMBER int64_t at(int v) const { return NV == 0 ? 0 : v == NV - 1 ? last : v * lanes_of<T>; }
+  int64_t second = 0;  // NV = -1: from the plane of the lower half to that of the upper one, in what is read
+  SIMD_MEMBER int64_t at(int v) const { return NV <= 0 ? 0 : v == NV - 1 ? last : v * lanes_of<T>; }
   SIMD_MEMBER int64_t slot(int v) const { return slots ? v * lanes_of<T> : at(v); }
   template <class IO> SIMD_MEMBER Vec<T> read(const IO* p) const {
-    if constexpr (NV == 0) return load_part<T>(p, last);
+    if constexpr (NV == -1) return load_halves<T>(p, p + second, last);
+    else if constexpr (NV == 0) return load_part<T>(p, last);
     else return load<T>(p);
   }
-  template <class IO> SIMD_MEMBER void write(IO* p, Vec<T> v) const {
-    if (NV == 0 && !slots) store_part<T>(p, v, last);
+  // beside: the same in what is written
+  template <class IO> SIMD_MEMBER void write(IO* p, Vec<T> v, int64_t beside) const {
+    if constexpr (NV == -1) store_halves<T>(p, p + beside, v, last);
+    else if constexpr (NV == 0) store_part<T>(p, v, last);
     else store<T>(p, v);
   }
 };
 
-// Lanes [0, lanes) in steps of up to MOST vectors: f(integral constant NV, first lane, offset of the last vector; the number
-// of lanes if NV = 0).
+// Lanes [0, lanes) in steps of up to MOST vectors: f(integral constant NV, first lane, Step's `last`).
 template <class T, int MOST, class F> SIMD_INLINE void for_lanes(int64_t lanes, F f) {
   constexpr int64_t vl = lanes_of<T>;
   if (lanes < vl) return f(std::integral_constant<int, 0>(), 0, lanes);
@@ -57,16 +60,15 @@ template <class T, int MOST, class F> SIMD_INLINE void for_lanes(int64_t lanes, 
   }
 }
 
-// One block of NC cosines and NS sines. CONSTANT: the first cosine is the constant 1, whose sum grows with the mean of x.
+// even and odd: the sums of one block of NC cosines and NS sines. CONSTANT: the first cosine is the constant 1, whose sum grows with the mean of x.
 // That sum, and all of them where there are many functions, are added up in blocks of eight pairs, so that the rounding
 // error stays below that of an FFT.
-template <int NC, int NS, bool CONSTANT, int NV_, class T, class IO>
-SIMD_INLINE void reduce_tile(const Axis<T>& axis, const T* table, int64_t sine, const IO* x, int64_t stride, Step<NV_, T> step, T* v_cos, T* v_sin,
-                             int64_t v_stride) {
-  constexpr int NV = Step<NV_, T>::vectors;
+template <int NC, int NS, bool CONSTANT, int NV_, class T, class IO, int NV = Step<NV_, T>::vectors>
+SIMD_INLINE void reduce_rows(const Axis<T>& axis, const T* table, int64_t sine, const IO* x, int64_t stride, Step<NV_, T> step,
+                             Vec<T> (&even)[NC][NV], Vec<T> (&odd)[NS ? NS : 1][NV]) {
   const int64_t count = axis.count(), pairs = axis.pairs();
   constexpr int BLOCKED = CONSTANT ? 1 : NC, BLOCKED_ODD = CONSTANT ? 0 : NS;
-  Vec<T> even[NC][NV], odd[NS ? NS : 1][NV], total[BLOCKED][NV], total_odd[BLOCKED_ODD ? BLOCKED_ODD : 1][NV];
+  Vec<T> total[BLOCKED][NV], total_odd[BLOCKED_ODD ? BLOCKED_ODD : 1][NV];
   UNROLL
   for (int v = 0; v < NV; ++v) {
     const Vec<T> row = step.read(x + step.at(v));
@@ -126,6 +128,18 @@ SIMD_INLINE void reduce_tile(const Axis<T>& axis, const T* table, int64_t sine, 
     for (int k = 0; k < BLOCKED; ++k) even[k][v] += total[k][v];
     UNROLL
     for (int k = 0; k < BLOCKED_ODD; ++k) odd[k][v] += total_odd[k][v];
+  }
+}
+
+// The same, stored.
+template <int NC, int NS, bool CONSTANT, int NV_, class T, class IO>
+SIMD_INLINE void reduce_tile(const Axis<T>& axis, const T* table, int64_t sine, const IO* x, int64_t stride, Step<NV_, T> step, T* v_cos,
+                             T* v_sin, int64_t v_stride) {
+  constexpr int NV = Step<NV_, T>::vectors;
+  Vec<T> even[NC][NV], odd[NS ? NS : 1][NV];
+  reduce_rows<NC, NS, CONSTANT>(axis, table, sine, x, stride, step, even, odd);
+  UNROLL
+  for (int v = 0; v < NV; ++v) {
     UNROLL
     for (int k = 0; k < NC; ++k) store<T>(v_cos + k * v_stride + step.slot(v), even[k][v]);
     UNROLL
@@ -166,36 +180,27 @@ void reduce(const Axis<T>& axis, const IO* x, int64_t stride, int64_t lanes, boo
 // What expand writes: the sum of the functions alone, or that and base x.
 enum class Out { sum, scaled };
 
-// Where expand reads x, if Out has it, and writes y: rows of lanes, `stride` elements apart.
-template <class T, class IO> struct Rows {
+// Where expand reads x, if Out has it, and writes y: rows of lanes, `stride` elements apart; `beside` is Step's.
+template <class T, class IO, class Y> struct Rows {
   const T* base;
   const IO* x;
   int64_t x_stride;
-  IO* y;
-  int64_t y_stride;
-  Rows operator+(int64_t l) const { return {base + l, x + l, x_stride, y + l, y_stride}; }
+  Y* y;
+  int64_t y_stride, beside = 0;
+  Rows operator+(int64_t l) const { return {base + l, x + l, x_stride, y + l, y_stride, beside}; }
 };
 
 // y[row, at] = base x[row, at] + correction, for one vector.
-template <Out OUT, int NV, class T, class IO>
-SIMD_INLINE void write_row(const Rows<T, IO>& rows, Step<NV, T> step, int64_t row, int64_t at, Vec<T> scale, Vec<T> correction) {
+template <Out OUT, int NV, class T, class IO, class Y>
+SIMD_INLINE void write_row(const Rows<T, IO, Y>& rows, Step<NV, T> step, int64_t row, int64_t at, Vec<T> scale, Vec<T> correction) {
   if constexpr (OUT != Out::sum) correction += scale * step.read(rows.x + row * rows.x_stride + at);
-  step.write(rows.y + row * rows.y_stride + at, correction);
+  step.write(rows.y + row * rows.y_stride + at, correction, rows.beside);
 }
 
-// A constant, NC - 1 more cosines and NS sines: their coefficients stay in registers for all rows.
-template <int NC, int NS, Out OUT, int NV_, class T, class IO>
-SIMD_INLINE void expand_few(const Axis<T>& axis, const T* t, int64_t t_stride, Step<NV_, T> step, Rows<T, IO> rows) {
-  constexpr int NV = Step<NV_, T>::vectors;
-  Vec<T> even[NC][NV], odd[NS ? NS : 1][NV], scale[NV];
-  UNROLL
-  for (int v = 0; v < NV; ++v) {
-    UNROLL
-    for (int k = 0; k < NC; ++k) even[k][v] = load_raw<Vec<T>>(t + k * t_stride + step.slot(v));
-    UNROLL
-    for (int k = 0; k < NS; ++k) odd[k][v] = load_raw<Vec<T>>(t + (NC + k) * t_stride + step.slot(v));
-    scale[v] = OUT != Out::sum ? load_raw<Vec<T>>(rows.base + step.slot(v)) : Vec<T>{};
-  }
+// A constant, NC - 1 more cosines and NS sines: their coefficients, even and odd, stay in registers for all rows.
+template <int NC, int NS, Out OUT, int NV_, class T, class IO, class Y, int NV = Step<NV_, T>::vectors>
+SIMD_INLINE void expand_rows(const Axis<T>& axis, const Vec<T> (&even)[NC][NV], const Vec<T> (&odd)[NS ? NS : 1][NV],
+                             const Vec<T> (&scale)[NV], Step<NV_, T> step, Rows<T, IO, Y> rows) {
   const T* table = axis.table;
   const auto single = [&](int64_t i) {
     UNROLL
@@ -228,10 +233,27 @@ SIMD_INLINE void expand_few(const Axis<T>& axis, const T* t, int64_t t_stride, S
   }
 }
 
+// The same, loaded.
+template <int NC, int NS, Out OUT, int NV_, class T, class IO, class Y>
+SIMD_INLINE void expand_few(const Axis<T>& axis, const T* t, int64_t t_stride, Step<NV_, T> step, const Rows<T, IO, Y>& rows) {
+  constexpr int NV = Step<NV_, T>::vectors;
+  Vec<T> even[NC][NV], odd[NS ? NS : 1][NV], scale[NV];
+  UNROLL
+  for (int v = 0; v < NV; ++v) {
+    UNROLL
+    for (int k = 0; k < NC; ++k) even[k][v] = load_raw<Vec<T>>(t + k * t_stride + step.slot(v));
+    UNROLL
+    for (int k = 0; k < NS; ++k) odd[k][v] = load_raw<Vec<T>>(t + (NC + k) * t_stride + step.slot(v));
+    scale[v] = OUT != Out::sum ? load_raw<Vec<T>>(rows.base + step.slot(v)) : Vec<T>{};
+  }
+  expand_rows<NC, NS, OUT>(axis, even, odd, scale, step, rows);
+}
+
 // Any number of functions: MR pairs of rows (i, n - i) at a time, or with PAIR = false one row that is its own partner.
 // Functions are added up in blocks of eight, for accuracy.
-template <int MR, bool PAIR, Out OUT, int NV_, class T, class IO>
-SIMD_INLINE void expand_tile(const Axis<T>& axis, int64_t i, const T* t, int64_t t_stride, Step<NV_, T> step, const Rows<T, IO>& rows) {
+template <int MR, bool PAIR, Out OUT, int NV_, class T, class IO, class Y>
+SIMD_INLINE void expand_tile(const Axis<T>& axis, int64_t i, const T* t, int64_t t_stride, Step<NV_, T> step,
+                             const Rows<T, IO, Y>& rows) {
   constexpr int NV = Step<NV_, T>::vectors;
   const int64_t count = axis.count();
   const T* table = axis.table + i * count;
@@ -275,9 +297,9 @@ SIMD_INLINE void expand_tile(const Axis<T>& axis, int64_t i, const T* t, int64_t
 }
 
 // Y[i,l] = base[l] X[i,l] + sum_a phi[a,i] T[a,l] for all i.
-// `slots`: t and base are scratch laid out in slots, and rows of y have room for a whole vector.
-template <Out OUT, class T, class IO>
-void expand(const Axis<T>& axis, const T* t, int64_t t_stride, int64_t lanes, bool slots, const Rows<T, IO>& all) {
+// `slots`: t and base are scratch laid out in slots.
+template <Out OUT, class T, class IO, class Y>
+void expand(const Axis<T>& axis, const T* t, int64_t t_stride, int64_t lanes, bool slots, const Rows<T, IO, Y>& all) {
   const bool few = axis.nc == axis.ns + 1 && axis.ns <= 2;
   if (few) {
     for_lanes<T, max_vectors>(lanes, [&](auto nv, int64_t l, int64_t last) {
@@ -292,7 +314,7 @@ void expand(const Axis<T>& axis, const T* t, int64_t t_stride, int64_t lanes, bo
     constexpr int block = 2;
     const Step<nv(), T> step{last, slots};
     const int64_t n = axis.n, pairs = axis.pairs();
-    const Rows<T, IO> rows = all + l;
+    const Rows<T, IO, Y> rows = all + l;
     expand_tile<1, false, OUT>(axis, 0, t + l, t_stride, step, rows);
     int64_t i = 1;
     for (; i + block - 1 <= pairs; i += block) expand_tile<block, true, OUT>(axis, i, t + l, t_stride, step, rows);

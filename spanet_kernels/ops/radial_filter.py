@@ -135,8 +135,8 @@ def _by_fft(x: Tensor, base: Tensor, gain: Tensor, radius_squared: int) -> Tenso
         base, gain = base[:1], gain[:, :1]
     height, width = x.shape[2:]
     shells = modes.half_spectrum_shells(height, width, radius_squared, x.device)
-    values = base + torch.cat([gain, torch.zeros_like(gain[:1])])
-    mask = values.T.contiguous().index_select(1, shells.flatten()).unflatten(1, (height, -1))
+    values = torch.cat([gain + base, base[None]]).T.contiguous()
+    mask = values.index_select(1, shells.flatten()).unflatten(1, (height, -1))
     spectrum = torch.fft.rfft2(x.to(base.dtype))
     spectrum = spectrum * mask if mask.requires_grad else spectrum.mul_(mask)
     y = torch.fft.irfft2(spectrum, s=(height, width)).to(x.dtype)
