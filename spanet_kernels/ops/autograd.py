@@ -22,6 +22,16 @@ _is_transformed, _any_requires_grad = torch._C._are_functorch_transforms_active,
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 
 
+def is_eager() -> bool:
+    """Whether a call is neither compiled nor transformed nor differentiated forward."""
+    return not (_is_compiling() or _is_transformed() or forward_ad._current_level >= 0)
+
+
+def infers(*args: Any) -> bool:
+    """Whether a call with these arguments is an eager one of which no derivative may be asked."""
+    return is_eager() and not (_is_recording() and _any_requires_grad(*args))
+
+
 def call_below_autograd(operator: Any, *args: Any) -> Any:
     """Call the kernels below autograd."""
     with _below_autograd():

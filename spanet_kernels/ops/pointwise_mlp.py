@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn import functional
 
 from .. import modes
 from ..products import Branch, linear, onednn_serves, pair, pair_serves
+from .autograd import infers, is_eager
 from .checks import autocast_dtype, check_branch, check_input, check_parameter
 
 
@@ -53,16 +53,15 @@ def pointwise_mlp(
             check_parameter("pointwise_mlp", name, bias, (size,), x)
     branch = check_branch("pointwise_mlp", x, (x.shape[0], out, *x.shape[2:]), norm, residual, residual_scale)
     weights: Any = weight_in, bias_in, weight_out, bias_out
-    eager = not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0)
-    infers = eager and not (torch.is_grad_enabled() and torch._C._any_requires_grad(x, *weights, *branch))
-    dtype = autocast_dtype(x)
-    if infers and dtype in (None, x.dtype):
+    inferred, dtype = infers(x, *weights, *branch), autocast_dtype(x)
+    if inferred and dtype in (None, x.dtype):
         return _inferred(x, *(*weights, branch))
     x = branch.normalised(x)
     if dtype:
         x, weights = x.to(dtype), tuple(None if weight is None else weight.to(dtype) for weight in weights)
-    y = _inferred(x, *(*weights, Branch())) if infers else _Mlp.apply(x, *weights) if eager else _composition(x, *weights)
-    return branch.added(y)
+    if inferred:
+        return branch.added(_inferred(x, *(*weights, Branch())))
+    return branch.added(_Mlp.apply(x, *weights) if is_eager() else _composition(x, *weights))
 
 
 def _inferred(x: Tensor, weight_in: Tensor, bias_in: Tensor | None, weight_out: Tensor, bias_out: Tensor | None, branch: Branch) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .. import composed, modes
-from .autograd import by_composition, wants_derivative
+from .autograd import by_composition, call_below_autograd, infers
 from .axial_conv import axial_conv, coefficients_fake
 from .checks import PROFILE_DTYPE, autocast_dtype, check_branch, check_input, check_parameter, check_radius, odd_size
 from .radial_filter import radial_filter
@@ -86,20 +86,14 @@ def spectral_mixer(
         )
     ]
     args[2], args[4] = args[2].flatten(1), args[4].flatten(1)
-    if branch.is_there and branch.has(dtype) and x.dtype == dtype and _infers_on_cpu(x, *args, *branch):
-        with torch._C._AutoDispatchBelowAutograd():
-            return composed.spectral_mixer(x, *(*args, squared, False, branch))[0]
+    if branch.is_there and branch.has(dtype) and x.dtype == dtype and x.device.type == "cpu" and infers(x, *args, *branch):
+        fused: Tensor = call_below_autograd(composed.spectral_mixer, x, *args, squared, False, branch)[0]
+        return fused
     x = branch.normalised(x).to(dtype)
     keep = torch.is_grad_enabled() and any(arg.requires_grad for arg in (x, *args))
     if torch.compiler.is_compiling() and not torch.compiler.is_exporting() and x.device.type == "cpu" and not keep:
         return branch.added(_parts(x, *args, squared))
     return branch.added(_call(x, *args, squared, keep)[0])
-
-
-def _infers_on_cpu(x: Tensor, *args: Any) -> bool:
-    """Whether this is an eager call on a CPU of which no derivative may be asked."""
-    eager = not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
-    return eager and x.device.type == "cpu" and not wants_derivative((x, *args))
 
 
 def _gradients(grad: Tensor, needed: Any, kept: tuple[Tensor, ...], x: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
