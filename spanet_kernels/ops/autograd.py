@@ -22,6 +22,11 @@ _is_transformed, _any_requires_grad = torch._C._are_functorch_transforms_active,
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 
 
+def wants_derivative(args: tuple[Any, ...]) -> bool:
+    """Whether a derivative of a call with these arguments may be asked for."""
+    return (_is_recording() and _any_requires_grad(*args)) or forward_ad._current_level >= 0
+
+
 def call_below_autograd(operator: Any, *args: Any) -> Any:
     """Call the kernels below autograd."""
     with _below_autograd():
