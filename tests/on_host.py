@@ -24,7 +24,7 @@ H200_SHARED = 227 << 10
 FLAGS = [
     "-std=c++20",
     "-O1",
-    "-g",
+    "-g1",  # lines, all that a report shows
     "-fsanitize=address,undefined",
     "-fno-sanitize-recover",
     "-Wall",

@@ -41,10 +41,11 @@ class Row(NamedTuple):
 SHAPES = ((56, 56), (14, 14), (7, 7), (200, 334))
 DTYPES = ("float32", "bfloat16", "float64", "float16")
 OTHERS = ("sm_80", "sm_86", "sm_89", "sm_100", "sm_120", "gfx90a", "gfx942")
-# sm_90 gets the shapes and layouts at the published radii, every other target a plane on chip and a streamed one at a large radius
+# sm_90 gets the shapes and layouts at the published radii (16 bits at the larger one, of which the smaller one is a part),
+# every other target a plane on chip and a streamed one at a large radius
 CASES = [
     Case("radial_filter", "sm_90", dtype, 64, *shape, radius_squared, last)
-    for (dtype, radius_squared), shape, last in product((("float32", 1), ("bfloat16", 1), ("bfloat16", 4)), SHAPES, (False, True))
+    for (dtype, radius_squared), shape, last in product((("float32", 1), ("bfloat16", 4)), SHAPES, (False, True))
     if not (last and shape == (200, 334))  # the same launch as 56 x 56
 ] + [
     Case("radial_filter", target, DTYPES[(i + j) % 4], 64, *shape, 64, last)
