@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from . import modes
-from .products import Branch, linear, pair, pair_serves
+from .products import Branch, image, linear, pair, pair_serves, parts, rows, summed, write
 
-PART = 2 * 2**20  # bytes of a tensor of the images that a CPU takes at a time
+PART = 2 * 2**20  # bytes of a tensor of the images that a CPU takes at a time; in the backward pass, with more of them in use:
+BACKWARD_PART = 7 * 2**18
 
 _ops = torch.ops.spanet_kernels
 P = ParamSpec("P")
@@ -40,38 +41,14 @@ def exact(function: Callable[P, T]) -> Callable[P, T]:
     return call
 
 
-def _rows(x: Tensor) -> Tensor:
-    """(B H W, C), a view of a channels_last tensor."""
-    return x.flatten(2).mT.flatten(0, 1)
-
-
-def _pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def _pointwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """The 1x1 convolution of x, as channels_last."""
-    return linear(x.flatten(2).mT, weight, bias).mT.unflatten(2, x.shape[2:])
+    return image(linear(rows(x), weight, bias), x.shape)
 
 
-def _pointwise_like(x: Tensor, weight: Tensor, bias: Tensor | None, like: Tensor) -> Tensor:
-    """The 1x1 convolution of x, which is channels_last, in the layout of like."""
-    if modes.channels_last(like):
-        return _pointwise(x, weight, bias)
-    columns, weights = x.flatten(2), weight.expand(len(x), -1, -1)
-    planes = torch.bmm(weights, columns) if bias is None else torch.baddbmm(bias[:, None], weights, columns)
-    return planes.unflatten(2, x.shape[2:])
-
-
-def _channel_product(c: Tensor, z: Tensor) -> Tensor:
-    """Sum over images and positions of c z^T, (C, C)."""
-    return _rows(c).mT @ _rows(z)
-
-
-def _channel_sum(c: Tensor, dtype: torch.dtype) -> Tensor:
-    return c.sum((0, 2, 3), dtype=dtype)
-
-
-def _context(z: Tensor, weight: Tensor, bias: Tensor, base: Tensor, gain: Tensor, radius_squared: int) -> tuple[Tensor, Tensor, Tensor]:
-    """F(z), the weight that applies to it, and W F(z) + b."""
-    filtered, weight = _filtered(z, weight, base, gain, radius_squared)
-    return filtered, weight, _pointwise_like(filtered, weight, bias, z)
+def _pointwise_like(x: Tensor, weight: Tensor, bias: Tensor, like: Tensor) -> Tensor:
+    """The 1x1 convolution of x in the layout of like."""
+    return modes.like(_pointwise(x, weight, bias), like)
 
 
 def _filtered(z: Tensor, weight: Tensor, base: Tensor, gain: Tensor, radius_squared: int) -> tuple[Tensor, Tensor]:
@@ -86,8 +63,8 @@ def spectral_gate(
     z: Tensor, coefficients: Tensor | None, weight: Tensor, bias: Tensor, base: Tensor, gain: Tensor, radius_squared: int
 ) -> Tensor:
     """`reference.spectral_gate`."""
-    _, _, context = _context(modes.like(z, z), weight, bias, base, gain, radius_squared)
-    return context.mul_(z)
+    filtered, applied = _filtered(modes.like(z, z), weight, base, gain, radius_squared)
+    return _pointwise_like(filtered, applied, bias, z).mul_(z)
 
 
 @exact
@@ -103,37 +80,52 @@ def spectral_gate_backward(
     profile_learns: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`reference.spectral_gate_backward`; the context is computed again, not saved."""
-    z = modes.like(z, z)
-    filtered, applied, context = _context(z, weight, bias, base, gain, radius_squared)
-    c = modes.like(grad, z) * z
-    return _gate_gradients(grad, c, z, filtered, applied, context, weight, base, gain, radius_squared, profile_learns)
+    pixels = z.contiguous(memory_format=torch.channels_last)
+    args = weight, bias, base, gain, radius_squared, profile_learns
+    z_grad, weight_grad, bias_grad, base_grad, gain_grad = _gate_gradients(rows(grad), pixels, *args)
+    return modes.like(z_grad, z), weight_grad, bias_grad, base_grad, gain_grad
 
 
 def _gate_gradients(
     grad: Tensor,
-    c: Tensor,
     z: Tensor,
-    filtered: Tensor,
-    applied: Tensor,
-    context: Tensor,
     weight: Tensor,
+    bias: Tensor,
     base: Tensor,
     gain: Tensor,
     radius_squared: int,
     profile_learns: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of the gate to z, weight, bias, base, gain: grad o ctx + F(W^T c), c F(z)^T, sum c and the profile's; c = grad o z."""
-    mixed = _pointwise_like(c, applied.mT, None, z)
-    product, bias_grad = _channel_product(c, filtered), _channel_sum(c, base.dtype).to(weight.dtype)
+    out_weight: Tensor | None = None,
+) -> list[Tensor]:
+    """Gradients of the gate to z, weight, bias, base and gain: grad o ctx + F(W^T c), c F(z)^T, sum c and the profile's; c = grad o z.
+
+    z is channels_last, grad in rows: with an out_weight that of what it makes of the gate, and then its gradient comes last.
+    Nothing is held longer than it is needed, nor is z if it is the caller's temporary.
+    """
+    filtered, applied = _filtered(z, weight, base, gain, radius_squared)
+    z_rows, filtered = rows(z), rows(filtered)
+    context = linear(filtered, applied, bias)
+    last = []
+    if out_weight is not None:
+        last.append(grad.mT @ (z_rows * context))
+        grad = grad @ out_weight
+    through = context.mul_(grad)
+    c = grad * z_rows if out_weight is None else grad.mul_(z_rows)
+    shape, learns_from = z.shape, z if profile_learns else None
+    del grad, context, z_rows, z
+    product, bias_grad = c.mT @ filtered, c.sum(0)
+    del filtered
+    mixed = image(c @ applied, shape)
+    del c
     profile_grads = base.new_empty(0), gain.new_empty(0)
     if radius_squared < 0:
         if profile_learns:
             profile_grads = (weight * product).sum(0, dtype=base.dtype), torch.zeros_like(gain)
-        return mixed.addcmul_(grad, context), (product * base).to(weight.dtype), bias_grad, *profile_grads
-    if profile_learns:
-        profile_grads = _ops.radial_filter_backward(mixed, z, radius_squared)
-    z_grad = _ops.radial_filter(mixed, base, gain, radius_squared).addcmul_(grad, context)
-    return z_grad, product, bias_grad, *profile_grads
+        return [mixed.add_(image(through, mixed.shape)), (product * base).to(weight.dtype), bias_grad, *profile_grads, *last]
+    if learns_from is not None:
+        profile_grads = _ops.radial_filter_backward(mixed, learns_from, radius_squared)
+    z_grad = _ops.radial_filter(mixed, base, gain, radius_squared)
+    return [z_grad.add_(image(through, mixed.shape)), product, bias_grad, *profile_grads, *last]
 
 
 def _parts(x: Tensor) -> list[slice]:
@@ -173,13 +165,13 @@ def spectral_mixer(
     keep: bool,
     branch: Branch = Branch(),  # noqa: B008  an immutable value
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`reference.spectral_mixer`; keep returns t, z and the coefficients of z for the gradients, else they are empty.
+    """`reference.spectral_mixer`; keep returns t for the gradients and, on GPUs, z and its coefficients, else they are empty.
 
     With a branch, the residual branch that the mixer makes; x and its residual are then dense, and in one dtype with all the weights.
     """
     wanted = radius_squared if x.is_cuda else -1  # the fused gate of GPUs takes coefficients
     out = _whole(x, modes.memory_format(x))
-    all_t, all_z = (_whole(x, torch.channels_last) if keep else None for _ in range(2))
+    all_t = _whole(x, torch.channels_last) if keep else None
     for part in _parts(x):
         around = branch.of(part)
         if around.norm_weight is not None and pair_serves(x[part], None, in_weight):
@@ -189,7 +181,7 @@ def spectral_mixer(
             t = _pointwise(around.normalised(x[part]), in_weight, in_bias)
         z, coefficients = _ops.axial_conv(t, row_weight, row_bias, column_weight, column_bias, wanted)
         if keep:
-            all_t, all_z = _placed(all_t, part, t), _placed(all_z, part, z)
+            all_t = _placed(all_t, part, t)
         if pair_serves(z, weight, out_weight):
             filtered, applied = _filtered(z, weight, base, gain, radius_squared)
             to = torch.empty_like(x[part], memory_format=modes.memory_format(x)) if out is None else out[part]
@@ -199,9 +191,11 @@ def spectral_mixer(
             y = _ops.spectral_gate(z, coefficients if x.is_cuda else None, weight, bias, base, gain, radius_squared)
             out = _placed(out, part, around.added(_pointwise_like(y, out_weight, out_bias, x)))
     assert out is not None
-    if all_t is None or all_z is None:
-        return out, x.new_empty(0), x.new_empty(0), base.new_empty(0)
-    return out, all_t, all_z, coefficients if x.is_cuda else base.new_empty(0)
+    return (
+        out,
+        x.new_empty(0) if all_t is None else all_t,
+        *((z, coefficients) if keep and x.is_cuda else (x.new_empty(0), base.new_empty(0))),
+    )
 
 
 @exact
@@ -215,6 +209,7 @@ def spectral_mixer_backward(
     row_weight: Tensor,
     row_bias: Tensor,
     column_weight: Tensor,
+    column_bias: Tensor,
     weight: Tensor,
     bias: Tensor,
     base: Tensor,
@@ -223,30 +218,24 @@ def spectral_mixer_backward(
     radius_squared: int,
     profile_learns: bool,
 ) -> tuple[Tensor, ...]:
-    """Gradients of `spectral_mixer` to x and, in its order, to every weight and bias, base and gain; the gate is computed again."""
-    x_grad = _whole(x, modes.memory_format(x))
+    """Gradients of `spectral_mixer` to x and, in its order, to every weight and bias, base and gain; what follows t is computed again."""
+    x_grad = torch.empty_like(x, memory_format=modes.memory_format(x))
+    gate_args = weight, bias, base, gain, radius_squared
     sums: list[Tensor] = []
-    for part in _parts(x):
-        g, z_part = grad[part], z[part]
-        y_grad = _pointwise(g, out_weight.mT)
+    # as many positions as channels at least are worth a sum of products of channels
+    for part in parts(x, max(BACKWARD_PART, x.shape[1] ** 2 * x.element_size())):
+        g, t_part = rows(grad[part]), t[part]
         if z.is_cuda:
-            y = _ops.spectral_gate(z, coefficients, weight, bias, base, gain, radius_squared)
-            gate = _ops.spectral_gate_backward(y_grad, z, coefficients, weight, bias, base, gain, radius_squared, profile_learns)
+            y_grad, y = image(g @ out_weight, z.shape), _ops.spectral_gate(z, coefficients, *gate_args)
+            gate = [*_ops.spectral_gate_backward(y_grad, z, coefficients, *gate_args, profile_learns), g.mT @ rows(y)]
         else:
-            filtered, applied, context = _context(z_part, weight, bias, base, gain, radius_squared)
-            y, c = z_part * context, y_grad * z_part
-            gate = _gate_gradients(y_grad, c, z_part, filtered, applied, context, weight, base, gain, radius_squared, profile_learns)
-        t_grad, *conv = _ops.axial_conv_backward(gate[0], t[part], row_weight, row_bias, column_weight)
-        x_grad = _placed(x_grad, part, _pointwise_like(t_grad, in_weight.mT, None, x))
-        grads = [
-            _channel_product(t_grad, x[part]),
-            _channel_sum(t_grad, base.dtype),
-            *conv,
-            *gate[1:],
-            _channel_product(g, y),
-            _channel_sum(g, base.dtype),
-        ]
-        sums = [total.add_(more) for total, more in zip(sums, grads, strict=True)] if sums else [g.to(base.dtype) for g in grads]
+            again = [_ops.axial_conv(t_part, row_weight, row_bias, column_weight, column_bias, -1)[0]]
+            gate = _gate_gradients(g, again.pop(), weight, bias, base, gain, radius_squared, profile_learns, out_weight)
+        t_grad, *conv = _ops.axial_conv_backward(gate.pop(0), t_part, row_weight, row_bias, column_weight)
+        t_grad = rows(t_grad)
+        write(x_grad[part], t_grad, in_weight.mT)
+        grads = [t_grad.mT @ rows(x[part]), t_grad.sum(0), *conv, *gate, g.sum(0)]
+        sums = summed(sums, grads, part.stop >= len(x))
+        del t_grad, grads
     dtypes = [x.dtype] * 2 + [base.dtype] * 4 + [x.dtype] * 2 + [base.dtype] * 2 + [x.dtype] * 2
-    assert x_grad is not None
     return x_grad, *(total.to(dtype) for total, dtype in zip(sums, dtypes, strict=True))

@@ -129,7 +129,7 @@ class SPAM(nn.Module):
         base, gain, squared = self._profile(x)
         return spectral_mixer(
             x,
-            self.proj_in.weight[:, :, 0, 0],
+            self.proj_in.weight.flatten(1),
             self.proj_in.bias,
             row.weight,
             row.bias,
@@ -140,7 +140,7 @@ class SPAM(nn.Module):
             base,
             gain,
             modes.radius_of(squared),
-            self.proj_out.weight[:, :, 0, 0],
+            self.proj_out.weight.flatten(1),
             self.proj_out.bias,
             residual,
             residual_scale,
@@ -153,7 +153,7 @@ class SPAM(nn.Module):
         biases = [pw.bias for pw in gates if pw.bias is not None]
         weight = gates[0].weight if len(gates) == 1 else torch.cat([pw.weight for pw in gates], 1)
         # added one by one: the gradients of stack(...).sum() would be one memory, which accumulation adds to three times
-        return weight[:, :, 0, 0], sum(biases[1:], biases[0]) if biases else None
+        return weight.flatten(1), sum(biases[1:], biases[0]) if biases else None
 
     def _profile(self, x: Tensor) -> tuple[Tensor, Tensor, int]:
         """base (C,), gain (S, C) and squared radius of all filters together; -1 without filters."""

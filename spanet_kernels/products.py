@@ -72,6 +72,40 @@ class Branch(NamedTuple):
         return all(tensor.dtype == dtype for tensor in self if isinstance(tensor, Tensor))
 
 
+def rows(x: Tensor) -> Tensor:
+    """(B H W, C), a view of a channels_last tensor."""
+    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+
+
+def image(rows: Tensor, shape: torch.Size) -> Tensor:
+    """Rows as the channels of the positions of a (B, C, H, W), channels_last."""
+    return rows.view(shape[0], shape[2], shape[3], rows.shape[1]).permute(0, 3, 1, 2)
+
+
+def write(y: Tensor, rows_: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
+    """y (B, D, H, W), in any layout, = rows W^T + b."""
+    if not modes.channels_last(y):
+        y.copy_(image(rows_ @ weight.mT if bias is None else linear(rows_, weight, bias), y.shape))
+    elif bias is None:
+        torch.mm(rows_, weight.mT, out=rows(y))
+    else:
+        torch.addmm(bias, rows_, weight.mT, out=rows(y))
+
+
+def parts(x: Tensor, size: int) -> list[slice]:
+    """The images to take at a time: on a CPU parts of equal numbers of images, each of at most `size` bytes or one image."""
+    count = min(len(x), -(-x.nbytes // size)) if x.device.type == "cpu" else 1
+    step = -(-len(x) // max(count, 1))
+    return [slice(start, start + step) for start in range(0, len(x), step or 1)] or [slice(0, 0)]
+
+
+def summed(sums: list[Tensor], more: list[Tensor], last: bool) -> list[Tensor]:
+    """Sums over parts, in float32 at least; those of a first part that is the last are what it gives."""
+    if sums:
+        return [total.add_(value) for total, value in zip(sums, more, strict=True)]
+    return more if last else [value.to(modes.profile_dtype(value.dtype)) for value in more]
+
+
 def pair_serves(x: Tensor, weight_in: Tensor | None, weight_out: Tensor) -> bool:
     """Whether `pointwise_pair` takes these, and has positions enough for every thread."""
     weights = [weight_out] if weight_in is None else [weight_in, weight_out]

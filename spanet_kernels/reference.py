@@ -198,16 +198,15 @@ def spectral_mixer(
 
 def spectral_mixer_backward(grad: Tensor, x: Tensor, t: Tensor, z: Tensor, coefficients: Tensor, *args: Any) -> tuple[Tensor, ...]:
     """Gradients of <grad, spectral_mixer(x, ...)>: to x, then in its order to all weights, biases, base and gain."""
-    in_weight, row_weight, row_bias, column_weight, weight, bias, base, gain, out_weight, radius_squared, _ = args
+    in_weight, row_weight, row_bias, column_weight, column_bias, weight, bias, base, gain, out_weight, radius_squared, _ = args
     zero = torch.zeros_like
-    args = (in_weight, zero(bias), row_weight, row_bias, column_weight, zero(row_bias), weight, bias, base, gain, out_weight, zero(bias))
+    args = (in_weight, zero(bias), row_weight, row_bias, column_weight, column_bias, weight, bias, base, gain, out_weight, zero(bias))
     with torch.enable_grad():
         inputs = [a.detach().requires_grad_() for a in (x, *args)]
-        # the hidden tensors depend on two biases that the gradients do not: take both from t and z as they were
+        # t depends on a bias that the gradients do not: take it as it was
         hidden = torch.einsum("oc,bchw->bohw", inputs[1], inputs[0]) + inputs[2][:, None, None]
         hidden = hidden + (t - hidden).detach()
         moved, _ = axial_conv(hidden, inputs[3], inputs[4], inputs[5], inputs[6], -1)
-        moved = moved + (z - moved).detach()
         y = spectral_gate(moved, coefficients, inputs[7], inputs[8], inputs[9], inputs[10], radius_squared)
         out = torch.einsum("oc,bchw->bohw", inputs[11], y) + inputs[12][:, None, None]
     return torch.autograd.grad(out, inputs, grad)

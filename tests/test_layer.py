@@ -159,10 +159,10 @@ def test_opcheck(shape, dtype, layout):
     torch.library.opcheck(OPS.spectral_mixer.default, (*flat, 1, True), **tolerance)
     plain = [a.detach() for a in flat]
     y, *kept = OPS.spectral_mixer(*plain, 1, True)
-    inputs = [plain[i] for i in (1, 3, 4, 5, 7, 8, 9, 10, 11)]
+    inputs = [plain[i] for i in (1, 3, 4, 5, 6, 7, 8, 9, 10, 11)]
     torch.library.opcheck(OPS.spectral_mixer_backward.default, (y, plain[0], *kept, *inputs, 1, True), **tolerance)
     torch.library.opcheck(
-        OPS.spectral_gate_backward.default, (y, kept[1], OPS.mode_coefficients(kept[1], 1), *inputs[4:8], 1, False), **tolerance
+        OPS.spectral_gate_backward.default, (y, plain[0], OPS.mode_coefficients(plain[0], 1), *inputs[5:9], 1, False), **tolerance
     )
     torch.library.opcheck(OPS.mode_coefficients.default, (plain[0], 1), **tolerance)
 

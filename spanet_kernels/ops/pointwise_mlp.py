@@ -9,9 +9,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from .. import modes
-from ..products import Branch, linear, onednn_serves, pair, pair_serves
+from ..products import Branch, linear, onednn_serves, pair, pair_serves, parts, rows, summed, write
 from .autograd import infers, is_eager
 from .checks import autocast_dtype, check_branch, check_input, check_parameter
+
+PART = 8 * 2**20  # bytes of h of the images that a CPU takes at a time in training, all products of which find it in the cache
 
 
 def pointwise_mlp(
@@ -86,21 +88,57 @@ def _composition(x: Tensor, weight_in: Tensor, bias_in: Tensor | None, weight_ou
 class _Mlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_in: Tensor, bias_in: Tensor | None, weight_out: Tensor, bias_out: Tensor | None) -> Tensor:
-        h = functional.conv2d(x, weight_in, bias_in)
+        if x.device.type == "cpu":
+            y, h = _by_parts(x, weight_in.flatten(1), bias_in, weight_out.flatten(1), bias_out)
+        else:
+            h = functional.conv2d(x, weight_in, bias_in)
+            y = functional.conv2d(functional.gelu(h), weight_out, bias_out)
         ctx.save_for_backward(x, weight_in, bias_in, weight_out, h)
-        return functional.conv2d(functional.gelu(h), weight_out, bias_out)
+        return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight_in, bias_in, weight_out, h = ctx.saved_tensors
         if torch.is_grad_enabled():  # to be differentiated again
             h = functional.conv2d(x, weight_in, bias_in)
+        elif x.device.type == "cpu":
+            found = _gradients_by_parts(grad, x, weight_in.flatten(1), weight_out.flatten(1), h, ctx.needs_input_grad[0])
+            return tuple(value if needed else None for value, needed in zip(found, ctx.needs_input_grad, strict=True))
         needs_x, needs_in, needs_in_bias, needs_out, needs_out_bias = ctx.needs_input_grad
         a_grad, weight_out_grad, bias_out_grad = _convolution_backward(
             grad, functional.gelu(h), weight_out, True, needs_out, needs_out_bias
         )
         h_grad = torch.ops.aten.gelu_backward(a_grad, h)
         return *_convolution_backward(h_grad, x, weight_in, needs_x, needs_in, needs_in_bias), weight_out_grad, bias_out_grad
+
+
+def _by_parts(x: Tensor, weight_in: Tensor, bias_in: Tensor | None, weight_out: Tensor, bias_out: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The MLP of x, in its layout, and h = W_in x + b_in as channels_last; weights (D, C) and (E, D)."""
+    y, h = (
+        torch.empty((len(x), len(weight), *x.shape[2:]), dtype=x.dtype, memory_format=layout)
+        for weight, layout in ((weight_out, modes.memory_format(x)), (weight_in, torch.channels_last))
+    )
+    for part in parts(h, PART):
+        write(h[part], rows(x[part]), weight_in, bias_in)
+        write(y[part], functional.gelu(rows(h[part])), weight_out, bias_out)
+    return y, h
+
+
+def _gradients_by_parts(grad: Tensor, x: Tensor, weight_in: Tensor, weight_out: Tensor, h: Tensor, needs_x: bool) -> tuple[Tensor, ...]:
+    """Gradients to x (nothing if it needs none), weight_in, bias_in, weight_out and bias_out."""
+    x_grad = torch.empty_like(x, memory_format=modes.memory_format(x)) if needs_x else x
+    sums: list[Tensor] = []
+    for part in parts(h, PART):
+        g, hidden, x_part = rows(grad[part]), rows(h[part]), rows(x[part])
+        a = functional.gelu(hidden)
+        weight_out_grad = g.mT @ a
+        a_grad = torch.mm(g, weight_out, out=a)
+        h_grad = torch.ops.aten.gelu_backward.grad_input(a_grad, hidden, grad_input=a_grad)
+        if needs_x:
+            write(x_grad[part], h_grad, weight_in.mT)
+        sums = summed(sums, [h_grad.mT @ x_part, h_grad.sum(0), weight_out_grad, g.sum(0)], part.stop >= len(x))
+    weight_in_grad, bias_in_grad, weight_out_grad, bias_out_grad = (total.to(x.dtype) for total in sums)
+    return x_grad, weight_in_grad[:, :, None, None], bias_in_grad, weight_out_grad[:, :, None, None], bias_out_grad
 
 
 def _convolution_backward(grad: Tensor, x: Tensor, weight: Tensor, *needed: bool) -> tuple[Tensor | None, ...]:

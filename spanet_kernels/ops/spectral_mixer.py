@@ -41,9 +41,9 @@ def spectral_mixer(
 
     z = axial_conv(W_in norm(x) + b_in),  y = residual_scale o residual + W_out (z o (W F(z) + b)) + b_out.
 
-    Channels stay adjacent from the first product to the last, for either layout of x. For gradients t = W_in norm(x) + b_in, z and the
-    coefficients of z are kept; the context is computed again. Without gradients, on a CPU, norm and residual are part of the products
-    and sums. Compiled for inference on a CPU it is its parts, for Inductor to fuse with what stands around them.
+    Channels stay adjacent from the first product to the last, for either layout of x. For gradients t = W_in norm(x) + b_in is kept,
+    on GPUs z and its coefficients too; what follows is computed again. Without gradients, on a CPU, norm and residual are part of the
+    products and sums. Compiled for inference on a CPU it is its parts, for Inductor to fuse with what stands around them.
 
     Args:
         x: (B, C, H, W), float64, float32, float16 or bfloat16; under autocast it is cast to autocast's dtype.
@@ -97,11 +97,11 @@ def spectral_mixer(
 
 
 def _gradients(grad: Tensor, needed: Any, kept: tuple[Tensor, ...], x: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
-    in_weight, _, row_weight, row_bias, column_weight, _, weight, bias, base, gain, out_weight, _, radius_squared, keep = args
+    in_weight, _, row_weight, row_bias, column_weight, column_bias, weight, bias, base, gain, out_weight, _, radius_squared, keep = args
     if not keep:
         raise RuntimeError("spectral_mixer: the operator must be called with keep=True where gradients are wanted")
     learns = needed[9] or needed[10]
-    given = (in_weight, row_weight, row_bias, column_weight, weight, bias, base, gain, out_weight)
+    given = (in_weight, row_weight, row_bias, column_weight, column_bias, weight, bias, base, gain, out_weight)
     *grads, base_grad, gain_grad, out_weight_grad, out_bias_grad = _gradient(grad, x, *kept, *given, radius_squared, learns)
     return *grads, *((base_grad, gain_grad) if learns else (None, None)), out_weight_grad, out_bias_grad, None, None
 
@@ -128,17 +128,18 @@ _call = by_composition(_mixer, _gradient, _gradients, _composition)
 def _mixer_fake(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     *_, radius_squared, keep = args
     y = torch.empty_like(x, memory_format=modes.memory_format(x))
+    nothing = x.new_empty(0), x.new_empty(0, dtype=modes.profile_dtype(x.dtype))
     if not keep:
-        return y, x.new_empty(0), x.new_empty(0), x.new_empty(0, dtype=modes.profile_dtype(x.dtype))
+        return y, x.new_empty(0), *nothing
     t = torch.empty_like(x, memory_format=torch.channels_last)
-    # the gate of GPUs takes coefficients
-    coefficients = coefficients_fake(x, radius_squared) if x.device.type == "cuda" else x.new_empty(0, dtype=modes.profile_dtype(x.dtype))
-    return y, t, torch.empty_like(t), coefficients
+    if x.device.type == "cuda":
+        return y, t, torch.empty_like(t), coefficients_fake(x, radius_squared)
+    return y, t, *nothing
 
 
 @torch.library.register_fake("spanet_kernels::spectral_mixer_backward")
 def _gradient_fake(grad: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    *_, in_weight, row_weight, row_bias, column_weight, weight, bias, base, gain, out_weight, _, learns = args
+    *_, in_weight, row_weight, row_bias, column_weight, _, weight, bias, base, gain, out_weight, _, learns = args
     before = (in_weight, bias, row_weight, row_bias, column_weight, row_bias, weight, bias)
     return (
         torch.empty_like(x, memory_format=modes.memory_format(x)),
