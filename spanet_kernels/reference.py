@@ -16,6 +16,16 @@ from torch.nn import functional
 from . import modes
 
 
+def fft2(x: Tensor) -> Tensor:
+    """The orthonormal transform of planes that are contiguous: along long strided axes MKL's writes beyond its memory (torch 2.14.1)."""
+    return torch.fft.fft2(x.contiguous(), norm="ortho")
+
+
+def ifft2(spectrum: Tensor) -> Tensor:
+    """The inverse of `fft2`."""
+    return torch.fft.ifft2(spectrum.contiguous(), norm="ortho")
+
+
 def squared_frequencies(height: int, width: int, device: torch.device | None = None) -> Tensor:
     """(H, W) integer squared distance d^2 of every bin of `torch.fft.fft2` from the constant mode."""
     u = torch.fft.fftfreq(height, 1 / height, device=device).round().long()
@@ -38,12 +48,12 @@ def radial_mask(base: Tensor, gain: Tensor, height: int, width: int, radius_squa
 def radial_filter(x: Tensor, base: Tensor, gain: Tensor, radius_squared: int) -> Tensor:
     """Re ifft2(M o fft2(x)) with the radial mask M of base and gain (arXiv 2308.11568, eqs. 5-18)."""
     mask = radial_mask(base, gain, x.shape[2], x.shape[3], radius_squared)
-    return torch.fft.ifft2(mask * torch.fft.fft2(x, norm="ortho"), norm="ortho").real.to(x.dtype)
+    return ifft2(mask * fft2(x)).real.to(x.dtype)
 
 
 def radial_filter_backward(grad: Tensor, x: Tensor, radius_squared: int) -> tuple[Tensor, Tensor]:
     """Gradients of <grad, radial_filter(x, base, gain)>: to base_c, sum <grad, x>; to gain_{s,c}, the part of it on shell s."""
-    product = (torch.fft.fft2(grad, norm="ortho").conj() * torch.fft.fft2(x, norm="ortho")).real.sum(0)
+    product = (fft2(grad).conj() * fft2(x)).real.sum(0)
     index = shell_index(x.shape[2], x.shape[3], radius_squared, x.device).flatten()
     shells = product.new_zeros(len(modes.shells(radius_squared)) + 1, x.shape[1])
     shells.index_add_(0, index, product.flatten(1).T)
@@ -63,7 +73,7 @@ def spectral_mask(lam: float, radius: float, boundary: float | None, height: int
 def spectral_pool(x: Tensor, lam: float, radius: float, boundary: float | None = None) -> Tensor:
     """The paper literally: fft2, mask, ifft2."""
     mask = spectral_mask(lam, radius, boundary, x.shape[2], x.shape[3]).to(x)
-    return torch.fft.ifft2(mask * torch.fft.fft2(x, norm="ortho"), norm="ortho").real
+    return ifft2(mask * fft2(x)).real
 
 
 def published_chain(x: Tensor, centred_mask: Tensor) -> Tensor:
