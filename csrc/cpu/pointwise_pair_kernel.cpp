@@ -439,7 +439,8 @@ template <class IO> Moments moments_of(const IO* x, int64_t n) {
       for (int l = 0; l < VL; ++l) total += joined[l];
       return total;
     };
-    const double mean = sum([](auto value) { return value; }) / length, apart = mean - all.mean;
+    const float pivot = widen(x[first]);  // small numbers round less
+    const double mean = pivot + sum([&](auto value) { return value - pivot; }) / length, apart = mean - all.mean;
     const float centre = static_cast<float>(mean);
     const double spread = sum([&](auto value) { return (value - centre) * (value - centre); });
     // squared distances were from the mean as fp32 rounds it
