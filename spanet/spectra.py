@@ -32,9 +32,14 @@ from .images import as_picture, read_images
 MIXERS = ("token_mixer", "drop_path1", "conv_dw", "conv2")
 
 
+def _fft2(x: Tensor) -> Tensor:
+    """The transform of planes that are contiguous: along long strided axes MKL's writes beyond its memory (torch 2.14.1)."""
+    return torch.fft.fft2(x.contiguous())
+
+
 def log_amplitude(x: Tensor) -> Tensor:
     """(H, W) mean over batch and channels of log(|fft2(x)| + 1e-6), the constant mode at [H // 2, W // 2]; x (B, C, H, W)."""
-    amplitude = torch.fft.fft2(x.float().contiguous()).abs() + 1e-6
+    amplitude = _fft2(x.float()).abs() + 1e-6
     return torch.fft.fftshift(amplitude.log().mean((0, 1)))
 
 
@@ -116,8 +121,8 @@ def context_maps(model: nn.Module, x: Tensor) -> list[Tensor]:
 
 def frequency_response(x: Tensor, y: Tensor) -> Tensor:
     """(H, W) gain from x to y on every bin of `torch.fft.fft2`, by least squares over batch and channels of (B, C, H, W) maps."""
-    spectrum = torch.fft.fft2(x.double().contiguous())
-    return (torch.fft.fft2(y.double().contiguous()) * spectrum.conj()).real.sum((0, 1)) / spectrum.abs().square().sum((0, 1))
+    spectrum = _fft2(x.double())
+    return (_fft2(y.double()) * spectrum.conj()).real.sum((0, 1)) / spectrum.abs().square().sum((0, 1))
 
 
 def radial_mean(values: Tensor) -> tuple[Tensor, Tensor]:

@@ -128,15 +128,9 @@ def _gate_gradients(
     return [z_grad.add_(image(through, mixed.shape)), product, bias_grad, *profile_grads, *last]
 
 
-def _parts(x: Tensor) -> list[slice]:
-    """The images to take at a time."""
-    size = max(1, len(x) if x.device.type != "cpu" else PART * len(x) // max(x.nbytes, 1))
-    return [slice(start, start + size) for start in range(0, len(x), size)] or [slice(0, 0)]
-
-
 def _whole(x: Tensor, memory_format: torch.memory_format) -> Tensor | None:
     """Memory for the results of all parts of x; of a single part the result is the whole."""
-    return torch.empty_like(x, memory_format=memory_format) if len(_parts(x)) > 1 else None
+    return torch.empty_like(x, memory_format=memory_format) if len(parts(x, PART)) > 1 else None
 
 
 def _placed(whole: Tensor | None, part: slice, value: Tensor) -> Tensor:
@@ -172,7 +166,7 @@ def spectral_mixer(
     wanted = radius_squared if x.is_cuda else -1  # the fused gate of GPUs takes coefficients
     out = _whole(x, modes.memory_format(x))
     all_t = _whole(x, torch.channels_last) if keep else None
-    for part in _parts(x):
+    for part in parts(x, PART):
         around = branch.of(part)
         if around.norm_weight is not None and pair_serves(x[part], None, in_weight):
             t = torch.empty_like(x[part], memory_format=torch.channels_last)

@@ -464,6 +464,11 @@ def test_on_a_residual_branch(given, dtype, layout, channels, monkeypatch):
             assert torch.equal(layer(x, *branch), parts(layer, x, *branch))
 
 
+def test_a_norm_without_weight_and_bias():
+    layer, x = SPAM(20), torch.randn(2, 20, 5, 5)
+    torch.testing.assert_close(layer(x, None, None, (None, None, 1e-5)), layer(nn.functional.group_norm(x, 1)))
+
+
 def test_a_residual_branch_that_does_not_fit():
     layer, x = SPAM(20), torch.randn(2, 20, 5, 5)
     with pytest.raises(ValueError, match=r"spectral_mixer: residual must have shape \(2, 20, 5, 5\)"):

@@ -58,7 +58,8 @@ def check_branch(
     """What stands around an operator from x to a result of this shape, or an error that names what does not fit."""
     weight, bias, eps = (None, None, 0.0) if norm is None else norm
     if norm is not None:
-        weight = check_parameter(op, "the weight of norm", weight, (x.shape[1],), x)
+        # a norm without a weight has ones
+        weight = x.new_ones(x.shape[1]) if weight is None else check_parameter(op, "the weight of norm", weight, (x.shape[1],), x)
         bias = check_parameter(op, "the bias of norm", bias, (x.shape[1],), x)
     if residual is not None:
         check_parameter(op, "residual", residual, shape, x)
