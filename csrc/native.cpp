@@ -17,6 +17,5 @@ PYBIND11_MODULE(_native, m) {
       "torch whose headers were compiled against, compiler, and the oldest torch whose stable ABI is used.");
   m.def(
       "cpu_capability", [] { return spanet::name(spanet::cpu_capability()); },
-      "Instruction set in use by the CPU kernels: plain, avx2, avx512 or amx.");
-  m.def("cpu_has_bf16_dot", &spanet::cpu_has_bf16_dot, "Whether the CPU kernels multiply bf16 by AVX512_BF16 or AMX.");
+      "Instruction set in use by the CPU kernels: plain, avx2, avx512, avx512_bf16 or amx.");
 }

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from . import modes
-from ._native import cpu_capability, cpu_has_bf16_dot
+from ._native import cpu_capability
 
 _DTYPES = {torch.float32} if torch.backends.mkldnn.is_available() else set()
 if _DTYPES and torch.ops.mkldnn._is_mkldnn_bf16_supported():
@@ -22,9 +22,7 @@ if _DTYPES and torch.ops.mkldnn._is_mkldnn_bf16_supported():
 
 PAIR_CHANNELS = 32  # every number of channels is a multiple of it where `pointwise_pair` serves
 PAIR_POSITIONS = 96  # of a thread at least: `pointwise_pair` shares out positions, oneDNN channels too
-_PAIR_DTYPES = {torch.float32} if cpu_capability() != "plain" else set()
-if cpu_has_bf16_dot():
-    _PAIR_DTYPES.add(torch.bfloat16)
+_PAIR_DTYPES = {torch.float32, torch.bfloat16} if cpu_capability() != "plain" else set()
 
 
 def linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:

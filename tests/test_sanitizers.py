@@ -87,7 +87,7 @@ def sanitized(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("capability", ["plain", "avx2", "avx512", "amx"])
+@pytest.mark.parametrize("capability", ["plain", "avx2", "avx512", "avx512_bf16", "amx"])
 def test_clean_under_asan_and_ubsan(sanitized, capability):
     runtimes = [
         subprocess.run([os.environ.get("CXX", "g++"), f"-print-file-name=lib{name}.so"], capture_output=True, text=True).stdout.strip()

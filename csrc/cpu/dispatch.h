@@ -32,7 +32,7 @@ const Kernels<T, IO>& pick(const Compiled<Kernels>& compiled, Kernels<T, IO> Ker
 template <template <class, class> class Kernels, class F>
 void for_dtype(const char* op, const Compiled<Kernels>& compiled, ScalarType dtype, int64_t lanes, F f) {
   using Set = KernelSet<Kernels>;
-  static const bool has_native = cpu_has_bf16_dot();
+  static const bool has_native = cpu_capability() >= Capability::avx512 && cpu_has_bf16();
   const auto& native = (has_native ? compiled.avx512 : compiled.plain).native_bf16;
   if (dtype == ScalarType::Float) f(pick(compiled, &Set::f32, lanes));
   else if (dtype == ScalarType::BFloat16 && native.lanes) f(native);

@@ -19,10 +19,10 @@ const PointwisePairKernels& kernels() {
   return plain::pointwise_pair_kernels;
 }
 
-// The engine for bf16: the best that was compiled and that the processor has.
 const PointwisePairEngine<Bf16>& bf16_engine() {
-  static const bool tiles = cpu_capability() == Capability::amx, dot = cpu_has_bf16_dot();
-  return tiles ? kernels().bf16_tiles : dot ? kernels().bf16_dot : kernels().bf16;
+  static const Capability capability = cpu_capability();
+  if (capability == Capability::amx) return kernels().bf16_tiles;
+  return capability == Capability::avx512_bf16 ? kernels().bf16_dot : kernels().bf16;
 }
 
 void check_vector(const char* name, const std::optional<Tensor>& vector, const Tensor& x, int64_t size) {
@@ -87,7 +87,7 @@ void pointwise_pair(const Tensor& y, const Tensor& x, const std::optional<Tensor
                                data(x), given(factor), given(residual), given(residual_scale), given(weight_in), given(bias_in),
                                data(weight_out), given(bias_out), moments ? static_cast<const float*>(moments->data_ptr()) : nullptr,
                                given(norm_weight), given(norm_bias), static_cast<IO*>(y.data_ptr())};
-    parallel(1, op.strips(engine.strip), 1, [&](int64_t begin, int64_t end) { engine.run(op, begin, end); });
+    parallel(1, op.vectors(engine.lanes), 1, [&](int64_t begin, int64_t end) { engine.run(op, begin, end); });
   };
   if (x.scalar_type() == ScalarType::Float) run(kernels().f32);
   else if (x.scalar_type() == ScalarType::BFloat16) run(bf16_engine());

@@ -7,12 +7,13 @@
 //
 // A tile of pixels is laid out with pixels adjacent, X (in, pixels), so that a vector is a run of pixels and a weight is one number for
 // all of it: the weights are read where they stand, in either product, and h is written as the second product reads it.
-//   strip  NV vectors of pixels, the columns of a block; the last of an image may have fewer vectors
+//   strip  NV vectors of pixels of an image, the columns of a block
 //   block  some rows of a product by one strip: its accumulators are in registers
 //   tile   a few strips, for which a part of the hidden channels is computed and multiplied again at once
 // Sums are cut every `summed` terms: a sum of few partial sums rounds less than one long sum does.
-// What stands in memory is a unit of four bytes: an fp32 number, or two adjacent channels in bf16, which one instruction multiplies and
-// adds where the processor has it: vdpbf16ps of a vector, or tdpbf16ps of 16 rows of weights by 16 rows of units, both as they stand.
+// What stands in memory is a unit of four bytes: an fp32 number, or two adjacent channels in bf16. In a tile these are widened to fp32,
+// and so is each block of weights; or they stay units, where one instruction multiplies and adds both channels: vdpbf16ps of a vector, or
+// tdpbf16ps of 16 rows of weights by 16 rows of units, both as they stand.
 // Every output is computed by one thread in a fixed order.
 
 #include "cpu/pointwise_pair_kernel.h"
@@ -52,14 +53,20 @@ template <int N> SIMD_INLINE V gelu(V x, const Tail<N>& tail) {
   return at_least(x, 0.0f) - a * phi;
 }
 
+// Rows of weights, `stride` bytes apart, of so many numbers or units.
+struct Weights {
+  const char* first;
+  int64_t stride, columns;
+};
+
 // An engine: what a unit is, and the size of blocks and tiles that suits its products.
 
 // fp32: a unit is a number.
 struct Numbers {
   using IO = float;
-  static constexpr int channels = 1;  // of a unit
-  static constexpr int rows = SIMD_BYTES == 64 ? 8 : 4, vectors = 3;
-  static constexpr int64_t tile_strips = 2, hidden_part = 256;  // strips of a tile, and hidden channels that it takes at a time
+  static constexpr int channels = 1, packed = 1;  // of a unit in memory and in a tile
+  static constexpr int rows = SIMD_BYTES == 64 ? 8 : 4, vectors = 3;  // of a block
+  static constexpr int64_t tile_vectors = 6, hidden_part = 256;  // of a tile, and hidden channels that it takes at a time
   static constexpr bool in_registers = true;  // the accumulators of a block
   static constexpr const auto& tail = tail_of_numbers;
   struct Session {};  // what lives while a thread multiplies
@@ -73,7 +80,6 @@ struct Pairs : Numbers {
   using IO = Bf16;
   static constexpr int channels = 2;
   static constexpr const auto& tail = tail_of_pairs;
-  static SIMD_MEMBER V multiply_add(V sum, V a, V b) { return sum + channel(a, 0) * channel(b, 0) + channel(a, 1) * channel(b, 1); }
   static SIMD_MEMBER V channel(V unit, int which) { return which ? (V)((U)unit & 0xffff0000u) : (V)((U)unit << 16); }
   static SIMD_MEMBER V join(V first, V second) { return (V)(bf16_bits(first) >> 16 | (bf16_bits(second) & 0xffff0000u)); }
 };
@@ -84,6 +90,7 @@ struct Pairs : Numbers {
 
 // By AVX512_BF16.
 struct PairsByDot : Pairs {
+  static constexpr int packed = 2;
   static SIMD_MEMBER V multiply_add(V sum, V a, V b) {
     asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
     return sum;
@@ -100,7 +107,7 @@ struct PairsByDot : Pairs {
 // By AMX: a block is two tiles of 16 rows by up to two tiles of 16 pixels.
 struct PairsByTiles : PairsByDot {
   static constexpr int rows = 32, vectors = 2;
-  static constexpr int64_t tile_strips = 8, hidden_part = 512;
+  static constexpr int64_t tile_vectors = 16, hidden_part = 512;
   static constexpr bool in_registers = false;
 
   // Eight tiles of 16 rows of 64 bytes; what the thread had before comes back.
@@ -125,23 +132,24 @@ struct PairsByTiles : PairsByDot {
     Session(const Session&) = delete;
   };
 
-  // total = weights x columns; rows of weights are `stride` bytes apart.
-  template <int NV> static SIMD_MEMBER void multiply(const char* weights, int64_t stride, int64_t units, const float* columns, V (&total)[rows][NV]) {
+  // total = weights x columns.
+  template <int NV> static SIMD_MEMBER void multiply(const Weights& weights, const float* columns, V (&total)[rows][NV]) {
     constexpr int64_t line = 64, row = NV * line;
-    const char* below = weights + 16 * stride;
+    const int64_t stride = weights.stride;
+    const char *above = weights.first, *below = above + 16 * stride;
     asm volatile("tilezero %tmm0\n\ttilezero %tmm1\n\ttilezero %tmm2\n\ttilezero %tmm3");
-    for (int64_t k = 0; k < units; k += 16, weights += line, below += line, columns += 16 * NV * VL) {
+    for (int64_t k = 0; k < weights.columns; k += 16, above += line, below += line, columns += 16 * NV * VL) {
       if constexpr (NV == 2)
         asm volatile(
             "tileloadd (%2,%3), %%tmm6\n\ttileloadd (%0,%4), %%tmm4\n\ttdpbf16ps %%tmm6, %%tmm4, %%tmm0\n\t"
             "tileloadd 64(%2,%3), %%tmm7\n\ttdpbf16ps %%tmm7, %%tmm4, %%tmm1\n\t"
             "tileloadd (%1,%4), %%tmm5\n\ttdpbf16ps %%tmm6, %%tmm5, %%tmm2\n\ttdpbf16ps %%tmm7, %%tmm5, %%tmm3"
-            ::"r"(weights), "r"(below), "r"(columns), "r"(row), "r"(stride) : "memory");
+            ::"r"(above), "r"(below), "r"(columns), "r"(row), "r"(stride) : "memory");
       else
         asm volatile(
             "tileloadd (%2,%3), %%tmm6\n\ttileloadd (%0,%4), %%tmm4\n\ttdpbf16ps %%tmm6, %%tmm4, %%tmm0\n\t"
             "tileloadd (%1,%4), %%tmm5\n\ttdpbf16ps %%tmm6, %%tmm5, %%tmm2"
-            ::"r"(weights), "r"(below), "r"(columns), "r"(row), "r"(stride) : "memory");
+            ::"r"(above), "r"(below), "r"(columns), "r"(row), "r"(stride) : "memory");
     }
     asm volatile("tilestored %%tmm0, (%0,%2)\n\ttilestored %%tmm2, (%1,%2)" ::"r"(&total[0][0]), "r"(&total[16][0]), "r"(row) : "memory");
     if constexpr (NV == 2)
@@ -150,9 +158,9 @@ struct PairsByTiles : PairsByDot {
 };
 #endif
 
-// A strip: n adjacent pixels of an image, in NV vectors.
+// A strip: n adjacent pixels of an image, in NV vectors; `before` it stand as many vectors of its tile.
 struct Strip {
-  int64_t image, first, n;
+  int64_t image, first, n, before;
 };
 
 // Calls f(integral constant) with the number of vectors that hold n pixels, at most `most`.
@@ -168,17 +176,30 @@ SIMD_INLINE int64_t pixels_of(const Strip& strip, int v) {
   return left < VL ? left : VL;
 }
 
+// What stands in a tile: a number where units are widened, else a unit.
+template <class E> SIMD_INLINE V channel_in_tile(V value, int which) {
+  if constexpr (E::packed == 1) return value;
+  else return E::channel(value, which);
+}
+template <class E> SIMD_INLINE V for_tile(const V (&part)[E::packed]) {
+  if constexpr (E::packed == 1) return part[0];
+  else return E::join(part[0], part[1]);
+}
+template <class E> SIMD_INLINE void put(float* to, int64_t width, V unit) {
+  UNROLL
+  for (int c = 0; c < E::channels; c += E::packed) store<float>(to + c * width, E::packed == E::channels ? unit : E::channel(unit, c));
+}
+
 // (x - mean) / deviation of every pixel of a strip, times weight, plus bias, of channel units.
 struct Norm {
   const float *scale, *shift;   // 1 / deviation and - mean / deviation by pixel
   const float *weight, *bias;  // (E::channels, units): the first channels of all units, then the second
 };
 
-// to (channels / E::channels, NV VL) units = the strip of a tensor, normalised if norm is not nullptr; pixels that are not there are
-// anything.
+// to (channels / E::packed, NV VL) = the strip of a tensor, normalised if norm is not nullptr; pixels that are not there are anything.
 template <class E, int NV, class Op, class IO>
 void load_strip(const Op& op, const IO* from, int64_t channels, bool last, const Strip& strip, const Norm* norm, float* to) {
-  constexpr int64_t width = NV * VL;
+  constexpr int64_t width = NV * VL, unit_size = E::channels / E::packed * width;
   const int64_t units = channels / E::channels;
   if (last) {
     const char* pixel = reinterpret_cast<const char*>(from) + (strip.image * op.pixels + strip.first) * units * 4;
@@ -203,7 +224,7 @@ void load_strip(const Op& op, const IO* from, int64_t channels, bool last, const
         }
         transpose<float>(square);
         UNROLL
-        for (int i = 0; i < VL; ++i) store<float>(to + (k + i) * width + v * VL, square[i]);
+        for (int i = 0; i < VL; ++i) put<E>(to + (k + i) * unit_size + v * VL, width, square[i]);
       }
     return;
   }
@@ -220,7 +241,7 @@ void load_strip(const Op& op, const IO* from, int64_t channels, bool last, const
           part[c] = normal * norm->weight[c * units + k] + norm->bias[c * units + k];
         }
       }
-      store<float>(to + k * width + v * VL, E::join(part[0], part[E::channels - 1]));
+      put<E>(to + k * unit_size + v * VL, width, E::join(part[0], part[E::channels - 1]));
     }
 }
 
@@ -254,22 +275,27 @@ template <class E, int NV, class Op> void store_strip(const Op& op, const float*
     }
 }
 
-// total = weights x columns, of `units` units; rows of weights are `stride` elements apart, of columns NV VL.
-template <class E, int NV>
-SIMD_INLINE void multiply(const typename E::IO* weights, int64_t stride, int64_t units, const float* columns, V (&total)[E::rows][NV]) {
-  if constexpr (requires { &E::template multiply<NV>; }) {
-    E::multiply(reinterpret_cast<const char*>(weights), stride * int64_t{sizeof *weights}, units, columns, total);
-    return;
-  }
+// Rows of n weights, `stride` apart, as a block multiplies them: where they stand, or in `widened` (E::rows, n).
+template <class E> SIMD_INLINE Weights block_of(const typename E::IO* from, int64_t stride, int64_t n, float* widened) {
+  if constexpr (E::packed == E::channels)
+    return {reinterpret_cast<const char*>(from), stride * int64_t{sizeof *from}, n / E::packed};
+  for (int m = 0; m < E::rows; ++m)
+    for (int64_t k = 0; k < n; k += VL) store<float>(widened + m * n + k, load<float>(from + m * stride + k));
+  return {reinterpret_cast<const char*>(widened), n * int64_t{sizeof *widened}, n};
+}
+
+// total = weights x columns, whose rows are NV VL apart.
+template <class E, int NV> SIMD_INLINE void multiply(const Weights& weights, const float* columns, V (&total)[E::rows][NV]) {
+  if constexpr (requires { &E::template multiply<NV>; }) return E::multiply(weights, columns, total);
   const char* row[E::rows];
   UNROLL
   for (int m = 0; m < E::rows; ++m) {
-    row[m] = reinterpret_cast<const char*>(weights + m * stride);
+    row[m] = weights.first + m * weights.stride;
     UNROLL
     for (int v = 0; v < NV; ++v) total[m][v] = V{};
   }
-  for (int64_t first = 0; first < units; first += summed) {
-    const int64_t end = first + summed < units ? first + summed : units;
+  for (int64_t first = 0; first < weights.columns; first += summed) {
+    const int64_t end = first + summed < weights.columns ? first + summed : weights.columns;
     V sum[E::rows][NV];
     UNROLL
     for (int m = 0; m < E::rows; ++m)
@@ -318,107 +344,124 @@ template <class E, int step, class F> SIMD_INLINE void for_rows(F f) {
   }
 }
 
-// E::rows hidden channels from `channel` on: h (E::rows / E::channels, NV VL) units. factor are those of f, laid out like h, or nullptr.
-template <class E, int NV, class Op>
-void first_product(const Op& op, const float* bias, int64_t channel, const float* x, const float* factor, float* h) {
+// E::rows hidden channels: h (E::rows / E::packed, NV VL) of x and their bias; factor are those of f, laid out like h, or nullptr.
+template <class E, int NV> void first_product(const Weights& weights, const float* bias, const float* x, const float* factor, float* h) {
   V total[E::rows][NV];
-  multiply<E, NV>(op.weight_in + channel * op.in, op.in, op.in / E::channels, x, total);
-  const auto finish = [&](auto of) __attribute__((always_inline)) {  // of(sum, where the unit of f stands, which of its channels)
-    for_rows<E, E::channels>([&](int m) __attribute__((always_inline)) {
+  multiply<E, NV>(weights, x, total);
+  const auto finish = [&](auto of) __attribute__((always_inline)) {  // of(sum, where its value of f stands, which of a unit's channels)
+    for_rows<E, E::packed>([&](int m) __attribute__((always_inline)) {
       UNROLL
       for (int v = 0; v < NV; ++v) {
-        const int64_t at = (m / E::channels * NV + v) * VL;
-        V part[E::channels];
+        const int64_t at = (m / E::packed * NV + v) * VL;
+        V part[E::packed];
         UNROLL
-        for (int c = 0; c < E::channels; ++c) part[c] = of(total[m + c][v] + bias[channel + m + c], at, c);
-        store<float>(h + at, E::join(part[0], part[E::channels - 1]));
+        for (int c = 0; c < E::packed; ++c) part[c] = of(total[m + c][v] + bias[m + c], at, c);
+        store<float>(h + at, for_tile<E>(part));
       }
     });
   };
-  if (factor) finish([&](V sum, int64_t at, int c) { return sum * E::channel(load_raw<V>(factor + at), c); });
+  if (factor) finish([&](V sum, int64_t at, int c) { return sum * channel_in_tile<E>(load_raw<V>(factor + at), c); });
   else finish([](V sum, int64_t, int) { return gelu(sum, E::tail); });
 }
 
-// E::rows outputs from `channel` on: sums (E::rows, NV VL) += W_out h over `hidden` channels from `from` on, s o r + b_out first;
-// residual are those of r (E::rows / E::channels, NV VL) units, or nullptr.
-template <class E, int NV, class Op>
-void second_product(const Op& op, const Vectors& vectors, int64_t channel, int64_t from, int64_t hidden, const float* h,
-                    const float* residual, float* sums) {
+// E::rows outputs: sums (E::rows, NV VL) += W_out h over a part of the hidden channels, s o r + b_out before the first; residual are those
+// of r (E::rows / E::packed, NV VL), or nullptr.
+template <class E, int NV>
+void second_product(const Weights& weights, bool first, const float* scale, const float* bias, const float* h, const float* residual,
+                    float* sums) {
   V total[E::rows][NV];
-  multiply<E, NV>(op.weight_out + channel * op.hidden + from, op.hidden, hidden / E::channels, h, total);
-  const float *bias = vectors.bias_out + channel, *scale = vectors.residual_scale + channel;
+  multiply<E, NV>(weights, h, total);
   const auto finish = [&](auto before) __attribute__((always_inline)) {
     for_rows<E, 1>([&](int m) __attribute__((always_inline)) {
       UNROLL
       for (int v = 0; v < NV; ++v) store<float>(sums + (m * NV + v) * VL, total[m][v] + before(m, v));
     });
   };
-  const auto unit = [&](int m, int v) { return load_raw<V>(residual + (m / E::channels * NV + v) * VL); };
-  if (from) finish([&](int m, int v) { return load_raw<V>(sums + (m * NV + v) * VL); });
-  else if (residual) finish([&](int m, int v) { return E::channel(unit(m, v), m % E::channels) * scale[m] + bias[m]; });
+  const auto before = [&](int m, int v) { return load_raw<V>(residual + (m / E::packed * NV + v) * VL); };
+  if (!first) finish([&](int m, int v) { return load_raw<V>(sums + (m * NV + v) * VL); });
+  else if (residual) finish([&](int m, int v) { return channel_in_tile<E>(before(m, v), m % E::packed) * scale[m] + bias[m]; });
   else finish([&](int m, int) { return V{} + bias[m]; });
 }
 
+// The strips of a tile, which starts at vector `first` and has `vectors` of them: as few as can be of each image, and as even. Returns how
+// many there are.
+template <class E, class Op> int64_t cut(const Op& op, int64_t first, int64_t vectors, Strip* strips) {
+  const int64_t of_image = op.vectors_of_image(VL);
+  int64_t count = 0;
+  for (int64_t at = 0; at < vectors;) {
+    const int64_t image = (first + at) / of_image, in_image = (first + at) % of_image;
+    const int64_t left = vectors - at < of_image - in_image ? vectors - at : of_image - in_image;
+    const int64_t pieces = (left + E::vectors - 1) / E::vectors, take = (left + pieces - 1) / pieces;
+    const int64_t pixel = in_image * VL, pixels = op.pixels - pixel;
+    strips[count++] = {image, pixel, pixels < take * VL ? pixels : take * VL, at};
+    at += take;
+  }
+  return count;
+}
+
 template <class E> void run(const PointwisePair<typename E::IO>& op, int64_t begin, int64_t end) {
-  constexpr int64_t in_unit = E::channels, tile_strips = E::tile_strips, hidden_part = E::hidden_part, strip_pixels = E::vectors * VL;
+  constexpr int64_t tile_vectors = E::tile_vectors, hidden_part = E::hidden_part, strip_pixels = E::vectors * VL;
   [[maybe_unused]] const typename E::Session session;
-  const int64_t x_size = op.in / in_unit * strip_pixels, f_size = op.factor ? op.hidden / in_unit * strip_pixels : 0;
-  const int64_t r_size = op.residual ? op.out / in_unit * strip_pixels : 0;
-  const int64_t h_size = hidden_part / in_unit * strip_pixels, y_size = op.out * strip_pixels;
-  const int64_t strip_size = x_size + f_size + r_size + h_size + y_size, vectors_size = 2 * op.in + op.hidden + 2 * op.out;
-  float* const x = static_cast<float*>(thread_scratch((tile_strips * strip_size + vectors_size) * sizeof(float)));
-  float *const factor = x + tile_strips * x_size, *const residual = factor + tile_strips * f_size;
-  float *const h = residual + tile_strips * r_size, *const y = h + tile_strips * h_size;
+  // of a vector of pixels
+  const int64_t x_size = op.in / E::packed * VL, f_size = op.factor ? op.hidden / E::packed * VL : 0;
+  const int64_t r_size = op.residual ? op.out / E::packed * VL : 0, h_size = hidden_part / E::packed * VL, y_size = op.out * VL;
+  const int64_t vectors_size = 2 * op.in + op.hidden + 2 * op.out;
+  const int64_t widened_size = E::packed == E::channels ? 0 : E::rows * (op.in > hidden_part ? op.in : hidden_part);
+  const int64_t size = tile_vectors * (x_size + f_size + r_size + h_size + y_size) + vectors_size + widened_size;
+  float* const x = static_cast<float*>(thread_scratch(size * sizeof(float)));
+  float *const factor = x + tile_vectors * x_size, *const residual = factor + tile_vectors * f_size;
+  float *const h = residual + tile_vectors * r_size, *const y = h + tile_vectors * h_size, *const widened = y + tile_vectors * y_size;
   Vectors vectors;
-  vectors.norm_weight = y + tile_strips * y_size;
-  vectors.norm_bias = widen_all<in_unit>(op.norm_weight, op.in, 1.0f, vectors.norm_weight);
-  vectors.bias_in = widen_all<in_unit>(op.norm_bias, op.in, 0.0f, vectors.norm_bias);
+  vectors.norm_weight = widened + widened_size;
+  vectors.norm_bias = widen_all<E::channels>(op.norm_weight, op.in, 1.0f, vectors.norm_weight);
+  vectors.bias_in = widen_all<E::channels>(op.norm_bias, op.in, 0.0f, vectors.norm_bias);
   vectors.bias_out = widen_all<1>(op.bias_in, op.hidden, 0.0f, vectors.bias_in);
   vectors.residual_scale = widen_all<1>(op.bias_out, op.out, 0.0f, vectors.bias_out);
   widen_all<1>(op.residual_scale, op.out, 1.0f, vectors.residual_scale);
   float scale[strip_pixels], shift[strip_pixels];
   const Norm norm{scale, shift, vectors.norm_weight, vectors.norm_bias};
-  const int64_t of_image = op.strips_of_image(strip_pixels);
-  for (int64_t first = begin; first < end; first += tile_strips) {
-    const int64_t count = end - first < tile_strips ? end - first : tile_strips;
-    Strip strip[tile_strips];
-    for (int64_t s = 0; s < count; ++s) {
-      const int64_t pixel = (first + s) % of_image * strip_pixels, left = op.pixels - pixel;
-      strip[s] = {(first + s) / of_image, pixel, left < strip_pixels ? left : strip_pixels};
-      for (int64_t i = 0; i < (op.moments ? strip_pixels : 0); ++i) {
-        const int64_t in_strip = i < strip[s].n ? i : 0, at = strip[s].image * op.pixels + pixel + in_strip;
-        const float* moments = op.moments + 2 * (at / op.image_pixels);
+  const int64_t tiles = (end - begin + tile_vectors - 1) / tile_vectors;
+  for (int64_t tile = 0, first = begin, next; tile < tiles; ++tile, first = next) {
+    next = begin + (end - begin) * (tile + 1) / tiles;
+    Strip strips[tile_vectors];
+    const int64_t count = cut<E>(op, first, next - first, strips);
+    const auto for_strips = [&](auto f) __attribute__((always_inline)) {  // f(number of its vectors, strip)
+      for (int64_t s = 0; s < count; ++s) for_vectors<E::vectors>(strips[s].n, [&](auto nv) { f(nv, strips[s]); });
+    };
+    for_strips([&](auto nv, const Strip& strip) {
+      for (int64_t i = 0; i < (op.moments ? nv() * VL : 0); ++i) {
+        const int64_t pixel = strip.image * op.pixels + strip.first + (i < strip.n ? i : 0);
+        const float* moments = op.moments + 2 * (pixel / op.image_pixels);
         scale[i] = moments[1];
         shift[i] = -moments[0] * moments[1];
       }
-      for_vectors<E::vectors>(strip[s].n, [&](auto nv) {
-        load_strip<E, nv()>(op, op.x, op.in, op.x_last, strip[s], op.moments ? &norm : nullptr, x + s * x_size);
-        if (op.factor) load_strip<E, nv()>(op, op.factor, op.hidden, op.x_last, strip[s], nullptr, factor + s * f_size);
-        if (op.residual) load_strip<E, nv()>(op, op.residual, op.out, op.y_last, strip[s], nullptr, residual + s * r_size);
-      });
-    }
+      load_strip<E, nv()>(op, op.x, op.in, op.x_last, strip, op.moments ? &norm : nullptr, x + strip.before * x_size);
+      if (op.factor) load_strip<E, nv()>(op, op.factor, op.hidden, op.x_last, strip, nullptr, factor + strip.before * f_size);
+      if (op.residual) load_strip<E, nv()>(op, op.residual, op.out, op.y_last, strip, nullptr, residual + strip.before * r_size);
+    });
     for (int64_t from = 0; from < op.hidden; from += hidden_part) {
       const int64_t hidden = op.hidden - from < hidden_part ? op.hidden - from : hidden_part;
-      for (int64_t channel = 0; channel < (op.weight_in ? hidden : 0); channel += E::rows)
-        for (int64_t s = 0; s < count; ++s)
-          for_vectors<E::vectors>(strip[s].n, [&](auto nv) {
-            const int64_t width = nv() * VL;
-            first_product<E, nv()>(op, vectors.bias_in, from + channel, x + s * x_size,
-                                   op.factor ? factor + s * f_size + (from + channel) / in_unit * width : nullptr,
-                                   h + s * h_size + channel / in_unit * width);
-          });
-      for (int64_t channel = 0; channel < op.out; channel += E::rows)
-        for (int64_t s = 0; s < count; ++s)
-          for_vectors<E::vectors>(strip[s].n, [&](auto nv) {
-            const int64_t width = nv() * VL;
-            const float* columns = op.weight_in ? h + s * h_size : x + s * x_size + from / in_unit * width;
-            second_product<E, nv()>(op, vectors, channel, from, hidden, columns,
-                                    op.residual ? residual + s * r_size + channel / in_unit * width : nullptr,
-                                    y + s * y_size + channel * width);
-          });
+      for (int64_t channel = 0; channel < (op.weight_in ? hidden : 0); channel += E::rows) {
+        const Weights weights = block_of<E>(op.weight_in + (from + channel) * op.in, op.in, op.in, widened);
+        for_strips([&](auto nv, const Strip& strip) {
+          const int64_t width = nv() * VL, row = (from + channel) / E::packed;
+          first_product<E, nv()>(weights, vectors.bias_in + from + channel, x + strip.before * x_size,
+                                 op.factor ? factor + strip.before * f_size + row * width : nullptr,
+                                 h + strip.before * h_size + channel / E::packed * width);
+        });
+      }
+      for (int64_t channel = 0; channel < op.out; channel += E::rows) {
+        const Weights weights = block_of<E>(op.weight_out + channel * op.hidden + from, op.hidden, hidden, widened);
+        for_strips([&](auto nv, const Strip& strip) {
+          const int64_t width = nv() * VL;
+          const float* columns = op.weight_in ? h + strip.before * h_size : x + strip.before * x_size + from / E::packed * width;
+          second_product<E, nv()>(weights, from == 0, vectors.residual_scale + channel, vectors.bias_out + channel, columns,
+                                  op.residual ? residual + strip.before * r_size + channel / E::packed * width : nullptr,
+                                  y + strip.before * y_size + channel * width);
+        });
+      }
     }
-    for (int64_t s = 0; s < count; ++s)
-      for_vectors<E::vectors>(strip[s].n, [&](auto nv) { store_strip<E, nv()>(op, y + s * y_size, strip[s]); });
+    for_strips([&](auto nv, const Strip& strip) { store_strip<E, nv()>(op, y + strip.before * y_size, strip); });
   }
 }
 
@@ -451,7 +494,7 @@ template <class IO> Moments moments_of(const IO* x, int64_t n) {
   return all;
 }
 
-template <class E> constexpr PointwisePairEngine<typename E::IO> engine{run<E>, E::vectors * VL};
+template <class E> constexpr PointwisePairEngine<typename E::IO> engine{run<E>, VL};
 
 }  // namespace
 

@@ -17,8 +17,8 @@ template <class IO> struct PointwisePair {
   const IO *norm_weight, *norm_bias;
   IO* y;
 
-  int64_t strips(int64_t strip) const { return images * strips_of_image(strip); }
-  int64_t strips_of_image(int64_t strip) const { return (pixels + strip - 1) / strip; }
+  int64_t vectors(int64_t lanes) const { return images * vectors_of_image(lanes); }
+  int64_t vectors_of_image(int64_t lanes) const { return (pixels + lanes - 1) / lanes; }
 };
 
 // Mean and sum of squared distances from it.
@@ -27,9 +27,9 @@ struct Moments {
 };
 
 template <class IO> struct PointwisePairEngine {
-  // strips [begin, end) of `strip` pixels of an image, the last of every image shorter
+  // vectors [begin, end) of `lanes` pixels of an image, the last of every image shorter
   void (*run)(const PointwisePair<IO>&, int64_t begin, int64_t end);
-  int64_t strip;
+  int64_t lanes;
 };
 
 struct PointwisePairKernels {
