@@ -91,7 +91,12 @@ def write(y: Tensor, rows_: Tensor, weight: Tensor, bias: Tensor | None = None) 
 
 
 def parts(x: Tensor, size: int) -> list[slice]:
-    """The images to take at a time: on a CPU parts of equal numbers of images, each of at most `size` bytes or one image."""
+    """The images to take at a time: on a CPU parts of equal numbers of images, each of at most `size` bytes or one image.
+
+    All at once in a graph, which serves any number of images.
+    """
+    if torch.compiler.is_compiling():
+        return [slice(0, len(x))]
     count = min(len(x), -(-x.nbytes // size)) if x.device.type == "cpu" else 1
     step = -(-len(x) // max(count, 1))
     return [slice(start, start + step) for start in range(0, len(x), step or 1)] or [slice(0, 0)]
@@ -105,7 +110,7 @@ def summed(sums: list[Tensor], more: list[Tensor], last: bool) -> list[Tensor]:
 
 
 def pair_serves(x: Tensor, weight_in: Tensor | None, weight_out: Tensor) -> bool:
-    """Whether `pointwise_pair` takes these, and has positions enough for every thread."""
+    """Whether `pointwise_pair` takes these, and has positions enough for every thread; a graph serves any number of them."""
     weights = [weight_out] if weight_in is None else [weight_in, weight_out]
     channels = (x.shape[1], *(size for weight in weights for size in weight.shape))
     positions = x.shape[0] * x.shape[2] * x.shape[3]
@@ -114,7 +119,7 @@ def pair_serves(x: Tensor, weight_in: Tensor | None, weight_out: Tensor) -> bool
         and x.dtype in _PAIR_DTYPES
         and all(weight.dtype == x.dtype for weight in weights)
         and not any(size % PAIR_CHANNELS for size in channels)
-        and positions >= PAIR_POSITIONS * torch.get_num_threads()
+        and (torch.compiler.is_compiling() or positions >= PAIR_POSITIONS * torch.get_num_threads())
     )
 
 

@@ -28,6 +28,7 @@ from spanet_kernels import (
     spectral_gate,
     spectral_mixer,
 )
+from spanet_kernels._native import cpu_capability
 from spanet_kernels.testing import DTYPES, LAYOUTS, make_input, make_profile
 
 OPS = torch.ops.spanet_kernels
@@ -340,11 +341,12 @@ def test_fullgraph_dynamic_shapes_without_recompiling(learnable):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_compiled_for_inference_on_a_cpu_it_is_its_parts(dtype, channels_last):
-    """Inductor sees the products, packs their constant weights, and gives what eager code gives."""
+@pytest.mark.parametrize("channels", [20, 32])
+def test_compiled_for_inference_on_a_cpu_it_is_its_parts(channels, dtype, channels_last):
+    """The products are pairs where these serve, else Inductor's, which packs their constant weights; the result is that of eager code."""
     torch._dynamo.reset()
-    model = nn.Sequential(SPAM(20), nn.GELU(), SPAM(20, 3, (), radius=1), SPAM(20, 3, (0.6,), radius=1, learnable=True)).to(dtype)
-    x = make_input((3, 20, 15, 14), dtype)
+    layers = SPAM(channels), nn.GELU(), SPAM(channels, 3, (), radius=1), SPAM(channels, 3, (0.6,), radius=1, learnable=True)
+    model, x = nn.Sequential(*layers).to(dtype), make_input((3, channels, 15, 14), dtype)
     x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
     names = []
 
@@ -356,6 +358,7 @@ def test_compiled_for_inference_on_a_cpu_it_is_its_parts(dtype, channels_last):
         actual = torch.compile(model, fullgraph=True, backend=listing)(x)
         torch.testing.assert_close(actual, model(x), **({} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.02}))
     assert any("axial_conv" in name for name in names)
+    assert any("pointwise_pair" in name for name in names) == (channels == 32 and cpu_capability() != "plain")
     assert not any("spectral_mixer" in name for name in names)
 
 

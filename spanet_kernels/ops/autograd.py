@@ -28,7 +28,10 @@ def is_eager() -> bool:
 
 
 def infers(*args: Any) -> bool:
-    """Whether a call with these arguments is an eager one of which no derivative may be asked."""
+    """Whether no derivative may be asked of an eager or compiled call with these arguments."""
+    if _is_compiling():
+        differentiated = torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)
+        return not differentiated and not torch.compiler.is_exporting()
     return is_eager() and not (_is_recording() and _any_requires_grad(*args))
 
 

@@ -29,8 +29,8 @@ def pointwise_mlp(
     """residual_scale o residual + W_out gelu(W_in norm(x) + b_in) + b_out at every position, with the exact GELU.
 
     For gradients x and h = W_in x + b_in are kept; gelu(h), as large as h, is computed again. Without gradients, on a CPU, h never
-    leaves the cache; of few positions the GELU is done where oneDNN writes h. Under torch.compile, which fuses and chooses what to
-    keep by itself, and under torch.func it is what `Conv2d`, `GELU`, `Conv2d` compute.
+    leaves the cache; of few positions the GELU is done where oneDNN writes h. In other graphs of torch.compile, which fuses and chooses
+    what to keep by itself, and under torch.func it is what `Conv2d`, `GELU`, `Conv2d` compute.
 
     Args:
         x: (B, C, H, W), float64, float32, float16 or bfloat16; under autocast it is cast to autocast's dtype.
@@ -74,7 +74,7 @@ def _inferred(x: Tensor, weight_in: Tensor, bias_in: Tensor | None, weight_out: 
         y = torch.empty((x.shape[0], matrix_out.shape[0], *x.shape[2:]), dtype=x.dtype, memory_format=modes.memory_format(x))
         return pair(y, x, matrix_in, bias_in, matrix_out, bias_out, branch=branch)
     x = branch.normalised(x)
-    if onednn_serves(x) and x.dtype == weight_in.dtype and x.is_contiguous(memory_format=torch.channels_last):
+    if is_eager() and onednn_serves(x) and x.dtype == weight_in.dtype and x.is_contiguous(memory_format=torch.channels_last):
         y = linear(linear(x.movedim(1, -1), matrix_in, bias_in, gelu=True), matrix_out, bias_out).movedim(-1, 1)
     else:
         y = _composition(x, weight_in, bias_in, weight_out, bias_out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .. import composed, modes
+from ..products import pair_serves
 from .autograd import by_composition, call_below_autograd, infers
 from .axial_conv import axial_conv, coefficients_fake
 from .checks import PROFILE_DTYPE, autocast_dtype, check_branch, check_input, check_parameter, check_radius, odd_size
@@ -43,7 +45,8 @@ def spectral_mixer(
 
     Channels stay adjacent from the first product to the last, for either layout of x. For gradients t = W_in norm(x) + b_in is kept,
     on GPUs z and its coefficients too; what follows is computed again. Without gradients, on a CPU, norm and residual are part of the
-    products and sums. Compiled for inference on a CPU it is its parts, for Inductor to fuse with what stands around them.
+    products and sums. Compiled for inference on a CPU it is its parts: operators of this package where they serve, else what Inductor
+    fuses.
 
     Args:
         x: (B, C, H, W), float64, float32, float16 or bfloat16; under autocast it is cast to autocast's dtype.
@@ -86,13 +89,16 @@ def spectral_mixer(
         )
     ]
     args[2], args[4] = args[2].flatten(1), args[4].flatten(1)
-    if branch.is_there and branch.has(dtype) and x.dtype == dtype and x.device.type == "cpu" and infers(x, *args, *branch):
-        fused: Tensor = call_below_autograd(composed.spectral_mixer, x, *args, squared, False, branch)[0]
+    compiling = torch.compiler.is_compiling()
+    inferred = x.device.type == "cpu" and infers(x, *args, *branch)
+    if inferred and branch.has(dtype) and x.dtype == dtype and (pair_serves(x, args[6], args[10]) if compiling else branch.is_there):
+        run: Any = composed.spectral_mixer if compiling else functools.partial(call_below_autograd, composed.spectral_mixer)
+        fused: Tensor = run(x, *args, squared, False, branch)[0]
         return fused
     x = branch.normalised(x).to(dtype)
-    keep = torch.is_grad_enabled() and any(arg.requires_grad for arg in (x, *args))
-    if torch.compiler.is_compiling() and not torch.compiler.is_exporting() and x.device.type == "cpu" and not keep:
+    if inferred and compiling:
         return branch.added(_parts(x, *args, squared))
+    keep = torch.is_grad_enabled() and any(arg.requires_grad for arg in (x, *args))
     return branch.added(_call(x, *args, squared, keep)[0])
 
 
