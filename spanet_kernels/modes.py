@@ -104,11 +104,12 @@ def basis(n: int, radius_squared: int, dtype: torch.dtype, device: torch.device)
 
 @functools.lru_cache(maxsize=64)
 def half_spectrum_shells(height: int, width: int, radius_squared: int, device: torch.device) -> Tensor:
-    """(H, W // 2 + 1) index of the shell of each bin of `torch.fft.rfft2`; S, one past the last shell, outside the disc."""
+    """(H, W // 2 + 1, 2) index of the shell of both parts of each bin of `torch.fft.rfft2`; S, past the last shell, outside the disc."""
     with torch.inference_mode(False), torch.no_grad():
         rows = torch.arange(height)
         squared = torch.minimum(rows, height - rows)[:, None] ** 2 + torch.arange(width // 2 + 1) ** 2
-        return torch.searchsorted(torch.tensor(shells(radius_squared)), squared).to(device)
+        found = torch.searchsorted(torch.tensor(shells(radius_squared)), squared)
+        return found[..., None].expand(-1, -1, 2).contiguous().to(device)
 
 
 @functools.lru_cache(maxsize=256)

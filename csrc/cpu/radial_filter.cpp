@@ -1,6 +1,7 @@
 // radial_filter, radial_filter_backward and mode_coefficients on the CPU: the way the work is cut, and the registration.
 // The arithmetic is in radial_filter_kernel.cpp, compiled once per instruction set.
 
+#include <algorithm>
 #include <tuple>
 #include <vector>
 
@@ -29,10 +30,11 @@ constexpr Compiled<RadialFilterKernels> compiled = SPANET_COMPILED(radial_filter
 // Work for a thread to be worth its start: this many elements.
 constexpr int64_t grain = 32768;
 
-// Channels of a chunk whose planes stay in half of the second-level cache between reduce and expand.
+// Channels of a chunk: the more adjacent elements are read the better, while the planes stay in the second-level cache.
 int64_t lanes_chunk(int64_t lanes, int64_t plane_bytes) {
+  constexpr int64_t cached_bytes = int64_t{1} << 20;
   int64_t chunk = lanes;
-  while (chunk < 4 * lanes && 2 * chunk * plane_bytes <= staged_bytes) chunk *= 2;
+  while (chunk < 4 * lanes && 2 * chunk * plane_bytes <= cached_bytes) chunk *= 2;
   return chunk;
 }
 
@@ -122,18 +124,24 @@ std::tuple<Tensor, Tensor> radial_filter_backward(const Tensor& grad, const Tens
   for_dtype("radial_filter_backward", compiled, x.scalar_type(), lanes, [&]<class T, class IO>(const RadialFilterKernels<T, IO>& kernel) {
     const auto table = mode_table<T>(h, w, radius_squared, Extent::disc, kernel.lanes);
     const Modes<T>& modes = table->modes;
-    std::vector<double> sums((modes.inside + 1) * channels);
     Cut cut = Cut::columns;
-    int64_t chunk = 1, units = channels, elements = images * h * w;
+    int64_t chunk = 1, blocks = 1, units = channels, elements = images * h * w;
     if (channels_last) {
+      constexpr int64_t enough_units = 16;
       cut = Cut::lanes;
-      chunk = lanes_chunk(kernel.lanes, h * w * 2 * static_cast<int64_t>(sizeof(IO)));
+      chunk = lanes_chunk(kernel.lanes, w * static_cast<int64_t>(sizeof(IO)));
       units = chunks_of(channels, chunk);
-      elements *= chunk;
+      blocks = std::min(images, (enough_units + units - 1) / units);
+      units *= blocks;
+      elements = elements * chunk / blocks;
     }
+    const int64_t block = (modes.inside + 1) * channels;
+    std::vector<double> sums(blocks * block);
     parallel(grain, units, elements, [&](int64_t begin, int64_t end) {
-      kernel.backward(cut, modes, planes<const IO>(grad), planes<const IO>(x), sums.data(), images, channels, chunk, begin, end);
+      kernel.backward(cut, modes, planes<const IO>(grad), planes<const IO>(x), sums.data(), images, blocks, channels, chunk, begin, end);
     });
+    for (int64_t b = 1; b < blocks; ++b)
+      for (int64_t i = 0; i < block; ++i) sums[i] += sums[b * block + i];
     T* to_base = static_cast<T*>(base_grad.data_ptr());
     T* to_gain = static_cast<T*>(gain_grad.data_ptr());
     std::vector<double> of_shell(shells * channels);

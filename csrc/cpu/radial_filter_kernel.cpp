@@ -237,8 +237,8 @@ template <class T> struct LanesScratch {
   LanesScratch(const Modes<T>& m, int64_t channels, int64_t chunk)
       : most(channels < 2 * chunk ? (channels < lanes_of<T> ? lanes_of<T> : channels) : 2 * chunk),
         modes(m.rows.count() * m.columns.count()),
-        scratch((m.rows.n * m.columns.count() + 3 * modes + 8) * line_up(most) + 256) {
-    u = scratch.take(m.rows.n * m.columns.count() * most);
+        scratch((2 * m.rows.n * m.columns.count() + 3 * modes + 8) * line_up(most) + 256) {
+    for (T*& part : u) part = scratch.take(m.rows.n * m.columns.count() * most);
     gains = scratch.zeros(modes * most);
     for (T*& part : z) part = scratch.zeros(modes * most);
     base = scratch.zeros(most);
@@ -247,7 +247,7 @@ template <class T> struct LanesScratch {
   }
   int64_t most, modes;
   Scratch<T> scratch;
-  T *u, *gains, *base, *partial, *z[2];
+  T *u[2], *gains, *base, *partial, *z[2];
   double* dots;
 };
 
@@ -277,13 +277,13 @@ void over_lanes(const Modes<T>& m, Planes<const IO> x, Planes<IO> y, int64_t cha
       prepare(part, wide, s.base, s.gains);
     }
     const IO* from = x.data + b * x.b + part.first * x.c;
-    lanes_coefficients(m, from, x.h, x.w, part.lanes, wide, s.u, s.z[0]);
+    lanes_coefficients(m, from, x.h, x.w, part.lanes, wide, s.u[0], s.z[0]);
     between(b, part, wide, s.z[0], s.gains);
     if constexpr (WRITE) {
-      expand<Out::sum>(m.rows, s.z[0], row, row, false, Rows<T, T, T>{s.base, s.u, 0, s.u, row});
+      expand<Out::sum>(m.rows, s.z[0], row, row, false, Rows<T, T, T>{s.base, s.u[0], 0, s.u[0], row});
       IO* to = y.data + b * y.b + part.first * y.c;
       for (int64_t i = 0; i < m.rows.n; ++i)
-        expand<Out::scaled>(m.columns, s.u + i * row, wide, part.lanes, false, Rows<T, IO, IO>{s.base, from + i * x.h, x.w, to + i * y.h, y.w});
+        expand<Out::scaled>(m.columns, s.u[0] + i * row, wide, part.lanes, false, Rows<T, IO, IO>{s.base, from + i * x.h, x.w, to + i * y.h, y.w});
     }
   }
 }
@@ -346,17 +346,20 @@ void mode_coefficients(Cut cut, const Modes<T>& m, Planes<const IO> x, T* out, i
       });
 }
 
-// total[l] += sum over n rows of <grad, x>, lane by lane; partial sums in T, totals in fp64.
+// total[l] += sum over h x w places of <grad, x>, lane by lane; partial sums in T, totals in fp64.
 template <class T, class IO>
-void accumulate_dot(const IO* grad, int64_t grad_stride, const IO* x, int64_t x_stride, int64_t n, int64_t lanes, T* partial,
-                    double* total) {
+void accumulate_dot(const IO* grad, Planes<const IO> of_grad, const IO* x, Planes<const IO> of_x, int64_t h, int64_t w, int64_t lanes,
+                    T* partial, double* total) {
   for_lanes<T, 2>(lanes, [&](auto nv, int64_t l, int64_t last) {
     const Step<nv(), T> step{last, false};
     Vec<T> sum[step.vectors] = {};
-    for (int64_t i = 0; i < n; ++i)
-      UNROLL
-      for (int v = 0; v < step.vectors; ++v)
-        sum[v] += step.read(grad + i * grad_stride + l + step.at(v)) * step.read(x + i * x_stride + l + step.at(v));
+    for (int64_t i = 0; i < h; ++i)
+      for (int64_t j = 0; j < w; ++j)
+        UNROLL
+        for (int v = 0; v < step.vectors; ++v) {
+          const int64_t at = l + step.at(v);
+          sum[v] += step.read(grad + i * of_grad.h + j * of_grad.w + at) * step.read(x + i * of_x.h + j * of_x.w + at);
+        }
     UNROLL
     for (int v = 0; v < step.vectors; ++v) step.write(partial + l + step.at(v), sum[v], 0);
   });
@@ -368,24 +371,22 @@ void backward_columns(const Modes<T>& m, Planes<const IO> grad, Planes<const IO>
                       int64_t begin, int64_t end) {
   const int64_t h = m.rows.n, w = m.columns.n, inside = m.inside;
   ColumnsScratch<T, IO> s(m, 2, 0, grad.w == 1 && x.w == 1 ? 0 : h * w);
-  const Planes<const IO> from[2] = {grad, x};
+  Planes<const IO> from[2] = {grad, x};
   for (int64_t c = begin; c < end; ++c) {
     for (int64_t k = 0; k < inside; ++k) s.products[k] = 0;
     for (int64_t j = 0; j < w; ++j) s.dots[j] = 0;
     for (int64_t b = 0; b < images; ++b) {
       const IO* plane[2];
-      int64_t h_stride[2];
       for (int side = 0; side < 2; ++side) {
-        const Planes<const IO>& p = from[side];
-        plane[side] = adjacent_columns(p.data + b * p.b + c * p.c, p, h_stride[side], h, w, s.plane[side]);
-        reduce(m.rows, plane[side], h_stride[side], w, true, s.v + side * s.rows, m.columns.width);
+        const Planes<const IO>& p = side == 0 ? grad : x;
+        plane[side] = adjacent_columns(p.data + b * p.b + c * p.c, p, from[side].h, h, w, s.plane[side]);
+        reduce(m.rows, plane[side], from[side].h, w, true, s.v + side * s.rows, m.columns.width);
       }
       columns_coefficients(m, s, 2);
       for (int64_t k = 0; k < inside; ++k) s.products[k] += double(s.z[k]) * double(s.z[inside + k]);
       // rows in groups of eight: short sums in T
       for (int64_t i = 0; i < h; i += 8)
-        accumulate_dot(plane[0] + i * h_stride[0], h_stride[0], plane[1] + i * h_stride[1], h_stride[1], h - i < 8 ? h - i : 8, w, s.t,
-                       s.dots);
+        accumulate_dot(plane[0] + i * from[0].h, from[0], plane[1] + i * from[1].h, from[1], h - i < 8 ? h - i : 8, 1, w, s.t, s.dots);
     }
     for (int64_t k = 0; k < inside; ++k) sums[k * channels + c] = s.products[k];
     for (int64_t j = 0; j < w; ++j) sums[inside * channels + c] += s.dots[j];
@@ -422,33 +423,42 @@ void backward_disc(const Modes<T>& m, Planes<const IO> grad, Planes<const IO> x,
 }
 
 template <class T, class IO>
-void backward_lanes(const Modes<T>& m, Planes<const IO> grad, Planes<const IO> x, double* sums, int64_t images, int64_t channels,
-                    int64_t chunk, int64_t begin, int64_t end) {
+void backward_lanes(const Modes<T>& m, Planes<const IO> grad, Planes<const IO> x, double* sums, int64_t images, int64_t blocks,
+                    int64_t channels, int64_t chunk, int64_t begin, int64_t end) {
+  const int64_t h = m.rows.n, w = m.columns.n, chunks = chunks_of(channels, chunk);
+  const int64_t short_rows = w < 64 ? 64 / w : 1;  // rows that are still in the first-level cache, in whose dot products T rounds little
   LanesScratch<T> s(m, channels, chunk);
   for (int64_t unit = begin; unit < end; ++unit) {
-    const Chunk part = chunk_of(channels, chunk, unit);
+    const int64_t block = unit / chunks;
+    const Chunk part = chunk_of(channels, chunk, unit % chunks);
     const int64_t lanes = part.lanes, wide = lanes < lanes_of<T> ? lanes_of<T> : lanes, row = m.columns.count() * wide;
+    double* to = sums + block * (m.inside + 1) * channels + part.first;
     for (int64_t l = 0; l < lanes; ++l) s.dots[l] = 0;
-    for (int64_t b = 0; b < images; ++b) {
+    for (int64_t b = block * images / blocks; b < (block + 1) * images / blocks; ++b) {
       const IO* g = grad.data + b * grad.b + part.first * grad.c;
       const IO* f = x.data + b * x.b + part.first * x.c;
-      lanes_coefficients(m, g, grad.h, grad.w, lanes, wide, s.u, s.z[0]);
-      lanes_coefficients(m, f, x.h, x.w, lanes, wide, s.u, s.z[1]);
-      for (int64_t i = 0; i < m.rows.n; ++i)
-        accumulate_dot(g + i * grad.h, grad.w, f + i * x.h, x.w, m.columns.n, lanes, s.partial, s.dots);
+      for (int64_t first = 0; first < h; first += short_rows) {
+        const int64_t rows = h - first < short_rows ? h - first : short_rows;
+        for (int64_t i = first; i < first + rows; ++i) {
+          reduce(m.columns, g + i * grad.h, grad.w, lanes, false, s.u[0] + i * row, wide);
+          reduce(m.columns, f + i * x.h, x.w, lanes, false, s.u[1] + i * row, wide);
+        }
+        accumulate_dot(g + first * grad.h, grad, f + first * x.h, x, rows, w, lanes, s.partial, s.dots);
+      }
+      for (int side = 0; side < 2; ++side) reduce(m.rows, s.u[side], row, row, false, s.z[side], row);
       for (int64_t k = 0; k < m.inside; ++k) {
         const int64_t at = m.mode[k].row * row + m.mode[k].column * wide;
-        for (int64_t l = 0; l < lanes; ++l) sums[k * channels + part.first + l] += double(s.z[0][at + l]) * double(s.z[1][at + l]);
+        for (int64_t l = 0; l < lanes; ++l) to[k * channels + l] += double(s.z[0][at + l]) * double(s.z[1][at + l]);
       }
     }
-    for (int64_t l = 0; l < lanes; ++l) sums[m.inside * channels + part.first + l] += s.dots[l];
+    for (int64_t l = 0; l < lanes; ++l) to[m.inside * channels + l] += s.dots[l];
   }
 }
 
 template <class T, class IO>
-void backward(Cut cut, const Modes<T>& m, Planes<const IO> grad, Planes<const IO> x, double* sums, int64_t images, int64_t channels,
-              int64_t chunk, int64_t begin, int64_t end) {
-  if (cut == Cut::lanes) return backward_lanes(m, grad, x, sums, images, channels, chunk, begin, end);
+void backward(Cut cut, const Modes<T>& m, Planes<const IO> grad, Planes<const IO> x, double* sums, int64_t images, int64_t blocks,
+              int64_t channels, int64_t chunk, int64_t begin, int64_t end) {
+  if (cut == Cut::lanes) return backward_lanes(m, grad, x, sums, images, blocks, channels, chunk, begin, end);
   const auto disc = [&](auto r2, auto nv) { backward_disc<r2(), nv()>(m, grad, x, sums, images, channels, begin, end); };
   if (grad.w == 1 && x.w == 1 && for_disc(m, disc)) return;
   backward_columns(m, grad, x, sums, images, channels, begin, end);

@@ -63,10 +63,10 @@ template <class T, class IO> struct RadialFilterKernels {
                  int64_t begin, int64_t end);
   // over the same units; out is (B, C, inside)
   void (*mode_coefficients)(Cut, const Modes<T>&, Planes<const IO> x, T* out, int64_t channels, int64_t chunk, int64_t begin, int64_t end);
-  // gradient of the profile over units [begin, end): channels (columns) or chunks (lanes), each over all images;
-  // sums is (inside + 1, C): the products of every mode, not normalised, then <grad, x>
-  void (*backward)(Cut, const Modes<T>&, Planes<const IO> grad, Planes<const IO> x, double* sums, int64_t images, int64_t channels,
-                   int64_t chunk, int64_t begin, int64_t end);
+  // gradient of the profile over units [begin, end): channels over all images (columns), or block of images x chunk (lanes);
+  // sums is (blocks, inside + 1, C), zeros before: the products of every mode, not normalised, then <grad, x>
+  void (*backward)(Cut, const Modes<T>&, Planes<const IO> grad, Planes<const IO> x, double* sums, int64_t images, int64_t blocks,
+                   int64_t channels, int64_t chunk, int64_t begin, int64_t end);
   int64_t lanes;  // 0: there are none
 };
 

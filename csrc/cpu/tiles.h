@@ -68,23 +68,19 @@ SIMD_INLINE void reduce_rows(const Axis<T>& axis, const T* table, int64_t sine, 
                              Vec<T> (&even)[NC][NV], Vec<T> (&odd)[NS ? NS : 1][NV]) {
   const int64_t count = axis.count(), pairs = axis.pairs();
   constexpr int BLOCKED = CONSTANT ? 1 : NC, BLOCKED_ODD = CONSTANT ? 0 : NS;
-  Vec<T> total[BLOCKED][NV], total_odd[BLOCKED_ODD ? BLOCKED_ODD : 1][NV];
   UNROLL
   for (int v = 0; v < NV; ++v) {
-    const Vec<T> row = step.read(x + step.at(v));
+    even[0][v] = step.read(x + step.at(v));
     UNROLL
-    for (int k = 0; k < NC; ++k) even[k][v] = row * table[k];
+    for (int k = 1; k < NC; ++k) even[k][v] = even[0][v];
     UNROLL
     for (int k = 0; k < NS; ++k) odd[k][v] = Vec<T>{};
-    UNROLL
-    for (int k = 0; k < BLOCKED; ++k) total[k][v] = Vec<T>{};
-    UNROLL
-    for (int k = 0; k < BLOCKED_ODD; ++k) total_odd[k][v] = Vec<T>{};
   }
   const IO* up = x + stride;
   const IO* down = x + (axis.n - 1) * stride;
   for (int64_t block = 0; block < pairs; block += 8) {
     const int64_t end = block + 8 < pairs ? block + 8 : pairs;
+    Vec<T> part[BLOCKED][NV] = {}, part_odd[BLOCKED_ODD ? BLOCKED_ODD : 1][NV] = {};
     for (int64_t i = block; i < end; ++i, up += stride, down -= stride) {
       table += count;
       UNROLL
@@ -92,25 +88,22 @@ SIMD_INLINE void reduce_rows(const Axis<T>& axis, const T* table, int64_t sine, 
         const int64_t at = step.at(v);
         const Vec<T> a = step.read(up + at), b = step.read(down + at);
         const Vec<T> sum = a + b, difference = a - b;
-        if constexpr (CONSTANT) even[0][v] += sum;
         UNROLL
-        for (int k = CONSTANT; k < NC; ++k) even[k][v] += sum * table[k];
+        for (int k = 0; k < NC; ++k) {
+          Vec<T>& to = k < BLOCKED ? part[k][v] : even[k][v];
+          if (CONSTANT && k == 0) to += sum;
+          else to += sum * table[k];
+        }
         UNROLL
-        for (int k = 0; k < NS; ++k) odd[k][v] += difference * table[sine + k];
+        for (int k = 0; k < NS; ++k) (k < BLOCKED_ODD ? part_odd[k][v] : odd[k][v]) += difference * table[sine + k];
       }
     }
     UNROLL
     for (int v = 0; v < NV; ++v) {
       UNROLL
-      for (int k = 0; k < BLOCKED; ++k) {
-        total[k][v] += even[k][v];
-        even[k][v] = Vec<T>{};
-      }
+      for (int k = 0; k < BLOCKED; ++k) even[k][v] += part[k][v];
       UNROLL
-      for (int k = 0; k < BLOCKED_ODD; ++k) {
-        total_odd[k][v] += odd[k][v];
-        odd[k][v] = Vec<T>{};
-      }
+      for (int k = 0; k < BLOCKED_ODD; ++k) odd[k][v] += part_odd[k][v];
     }
   }
   if (axis.n % 2 == 0) {
@@ -121,13 +114,6 @@ SIMD_INLINE void reduce_rows(const Axis<T>& axis, const T* table, int64_t sine, 
       UNROLL
       for (int k = 0; k < NC; ++k) even[k][v] += row * table[k];
     }
-  }
-  UNROLL
-  for (int v = 0; v < NV; ++v) {
-    UNROLL
-    for (int k = 0; k < BLOCKED; ++k) even[k][v] += total[k][v];
-    UNROLL
-    for (int k = 0; k < BLOCKED_ODD; ++k) odd[k][v] += total_odd[k][v];
   }
 }
 
@@ -221,8 +207,9 @@ SIMD_INLINE void expand_rows(const Axis<T>& axis, const Vec<T> (&even)[NC][NV], 
       Vec<T> sum = even[0][v], difference{};
       UNROLL
       for (int k = 1; k < NC; ++k) sum += even[k][v] * table[k];
+      if (NS > 0) difference = odd[0][v] * table[NC];
       UNROLL
-      for (int k = 0; k < NS; ++k) difference += odd[k][v] * table[NC + k];
+      for (int k = 1; k < NS; ++k) difference += odd[k][v] * table[NC + k];
       write_row<OUT>(rows, step, i, at, scale[v], sum + difference);
       write_row<OUT>(rows, step, n - i, at, scale[v], sum - difference);
     }

@@ -131,14 +131,19 @@ _MOST_WORK_SMALL, _MOST_WORK_LARGE, _MOST_WORK_GPU = 120, 300, 256
 
 
 def _by_fft(x: Tensor, base: Tensor, gain: Tensor, radius_squared: int) -> Tensor:
-    if base.stride(0) == 0 and gain.stride(1) == 0:  # one profile for all channels
-        base, gain = base[:1], gain[:, :1]
     height, width = x.shape[2:]
     shells = modes.half_spectrum_shells(height, width, radius_squared, x.device)
-    values = torch.cat([gain + base, base[None]]).T.contiguous()
-    mask = values.index_select(1, shells.flatten()).unflatten(1, (height, -1))
-    spectrum = torch.fft.rfft2(x.to(base.dtype))
-    spectrum = spectrum * mask if mask.requires_grad else spectrum.mul_(mask)
+    if base.stride(0) == 0 and gain.stride(1) == 0:  # one profile for all channels
+        base, gain = base[:1], gain[:, :1]
+    values = torch.cat([gain + base, base[None]])
+    if values.requires_grad or values.shape[1] != 1:
+        mask = values.T.contiguous().index_select(1, shells[..., 0].flatten()).unflatten(1, (height, -1))
+        spectrum = torch.fft.rfft2(x.to(base.dtype))
+        spectrum = spectrum * mask if mask.requires_grad else spectrum.mul_(mask)
+    else:  # real and imaginary parts times real numbers: a product with a complex copy of the mask takes twice as long
+        mask = values.flatten().index_select(0, shells.flatten()).view(shells.shape)
+        spectrum = torch.fft.rfft2(x.to(base.dtype))
+        torch.view_as_real(spectrum).mul_(mask)
     y = torch.fft.irfft2(spectrum, s=(height, width)).to(x.dtype)
     return modes.like(y, x)
 
