@@ -314,8 +314,10 @@ template <class T, class IO> SIMD_INLINE void store_line(const T* from, IO* to, 
   bool done = false;
   if constexpr (std::is_same_v<IO, NativeBf16>) {
     const Vec<T> low = load<T>(from), high = load<T>(from + lanes_of<T>);
-    done = !has_denormals(low) && !has_denormals(high);
-    if (done) asm("vcvtne2ps2bf16 %1, %2, %0" : "=v"(line) : "v"(low), "v"(high));
+    asm("vcvtne2ps2bf16 %1, %2, %0" : "=v"(line) : "v"(low), "v"(high));
+    // what has an exponent was no denormal: one test of the result where there is no zero
+    const bool zeros = _mm512_testn_epi16_mask((__m512i)line, _mm512_set1_epi16(0x7f80)) != 0;
+    done = !__builtin_expect(zeros, 0) || (!has_denormals(low) && !has_denormals(high));
   }
   if (!done)
 #endif
