@@ -2,44 +2,19 @@
 //
 //   h = x + b,   a = h Phi(h),   grad *= Phi(h) + h phi(h),   sums = column sums of that grad
 //
-// x is read once, a written once, grad read and written once. With t = |h| and the tail T(t) = t Phi(-t),   h Phi(h) = max(h, 0) - T(t),   and its derivative is T'(t) for h < 0, 1 - T'(t) for h > 0.
-// Sums go over the rows of a block here.
+// x is read once, a written once, grad read and written once. Sums go over the rows of a block here.
 
 #include "cpu/gelu_kernel.h"
 
+#include "cpu/gelu.h"
 #include "cpu/simd.h"
 
 namespace spanet {
 namespace SIMD_NAME {
 namespace {
 
-#define UNROLL _Pragma("GCC unroll 32")
-
-// T and T' as polynomials in 2 t / end - 1 on [0, end], and their values at the end beyond it: minimax fits, to 3e-8.
-constexpr float end_of_tail = 5.5f;
-constexpr float tail[] = {0.00819436461f, -0.0605762117f, 0.191264153f, -0.30876559f,  0.178930908f,  0.261600316f,
-                          -0.628187478f,  0.452285707f,   0.150844961f, -0.520623446f, 0.273374438f,  0.185871363f,
-                          -0.25829187f,   0.0125689637f,  0.0997837558f, -0.0290697254f, -0.0159132369f, 0.00670864666f};
-constexpr float tail_slope[] = {-0.0220275521f, 0.139103338f, -0.336862117f, 0.260142982f, 0.476376951f, -1.36866152f, 1.14348459f,
-                                0.425128013f,   -1.6629318f,  1.04499388f,   0.622974157f, -1.23334873f, 0.267451644f, 0.633238673f,
-                                -0.367531747f,  -0.170361504f, 0.154520735f, 0.0197646003f, -0.0254552066f};
-
-template <int N> SIMD_INLINE Vec<float> polynomial(Vec<float> x, const float (&terms)[N]) {
-  Vec<float> sum = Vec<float>{} + terms[N - 1];
-  UNROLL
-  for (int i = N - 2; i >= 0; --i) sum = sum * x + terms[i];
-  return sum;
-}
-
-SIMD_INLINE Vec<float> place_in_tail(Vec<float> h) {
-  const Vec<float> t = at_most((Vec<float>)((Simd<float>::U)h & 0x7fffffffu), end_of_tail);
-  return t * (2 / end_of_tail) - 1.0f;
-}
-SIMD_INLINE Vec<float> value(Vec<float> h) { return at_least(h, 0.0f) - polynomial(place_in_tail(h), tail); }
-SIMD_INLINE Vec<float> slope(Vec<float> h) {
-  const Vec<float> inner = polynomial(place_in_tail(h), tail_slope);
-  return h > 0.0f ? 1.0f - inner : inner;
-}
+SIMD_INLINE Vec<float> value(Vec<float> h) { return gelu(h, tail_of_numbers); }
+SIMD_INLINE Vec<float> slope(Vec<float> h) { return gelu_slope(h); }
 
 // fp64, of which speed is not asked.
 SIMD_INLINE double phi_integral(double h) { return 0.5 * __builtin_erfc(-h * 0.70710678118654752440); }

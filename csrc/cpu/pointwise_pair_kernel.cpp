@@ -18,6 +18,7 @@
 
 #include "cpu/pointwise_pair_kernel.h"
 
+#include "cpu/gelu.h"
 #include "cpu/radial_filter_kernel.h"
 #include "cpu/simd.h"
 
@@ -31,27 +32,6 @@ using V = Vec<float>;
 using U = Simd<float>::U;
 constexpr int VL = lanes_of<float>;
 constexpr int64_t summed = 64;
-
-// gelu(x) = max(x, 0) - a Phi(-a), a = |x|, with Phi(-a) as a polynomial in 2 a / end - 1 on [0, end] and its value at the end beyond it:
-// minimax fits of a Phi(-a) by weighted least squares.
-template <int N> struct Tail {
-  float end, terms[N];
-};
-// GELU to 4e-7, where PyTorch's fp32 errs by 1e-6.
-constexpr Tail<16> tail_of_numbers{5.5f, {-0.00558056595f, 0.00532761978f, 0.0301311124f, -0.043508002f, -0.0490751352f, 0.133205494f,
-                                          -0.0349252235f, -0.163058874f, 0.218434852f, -0.0513972174f, -0.177165405f, 0.271889747f,
-                                          -0.206808051f, 0.0945579348f, -0.0250080628f, 0.00297977417f}};
-// To 1.4e-5, where bf16 rounds by up to 4e-3 of the value.
-constexpr Tail<10> tail_of_pairs{4.4f, {-0.0169292852f, 0.0282012057f, 0.0401872848f, -0.119978246f, 0.0476827905f, 0.138779013f,
-                                        -0.242884792f, 0.189044968f, -0.0780001475f, 0.0139002877f}};
-
-template <int N> SIMD_INLINE V gelu(V x, const Tail<N>& tail) {
-  const V a = at_most((V)((U)x & 0x7fffffffu), tail.end), at = a * (2 / tail.end) - 1.0f;
-  V phi = V{} + tail.terms[0];
-  UNROLL
-  for (int i = 1; i < N; ++i) phi = phi * at + tail.terms[i];
-  return at_least(x, 0.0f) - a * phi;
-}
 
 // Rows of weights, `stride` bytes apart, of so many numbers or units.
 struct Weights {
