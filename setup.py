@@ -27,7 +27,7 @@ if X86:
     # GCC takes the intrinsics' own undefined registers for uninitialised variables
     avx512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mprefer-vector-width=512"
     SIMD["avx512"] = f"-DSIMD_BYTES=64 {avx512} -Wno-uninitialized -Wno-maybe-uninitialized"
-CPU_KERNELS = ("radial_filter", "axial_conv", "pointwise_pair")
+CPU_KERNELS = ("radial_filter", "axial_conv", "pointwise_pair", "gelu")
 CUDA_KERNELS = ("radial_filter", "mode_coefficients", "axial_conv")
 ARCHITECTURES = "8.0;9.0+PTX"  # 8.6 and 8.9 run the code for 8.0, the driver compiles the PTX for 10.x, 12.x and later ones
 

@@ -25,6 +25,7 @@ STABLE_TORCH_LIBRARY(spanet_kernels, m) {
       "spectral_mixer_backward(Tensor grad, Tensor x, Tensor t, Tensor z, Tensor coefficients, Tensor in_weight, Tensor row_weight,"
       " Tensor row_bias, Tensor column_weight, Tensor column_bias, Tensor weight, Tensor bias, Tensor base, Tensor gain,"
       " Tensor out_weight, int radius_squared, bool profile_learns) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("gelu(Tensor x, Tensor? bias, Tensor(a!)? grad) -> (Tensor, Tensor)");
   m.def("image_moments(Tensor x, float eps) -> Tensor");
   m.def(
       "pointwise_pair(Tensor(a!) y, Tensor x, Tensor? moments, Tensor? norm_weight, Tensor? norm_bias, Tensor? factor, Tensor? residual,"

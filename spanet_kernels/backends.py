@@ -33,6 +33,7 @@ OPERATORS = (
     "spectral_gate_backward",
     "spectral_mixer",
     "spectral_mixer_backward",
+    "gelu",
     "image_moments",
     "pointwise_pair",
 )

@@ -222,6 +222,15 @@ def spectral_mixer_backward(grad: Tensor, x: Tensor, t: Tensor, z: Tensor, coeff
     return torch.autograd.grad(out, inputs, grad)
 
 
+def gelu(x: Tensor, bias: Tensor | None, grad: Tensor | None) -> tuple[Tensor, Tensor]:
+    """gelu(x + bias) of an (N, D); with a grad, that becomes grad o gelu'(x + bias), and its sums over the rows (D,) come too."""
+    h, wide = x if bias is None else x + bias, modes.profile_dtype(x.dtype)
+    if grad is None:
+        return functional.gelu(h), x.new_empty(0, dtype=wide)
+    grad.copy_(torch.ops.aten.gelu_backward(grad, h))
+    return functional.gelu(h), grad.sum(0, dtype=wide)
+
+
 def image_moments(x: Tensor, eps: float) -> Tensor:
     """(B, 2): mean and 1 / sqrt(variance + eps) of every image, in fp32; what a GroupNorm with one group needs to know."""
     variance, mean = torch.var_mean(x.to(modes.profile_dtype(x.dtype)), (1, 2, 3), correction=0)

@@ -12,6 +12,8 @@ from torch.utils.checkpoint import checkpoint
 from spanet_kernels import pointwise_mlp, products
 from spanet_kernels.testing import DTYPES, LAYOUTS, make_input
 
+gelu = torch.ops.spanet_kernels.gelu.default
+
 
 def sample(dtype, layout="contiguous", shape=(2, 12, 5, 6), hidden=20, out=8, bias=True):
     """x, and the weights and biases of both convolutions."""
@@ -165,3 +167,47 @@ def test_residual(dtype, channels, gradients, monkeypatch):
         assert torch.equal(y, residual.float() + alone.float())
     with pytest.raises(ValueError, match=rf"pointwise_mlp: residual must have shape \(2, {channels}, 9, 8\)"):
         pointwise_mlp(*args, residual[:1])
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(0, 3), (1, 1), (70, 33), (200, 64)])
+def test_gelu_and_its_gradient_in_one_pass(shape, dtype, bias):
+    """Values, in-place gradients and their sums, in both tails; the same for any number of threads, and what NaN hits alone."""
+    generator = torch.Generator().manual_seed(0)
+    x, grad, b = (torch.randn(size, generator=generator, dtype=torch.float64).to(dtype) for size in (shape, shape, shape[1:]))
+    x, b = 4 * x, b if bias else None
+    h = (x.double() + (0 if b is None else b.double())).requires_grad_()
+    exact = functional.gelu(h)
+    (exact_grad,) = torch.autograd.grad(exact, h, grad.double())
+    by_rows = grad.clone()
+    a, sums = gelu(x, b, by_rows)
+    eps = torch.finfo(dtype).eps
+    for ours, truth in ((a, exact), (by_rows, exact_grad)):
+        bound = 1e-14 if dtype == torch.float64 else 1e-6 * (1 + grad.double().abs())
+        assert ((ours.double() - truth).abs() <= bound + eps * truth.abs()).all()
+    torch.testing.assert_close(sums.double(), exact_grad.sum(0), rtol=0, atol=1e-13 if dtype == torch.float64 else 3e-5)
+    assert torch.equal(gelu(x, b, None)[0], a)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3 - min(threads, 2))
+        other = grad.clone()
+        assert all(torch.equal(*pair) for pair in zip((*gelu(x, b, other), other), (a, sums, by_rows), strict=True))
+    finally:
+        torch.set_num_threads(threads)
+    if x.numel():
+        x[-1, -1] = torch.nan
+        assert gelu(x, b, None)[0].isnan().sum() == 1
+
+
+def test_gelu_contract():
+    x, bias, grad = torch.randn(5, 7), torch.randn(7), torch.randn(5, 7)
+    for given in ((x, bias, grad), (x, None, None)):
+        torch.library.opcheck(gelu, given)
+    for message, given in {
+        r"x must be contiguous of shape \(N, D\)": (x.mT, None, None),
+        r"bias must be contiguous of shape \(D,\)": (x, bias[:6], None),
+        "grad must be contiguous, of the shape and dtype of x": (x, bias, grad.double()),
+    }.items():
+        with pytest.raises(RuntimeError, match=f"gelu: {message}"):
+            gelu(*given)

@@ -70,7 +70,7 @@ def test_imports_go_one_way(path):
 
 
 def test_every_operator_has_every_fallback():
-    pieces = {"mode_coefficients", "image_moments", "pointwise_pair"}  # other operators call them below autograd
+    pieces = {"mode_coefficients", "gelu", "image_moments", "pointwise_pair"}  # other operators call them below autograd
     gradients = {"axial_conv_backward", "spectral_gate_backward", "spectral_mixer_backward"}  # differentiated by composition
     composed = {op for op in OPERATORS if op.startswith(("spectral_gate", "spectral_mixer"))}  # their parts have CPU kernels
     for op in OPERATORS:

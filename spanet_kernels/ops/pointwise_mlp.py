@@ -9,10 +9,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from .. import modes
+from ..composed import exact
 from ..products import Branch, linear, onednn_serves, pair, pair_serves, parts, rows, summed, write
 from .autograd import infers, is_eager
 from .checks import autocast_dtype, check_branch, check_input, check_parameter
 
+_gelu = torch.ops.spanet_kernels.gelu.default
 PART = 8 * 2**20  # bytes of h of the images that a CPU takes at a time in training, all products of which find it in the cache
 
 
@@ -102,7 +104,8 @@ class _Mlp(torch.autograd.Function):
         if torch.is_grad_enabled():  # to be differentiated again
             h = functional.conv2d(x, weight_in, bias_in)
         elif x.device.type == "cpu":
-            found = _gradients_by_parts(grad, x, weight_in.flatten(1), weight_out.flatten(1), h, ctx.needs_input_grad[0])
+            matrices = weight_in.flatten(1), bias_in, weight_out.flatten(1)
+            found = _gradients_by_parts(grad, x, *matrices, h, ctx.needs_input_grad[0])
             return tuple(value if needed else None for value, needed in zip(found, ctx.needs_input_grad, strict=True))
         needs_x, needs_in, needs_in_bias, needs_out, needs_out_bias = ctx.needs_input_grad
         a_grad, weight_out_grad, bias_out_grad = _convolution_backward(
@@ -113,30 +116,40 @@ class _Mlp(torch.autograd.Function):
 
 
 def _by_parts(x: Tensor, weight_in: Tensor, bias_in: Tensor | None, weight_out: Tensor, bias_out: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The MLP of x, in its layout, and h = W_in x + b_in as channels_last; weights (D, C) and (E, D)."""
+    """The MLP of x, in its layout, and h as channels_last, without the bias that the GELU adds; weights (D, C) and (E, D)."""
     y, h = (
         torch.empty((len(x), len(weight), *x.shape[2:]), dtype=x.dtype, memory_format=layout)
         for weight, layout in ((weight_out, modes.memory_format(x)), (weight_in, torch.channels_last))
     )
+    in_product, in_gelu = _places(bias_in)
     for part in parts(h, PART):
-        write(h[part], rows(x[part]), weight_in, bias_in)
-        write(y[part], functional.gelu(rows(h[part])), weight_out, bias_out)
+        write(h[part], rows(x[part]), weight_in, in_product)
+        write(y[part], _gelu(rows(h[part]), in_gelu, None)[0], weight_out, bias_out)
     return y, h
 
 
-def _gradients_by_parts(grad: Tensor, x: Tensor, weight_in: Tensor, weight_out: Tensor, h: Tensor, needs_x: bool) -> tuple[Tensor, ...]:
-    """Gradients to x (nothing if it needs none), weight_in, bias_in, weight_out and bias_out."""
+def _places(bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """b_in for the product and for the GELU, which adds it in passing; to h of 16 bits before it is rounded."""
+    if bias is None or bias.element_size() < 4:
+        return bias, None
+    return None, bias.contiguous()
+
+
+@exact
+def _gradients_by_parts(
+    grad: Tensor, x: Tensor, weight_in: Tensor, bias_in: Tensor | None, weight_out: Tensor, h: Tensor, needs_x: bool
+) -> tuple[Tensor, ...]:
+    """Gradients to x (nothing if it needs none), weight_in, bias_in, weight_out and bias_out; h as `_by_parts` returns it."""
     x_grad = torch.empty_like(x, memory_format=modes.memory_format(x)) if needs_x else x
     sums: list[Tensor] = []
+    _, in_gelu = _places(bias_in)
     for part in parts(h, PART):
         g, hidden, x_part = rows(grad[part]), rows(h[part]), rows(x[part])
-        a = functional.gelu(hidden)
-        weight_out_grad = g.mT @ a
-        a_grad = torch.mm(g, weight_out, out=a)
-        h_grad = torch.ops.aten.gelu_backward.grad_input(a_grad, hidden, grad_input=a_grad)
+        h_grad = g @ weight_out  # of gelu(h), then of h
+        a, bias_grad = _gelu(hidden, in_gelu, h_grad)
         if needs_x:
             write(x_grad[part], h_grad, weight_in.mT)
-        sums = summed(sums, [h_grad.mT @ x_part, h_grad.sum(0), weight_out_grad, g.sum(0)], part.stop >= len(x))
+        sums = summed(sums, [h_grad.mT @ x_part, bias_grad, g.mT @ a, g.sum(0)], part.stop >= len(x))
     weight_in_grad, bias_in_grad, weight_out_grad, bias_out_grad = (total.to(x.dtype) for total in sums)
     return x_grad, weight_in_grad[:, :, None, None], bias_in_grad, weight_out_grad[:, :, None, None], bias_out_grad
 
@@ -147,6 +160,11 @@ def _convolution_backward(grad: Tensor, x: Tensor, weight: Tensor, *needed: bool
         grad, x, weight, [weight.shape[0]], [1, 1], [0, 0], [1, 1], False, [0, 0], 1, needed
     )
     return found
+
+
+@torch.library.register_fake("spanet_kernels::gelu")
+def _gelu_fake(x: Tensor, bias: Tensor | None, grad: Tensor | None) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), x.new_empty(0 if grad is None else x.shape[1], dtype=modes.profile_dtype(x.dtype))
 
 
 @torch.library.register_fake("spanet_kernels::image_moments")
