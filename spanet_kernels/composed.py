@@ -20,6 +20,7 @@ from .products import Branch, image, linear, pair, pair_serves, parts, rows, sum
 
 PART = 2 * 2**20  # bytes of a tensor of the images that a CPU takes at a time; in the backward pass, with more of them in use:
 BACKWARD_PART = 7 * 2**18
+KEPT_CHANNELS = 256  # from so many on a CPU keeps the context for the gradients: to multiply again would cost more than its memory
 
 _ops = torch.ops.spanet_kernels
 P = ParamSpec("P")
@@ -96,23 +97,25 @@ def _gate_gradients(
     radius_squared: int,
     profile_learns: bool,
     out_weight: Tensor | None = None,
+    context: Tensor | None = None,
 ) -> list[Tensor]:
     """Gradients of the gate to z, weight, bias, base and gain: grad o ctx + F(W^T c), c F(z)^T, sum c and the profile's; c = grad o z.
 
     z is channels_last, grad in rows: with an out_weight that of what it makes of the gate, and then its gradient comes last.
-    Nothing is held longer than it is needed, nor is z if it is the caller's temporary.
+    ctx = W F(z) + b, in rows, is computed again if it was not kept. Nothing is held longer than it is needed, nor is z if it is the
+    caller's temporary.
     """
     filtered, applied = _filtered(z, weight, base, gain, radius_squared)
     z_rows, filtered = rows(z), rows(filtered)
-    context = linear(filtered, applied, bias)
+    kept, context = context, linear(filtered, applied, bias) if context is None else context
     last = []
     if out_weight is not None:
         last.append(grad.mT @ (z_rows * context))
         grad = grad @ out_weight
-    through = context.mul_(grad)
+    through = context.mul_(grad) if kept is None else context * grad
     c = grad * z_rows if out_weight is None else grad.mul_(z_rows)
     shape, learns_from = z.shape, z if profile_learns else None
-    del grad, context, z_rows, z
+    del grad, context, kept, z_rows, z
     product, bias_grad = c.mT @ filtered, c.sum(0)
     del filtered
     mixed = image(c @ applied, shape)
@@ -159,13 +162,15 @@ def spectral_mixer(
     keep: bool,
     branch: Branch = Branch(),  # noqa: B008  an immutable value
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`reference.spectral_mixer`; keep returns t for the gradients and, on GPUs, z and its coefficients, else they are empty.
+    """`reference.spectral_mixer`; keep returns for the gradients t and, on GPUs, z and its coefficients, on a CPU W F(z) + b of
+    many channels; what it does not keep is empty.
 
     With a branch, the residual branch that the mixer makes; x and its residual are then dense, and in one dtype with all the weights.
     """
     wanted = radius_squared if x.is_cuda else -1  # the fused gate of GPUs takes coefficients
     out = _whole(x, modes.memory_format(x))
-    all_t = _whole(x, torch.channels_last) if keep else None
+    keeps_context = keep and not x.is_cuda and x.shape[1] >= KEPT_CHANNELS
+    all_t, all_context = (_whole(x, torch.channels_last) if keeps else None for keeps in (keep, keeps_context))
     for part in parts(x, PART):
         around = branch.of(part)
         if around.norm_weight is not None and pair_serves(x[part], None, in_weight):
@@ -176,7 +181,12 @@ def spectral_mixer(
         z, coefficients = _ops.axial_conv(t, row_weight, row_bias, column_weight, column_bias, wanted)
         if keep:
             all_t = _placed(all_t, part, t)
-        if pair_serves(z, weight, out_weight):
+        if keeps_context:
+            filtered, applied = _filtered(z, weight, base, gain, radius_squared)
+            context = _pointwise(filtered, applied, bias)
+            all_context = _placed(all_context, part, context)
+            out = _placed(out, part, _pointwise_like(z.mul_(context), out_weight, out_bias, x))
+        elif pair_serves(z, weight, out_weight):
             filtered, applied = _filtered(z, weight, base, gain, radius_squared)
             to = torch.empty_like(x[part], memory_format=modes.memory_format(x)) if out is None else out[part]
             pair(to, filtered, applied, bias, out_weight, out_bias, z, around._replace(norm_weight=None))
@@ -185,11 +195,12 @@ def spectral_mixer(
             y = _ops.spectral_gate(z, coefficients if x.is_cuda else None, weight, bias, base, gain, radius_squared)
             out = _placed(out, part, around.added(_pointwise_like(y, out_weight, out_bias, x)))
     assert out is not None
-    return (
-        out,
-        x.new_empty(0) if all_t is None else all_t,
-        *((z, coefficients) if keep and x.is_cuda else (x.new_empty(0), base.new_empty(0))),
-    )
+    nothing = x.new_empty(0), base.new_empty(0)
+    if not keep or all_t is None:
+        return out, x.new_empty(0), *nothing
+    if x.is_cuda:
+        return out, all_t, z, coefficients
+    return out, all_t, nothing[0] if all_context is None else all_context, nothing[1]
 
 
 @exact
@@ -212,7 +223,7 @@ def spectral_mixer_backward(
     radius_squared: int,
     profile_learns: bool,
 ) -> tuple[Tensor, ...]:
-    """Gradients of `spectral_mixer` to x and, in its order, to every weight and bias, base and gain; what follows t is computed again."""
+    """Gradients of `spectral_mixer` to x and, in its order, to every weight, bias, base and gain; what was not kept is computed again."""
     x_grad = torch.empty_like(x, memory_format=modes.memory_format(x))
     gate_args = weight, bias, base, gain, radius_squared
     sums: list[Tensor] = []
@@ -224,7 +235,7 @@ def spectral_mixer_backward(
             gate = [*_ops.spectral_gate_backward(y_grad, z, coefficients, *gate_args, profile_learns), g.mT @ rows(y)]
         else:
             again = [_ops.axial_conv(t_part, row_weight, row_bias, column_weight, column_bias, -1)[0]]
-            gate = _gate_gradients(g, again.pop(), weight, bias, base, gain, radius_squared, profile_learns, out_weight)
+            gate = _gate_gradients(g, again.pop(), *gate_args, profile_learns, out_weight, rows(z[part]) if z.numel() else None)
         t_grad, *conv = _ops.axial_conv_backward(gate.pop(0), t_part, row_weight, row_bias, column_weight)
         t_grad = rows(t_grad)
         write(x_grad[part], t_grad, in_weight.mT)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 import pickle
 
 import numpy as np
@@ -21,6 +22,7 @@ from spanet_kernels import (
     SPG,
     accelerate,
     axial_conv,
+    composed,
     decompositions,
     modes,
     products,
@@ -165,6 +167,26 @@ def test_opcheck(shape, dtype, layout):
         OPS.spectral_gate_backward.default, (y, plain[0], OPS.mode_coefficients(plain[0], 1), *inputs[5:9], 1, False), **tolerance
     )
     torch.library.opcheck(OPS.mode_coefficients.default, (plain[0], 1), **tolerance)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("radius", [2, None])
+def test_a_kept_context_gives_the_same_gradients(radius, dtype, layout, monkeypatch):
+    """With one and several parts."""
+    arguments = [a.requires_grad_() for a in mixer_arguments((3, 8, 5, 6), radius, dtype, layout)]
+    grad = make_input((3, 8, 5, 6), dtype, layout, seed=99)
+    found = []
+    for channels, size in itertools.product((0, 256), (1, composed.PART)):
+        monkeypatch.setattr(composed, "KEPT_CHANNELS", channels)
+        monkeypatch.setattr(composed, "PART", size)
+        found.append(torch.autograd.grad(mixer(radius)(*arguments), arguments, grad))
+        if channels == 0 and radius:
+            flat = [a.detach().flatten(1) if a.dim() == 4 and i else a.detach() for i, a in enumerate(arguments)]
+            torch.library.opcheck(OPS.spectral_mixer.default, (*flat, 4, True), rtol=1e-2, atol=1e-2)
+    for other in found[1:]:
+        for ours, theirs in zip(other, found[0], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=4 * torch.finfo(dtype).eps * float(theirs.norm()))
 
 
 def parameters(layer):

@@ -42,8 +42,9 @@ def spectral_mixer(
     z = axial_conv(W_in norm(x) + b_in),  y = residual_scale o residual + W_out (z o (W F(z) + b)) + b_out.
 
     Channels stay adjacent from the first product to the last, for either layout of x. For gradients t = W_in norm(x) + b_in is kept,
-    on GPUs z and its coefficients too; what follows is computed again. Without gradients, on a CPU, norm and residual are part of the
-    products and sums. Compiled for inference on a CPU it is its parts, for Inductor to fuse with what stands around them.
+    on GPUs z and its coefficients too, elsewhere W F(z) + b of many channels; the rest is computed again. Without gradients, on a CPU,
+    norm and residual are part of the products and sums. Compiled for inference on a CPU it is its parts, for Inductor to fuse with
+    what stands around them.
 
     Args:
         x: (B, C, H, W), float64, float32, float16 or bfloat16; under autocast it is cast to autocast's dtype.
@@ -134,7 +135,7 @@ def _mixer_fake(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     t = torch.empty_like(x, memory_format=torch.channels_last)
     if x.device.type == "cuda":
         return y, t, torch.empty_like(t), coefficients_fake(x, radius_squared)
-    return y, t, *nothing
+    return y, t, torch.empty_like(t) if x.shape[1] >= composed.KEPT_CHANNELS else nothing[0], nothing[1]
 
 
 @torch.library.register_fake("spanet_kernels::spectral_mixer_backward")
