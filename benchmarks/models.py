@@ -94,7 +94,7 @@ class Subject:
             with torch._inductor.config.patch(freezing=True), torch.inference_mode():
                 self.forward(self.x)
         if row.mode == "train":
-            self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-6)
+            self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-6, fused=True)
 
     def __call__(self) -> Results:
         if self.mode == "infer":

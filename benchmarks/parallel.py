@@ -24,7 +24,7 @@ def main(kind: str) -> None:
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if kind == "cuda" else torch.device("cpu")
     model = create("spanet_small", SIZE).to(device, memory_format=torch.channels_last).train()
     parallel = DistributedDataParallel(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
     generator = torch.Generator().manual_seed(rank)
     x = torch.randn(BATCH, 3, SIZE, SIZE, generator=generator).to(device, memory_format=torch.channels_last)
     labels = torch.randint(1000, (BATCH,), generator=generator).to(device)

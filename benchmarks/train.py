@@ -1,4 +1,4 @@
-"""One training step of whole models: forward, cross entropy, backward, AdamW; 16-bit formats by autocast."""
+"""One training step of whole models: forward, cross entropy, backward, fused AdamW; 16-bit formats by autocast."""
 
 from __future__ import annotations
 

@@ -215,7 +215,7 @@ def train_task(recipe: TaskRecipe, root: Path, out: Path, device: torch.device, 
     if not per_epoch:
         raise ValueError(f"recipe: batch_size must be at most the {images} training images, got {recipe.batch_size}")
     steps = recipe.steps or recipe.epochs * per_epoch
-    optimizer = torch.optim.AdamW(model.parameters(), recipe.lr, weight_decay=recipe.weight_decay)
+    optimizer = torch.optim.AdamW(model.parameters(), recipe.lr, weight_decay=recipe.weight_decay, fused=True)
     out.mkdir(parents=True, exist_ok=True)
     last, start = out / "last.pt", 0
     if last.exists():
