@@ -29,7 +29,7 @@ std::tuple<Tensor, Tensor> gelu(const Tensor& x, const std::optional<Tensor>& bi
   for_dtype("gelu", compiled, x.scalar_type(), columns, [&]<class T, class IO>(const GeluKernels<T, IO>& kernel) {
     const auto data = [](const Tensor& t) { return static_cast<IO*>(t.data_ptr()); };
     const int64_t blocks = (rows + block - 1) / block, width = (columns + kernel.lanes - 1) / kernel.lanes * kernel.lanes;
-    const Tensor partial = zeros(x, {grad ? blocks : 0, width});
+    const Tensor partial = grad ? zeros(x, {blocks, width}) : empty(std::array{int64_t{0}, width}, accumulator_dtype(x));
     const T* from = static_cast<const T*>(partial.data_ptr());
     const Gelu<T, IO> op{rows, columns, block, width, data(x), bias ? data(*bias) : nullptr, data(a), grad ? data(*grad) : nullptr,
                          static_cast<T*>(partial.data_ptr())};
