@@ -20,7 +20,7 @@ from .products import Branch, image, linear, pair, pair_serves, parts, rows, sum
 
 PART = 2 * 2**20  # bytes of a tensor of the images that a CPU takes at a time; in the backward pass, with more of them in use:
 BACKWARD_PART = 7 * 2**18
-KEPT_CHANNELS = 256  # from so many on a CPU keeps the context for the gradients: to multiply again would cost more than its memory
+KEPT_CHANNELS = 512  # from so many a CPU keeps the context for the gradients: to multiply again would cost more than its memory
 
 _ops = torch.ops.spanet_kernels
 P = ParamSpec("P")
