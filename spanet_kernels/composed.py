@@ -131,6 +131,11 @@ def _gate_gradients(
     return [z_grad.add_(image(through, mixed.shape)), product, bias_grad, *profile_grads, *last]
 
 
+def keeps_context(x: Tensor) -> bool:
+    """Whether `spectral_mixer` keeps W F(z) + b for the gradients, where it keeps anything."""
+    return not x.is_cuda and x.shape[1] >= KEPT_CHANNELS
+
+
 def _whole(x: Tensor, memory_format: torch.memory_format) -> Tensor | None:
     """Memory for the results of all parts of x; of a single part the result is the whole."""
     return torch.empty_like(x, memory_format=memory_format) if len(parts(x, PART)) > 1 else None
@@ -169,8 +174,8 @@ def spectral_mixer(
     """
     wanted = radius_squared if x.is_cuda else -1  # the fused gate of GPUs takes coefficients
     out = _whole(x, modes.memory_format(x))
-    keeps_context = keep and not x.is_cuda and x.shape[1] >= KEPT_CHANNELS
-    all_t, all_context = (_whole(x, torch.channels_last) if keeps else None for keeps in (keep, keeps_context))
+    with_context = keep and keeps_context(x)
+    all_t, all_context = (_whole(x, torch.channels_last) if keeps else None for keeps in (keep, with_context))
     for part in parts(x, PART):
         around = branch.of(part)
         if around.norm_weight is not None and pair_serves(x[part], None, in_weight):
@@ -181,7 +186,7 @@ def spectral_mixer(
         z, coefficients = _ops.axial_conv(t, row_weight, row_bias, column_weight, column_bias, wanted)
         if keep:
             all_t = _placed(all_t, part, t)
-        if keeps_context:
+        if with_context:
             filtered, applied = _filtered(z, weight, base, gain, radius_squared)
             context = _pointwise(filtered, applied, bias)
             all_context = _placed(all_context, part, context)

@@ -41,24 +41,23 @@ inline bool cpu_has_bf16() {
 }
 
 inline Capability cpu_capability() {
-  Capability best = Capability::plain;
+  Capability has = Capability::plain, best = has;
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) best = Capability::avx2;
-  if (best == Capability::avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) has = Capability::avx2;
+  if (has == Capability::avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-    best = Capability::avx512;
-  if (best == Capability::avx512 && cpu_has_bf16()) {
-    if (__builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") && may_use_tiles()) best = Capability::amx;
-    // vdpbf16ps multiplies twice as much as an fp32 instruction; Intel's processors start a quarter as many of it (measured)
-    else if (!__builtin_cpu_is("intel")) best = Capability::avx512_bf16;
+    has = Capability::avx512;
+  if (has == Capability::avx512 && cpu_has_bf16()) {
+    const bool tiles = __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") && may_use_tiles();
+    has = tiles ? Capability::amx : Capability::avx512_bf16;
   }
+  // vdpbf16ps multiplies twice as much as an fp32 instruction; Intel's processors start a quarter as many of it (measured)
+  best = has == Capability::avx512_bf16 && __builtin_cpu_is("intel") ? Capability::avx512 : has;
 #endif
   const char* wanted = std::getenv("SPANET_KERNELS_CPU");
-  for (Capability other : {Capability::plain, Capability::avx2, Capability::avx512, Capability::avx512_bf16}) {
-    const bool there = other < best || (other == Capability::avx512_bf16 && best == Capability::avx512 && cpu_has_bf16());
-    if (wanted && there && std::strcmp(wanted, name(other)) == 0) return other;
-  }
+  for (Capability lower : {Capability::plain, Capability::avx2, Capability::avx512, Capability::avx512_bf16})
+    if (wanted && lower <= has && std::strcmp(wanted, name(lower)) == 0) return lower;
   return best;
 }
 

@@ -140,7 +140,7 @@ def _mixer_fake(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     t = torch.empty_like(x, memory_format=torch.channels_last)
     if x.device.type == "cuda":
         return y, t, torch.empty_like(t), coefficients_fake(x, radius_squared)
-    return y, t, torch.empty_like(t) if x.shape[1] >= composed.KEPT_CHANNELS else nothing[0], nothing[1]
+    return y, t, torch.empty_like(t) if composed.keeps_context(x) else nothing[0], nothing[1]
 
 
 @torch.library.register_fake("spanet_kernels::spectral_mixer_backward")
