@@ -1,9 +1,13 @@
-"""Every GPU kernel once, in every dtype, layout and direction: what the sanitizers of `make gpu` run."""
+"""Every GPU kernel once, in every dtype, layout and direction: what the sanitizers of `make gpu` run.
+
+python tests/gpu_launches.py [cuda] [triton]    both without a name
+"""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
+import sys
 
 import torch
 
@@ -38,7 +42,6 @@ def launch_all() -> int:
 
 
 if __name__ == "__main__":
-    in_use = spanet_kernels.backends()["operators"]["radial_filter"]["cuda"]["in use"]
-    for forced in dict.fromkeys((in_use, "triton")):
-        with spanet_kernels.use("triton") if forced == "triton" else contextlib.nullcontext():
-            print(forced, launch_all(), "launches")
+    for implementation in sys.argv[1:] or ("cuda", "triton"):
+        with spanet_kernels.use("triton") if implementation == "triton" else contextlib.nullcontext():
+            print(implementation, launch_all(), "launches")

@@ -148,6 +148,8 @@ def test_planes_in_several_blocks(host: Host, shape: tuple[int, ...], layout: st
     check_conv(host, x, 7, 4)
     check_conv_backward(host, grad, x, 7)
     check_coefficients(host.mode_coefficients(x, 9), x, 9)
+    check_conv(host, x, 11, 1)  # more taps than are taken at a time
+    check_conv_backward(host, grad, x, 11)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -219,7 +219,8 @@ __global__ void __launch_bounds__(kStripThreads, kBlocks<T>) axial_conv_backward
 #pragma unroll
       for (int e = 0; e < kStrip + kTaps - 1; ++e) {  // rows of grad that meet this chunk of taps
         const int i = task.row + e - (kTaps - 1) + p - first;
-        if (rows == 0 || i < 0 || i >= plan.height) continue;
+        const bool meets = first + max(kTaps - 1 - e, 0) < k;  // a tap that exists; the tile ends where they do
+        if (rows == 0 || !meets || i < 0 || i >= plan.height) continue;
         W g[kGroup];
         load_group<T, VECTOR>(out.column + i * plan.row_pitch, plan.column_pitch, task.columns, g);
 #pragma unroll

@@ -39,6 +39,7 @@ inline Index threadIdx, blockIdx, blockDim, gridDim;
 namespace host {
 
 constexpr size_t kStack = 128 << 10;
+constexpr int64_t kGuard = 256 << 10;  // bytes on either side of a block's shared memory that nothing may touch
 constexpr unsigned kWarp = 32;
 
 struct Barrier { unsigned arrived = 0, generation = 0; };
@@ -234,11 +235,15 @@ void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int shar
   blockDim.x = static_cast<unsigned>(threads);
   for (int64_t k = 0; k < blocks; ++k) {
     blockIdx.x = static_cast<unsigned>(host::reversed ? blocks - 1 - k : k);
-    // fresh memory for every block, filled with NaN, and what lies behind it belongs to the address sanitizer
-    const std::unique_ptr<void, void (*)(void*)> shared(std::aligned_alloc(16, std::max(16, (shared_bytes + 15) / 16 * 16)), std::free);
-    std::memset(shared.get(), 0xff, shared_bytes);
-    state.shared = static_cast<char*>(shared.get());
+    // fresh memory for every block, filled with NaN, far from anything else that may be touched
+    const int64_t bytes = std::max(16, (shared_bytes + 15) / 16 * 16);
+    const std::unique_ptr<char, void (*)(void*)> memory(static_cast<char*>(std::aligned_alloc(16, bytes + 2 * host::kGuard)), std::free);
+    state.shared = memory.get() + host::kGuard;
+    std::memset(state.shared, 0xff, bytes);
+    __asan_poison_memory_region(memory.get(), host::kGuard);
+    __asan_poison_memory_region(state.shared + bytes, host::kGuard);
     host::run_block(state, blockDim.x);
+    __asan_unpoison_memory_region(memory.get(), bytes + 2 * host::kGuard);
   }
 }
 
