@@ -12,7 +12,8 @@ from .scaling import abscissa, expected, exponent
 from .tables import Results, Target, markdown, median, noisy, notes, shape_text, time
 
 Row = dict[str, Any]
-FORMS = "\n\nEvery model in its faster form of those measured, eager or compiled; PoolFormer in the form that is named."
+NAMES = {"eager": "img/s", "graph": "img/s in a CUDA graph", "compiled": "img/s compiled"}  # of the forms of a model
+FORMS = "\n\nEvery model in its fastest form of those measured, compiled or not; PoolFormer in the form that is named."
 POOLFORMERS = {"spanet_small": "s24", "spanet_medium": "s36", "spanet_base": "m36", "spanet_basex": "m48"}  # of the same dims and depths
 FIELD = ("convnext_tiny", "swin_tiny_patch4_window7_224", "focalnet_tiny_srf", "pvt_v2_b2")
 
@@ -28,8 +29,8 @@ def rate(row: Row | None, form: str = "eager") -> float | None:
 
 
 def fastest(row: Row | None) -> float | None:
-    """Images per second in the faster form, eager or compiled."""
-    return max((found for form in ("eager", "compiled") if (found := rate(row, form))), default=None)
+    """Images per second in the fastest form."""
+    return max((found for form in NAMES if (found := rate(row, form))), default=None)
 
 
 def beside(rows: list[Row], row: Row, model: str, dtype: str | None = None) -> Row | None:
@@ -57,7 +58,7 @@ def targets(row: Row, rows: list[Row], environment: dict[str, Any]) -> list[Targ
         ratio("published network in fp32", ours, fastest(beside(rows, row, published, "fp32")), 3.5)
     if pool := POOLFORMERS.get(row["model"]):
         other = beside(rows, row, f"poolformer_{pool}")
-        ratio("PoolFormer of the same size, eager", ours, rate(other), 1)
+        ratio("PoolFormer of the same size, eager", ours, rate(other, "graph") or rate(other), 1)
         ratio("PoolFormer of the same size, compiled", rate(row, "compiled"), rate(other, "compiled"), 0.75)
     if row["model"] == "spanet_small":
         for name in FIELD:
@@ -83,20 +84,28 @@ def targets_table(section: str) -> Callable[[Results], str]:
     return table
 
 
+def measured_forms(rows: list[Row]) -> list[str]:
+    return [form for form in NAMES if form != "graph" or any(form in row["competitors"] for row in rows)]
+
+
 def cells(row: Row, rows: list[Row], environment: dict[str, Any]) -> list[str]:
     """Model, problem, speed, and what of the limit that is."""
     batch = f"{row['batch']}" + (f" (of {row['asked batch']})" if row["batch"] != row["asked batch"] else "")
     start = [row["title"], f"{row['size']}", batch, row["dtype"], row.get("layout", "-").replace("nchw", "NCHW")]
-    eager, compiled = rate(row), rate(row, "compiled")
-    if eager is None:
-        return [*start, "refused", *["-"] * 8]
-    seconds = row["competitors"]["eager"]["median"]
-    small = rate(beside(rows, row, "spanet_small"))
+    forms = measured_forms(rows)
+    if rate(row) is None:
+        return [*start, "refused", *["-"] * (len(forms) + 6)]
+    form = "graph" if "graph" in forms else "eager"
+    speed, small = rate(row, form), rate(beside(rows, row, "spanet_small"), form)
+    seconds = row["batch"] / (speed or rate(row))
+    speeds = {name: rate(row, name) for name in forms}
     return [
         *start,
-        f"{eager:.1f}" + (" ~" if noisy(row, environment, "eager") else ""),
-        "refused" if compiled is None and "compiled" in row["competitors"] else f"{compiled:.1f}" if compiled else "-",
-        f"{small / eager:.2f}" if small else "-",
+        *(
+            f"{value:.1f}" + (" ~" if noisy(row, environment, name) else "") if value else "refused" if name in row["competitors"] else "-"
+            for name, value in speeds.items()
+        ),
+        f"{small / speed:.2f}" if small and speed else "-",
         f"{row['gemm seconds'] / seconds:.2f}",
         f"{row['flop'] / seconds / 1e9:.0f}",
         f"{row['touched bytes'] / row['floor bytes']:.1f}",
@@ -106,19 +115,20 @@ def cells(row: Row, rows: list[Row], environment: dict[str, Any]) -> list[str]:
     ]
 
 
-HEADER = ["model", "size", "batch", "dtype", "layout", "img/s", "img/s compiled", "SPANet-S / it", "share in GEMM", "GFLOP/s"]
-HEADER += ["bytes / floor", "peak MiB", "J/img", "M parameters"]
+START = ["model", "size", "batch", "dtype", "layout"]
+REST = ["SPANet-S / it", "share in GEMM", "GFLOP/s", "bytes / floor", "peak MiB", "J/img", "M parameters"]
 LEGEND = (
     "\n\nShare in GEMM: its matrix products run alone, over its time. Bytes / floor: what its operators read and write, over the operands "
     "of its matrix products. Peak: what a call allocates at once. Compiled: torch.compile, for inference on a CPU with constant weights "
-    "(`freezing`). Columns other than that one are of eager calls."
+    "(`freezing`), on a GPU in a CUDA graph. Other columns are of CUDA graphs of eager calls on a GPU, else of eager calls."
 )
 
 
 def speed_table(section: str) -> Callable[[Results], str]:
     def table(results: Results) -> str:
         rows, environment = results[section]["rows"], results[section]["environment"]
-        return markdown(HEADER, (cells(row, rows, environment) for row in rows)) + LEGEND + notes(rows, environment, "eager")
+        header = [*START, *(NAMES[form] for form in measured_forms(rows)), *REST]
+        return markdown(header, (cells(row, rows, environment) for row in rows)) + LEGEND + notes(rows, environment, "eager")
 
     return table
 

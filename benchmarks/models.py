@@ -24,7 +24,7 @@ from .ops import reason
 from .peers import MODELS, create, is_ours
 from .record import Others, free_memory
 from .section import DTYPES, LAYOUTS, Options
-from .timing import Clock, clock_for, interleave
+from .timing import Clock, captured, clock_for, interleave
 from .trace import Energy, Gemm, Trace, profiled, stage_times
 
 SIZES = (192, 288, 384, 512, 768, 1024)
@@ -77,9 +77,13 @@ def images(row: Row) -> tuple[Tensor, Tensor]:
 
 
 class Subject:
-    """A model that runs a row: calling it gives what is checked; `forward` is the model, compiled or not."""
+    """A model that runs a row: calling it gives what is checked.
 
-    def __init__(self, row: Row, model: nn.Module, dtype: torch.dtype, layout: str, device: torch.device, compiled: bool = False) -> None:
+    form: "eager"; "graph", the same as a CUDA graph; "compiled", on a GPU as a CUDA graph too.
+    """
+
+    def __init__(self, row: Row, model: nn.Module, dtype: torch.dtype, layout: str, device: torch.device, form: str = "eager") -> None:
+        compiled = form == "compiled"
         self.mode, self.device = row.mode, device
         x, labels = images(row)
         held = torch.float32 if row.mode == "train" and dtype != torch.float64 else dtype
@@ -94,9 +98,15 @@ class Subject:
             with torch._inductor.config.patch(freezing=True), torch.inference_mode():
                 self.forward(self.x)
         if row.mode == "train":
-            self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-6, fused=True)
+            self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-6, fused=True, capturable=device.type == "cuda")
+        self.run: Callable[[], Any] = captured(self.step) if form != "eager" and device.type == "cuda" else self.step
 
     def __call__(self) -> Results:
+        results: Results = self.run()
+        return results
+
+    def step(self) -> Results:
+        """An inference or a training step."""
         if self.mode == "infer":
             with torch.inference_mode():
                 return (self.forward(self.x)[:CHECKED],)
@@ -175,6 +185,8 @@ class Bench:
             if probes[layout] == min(probes.values()):
                 subjects["eager"], record["layout"] = subject, layout
         self._limits(record, row, model, gemms, subjects["eager"])
+        if self.device.type == "cuda" and (subject := self._admit("graph", record, row, model, judged, record["layout"])):
+            subjects["graph"] = subject
         if row.compiled and (subject := self._admit("compiled", record, row, model, judged, record["layout"])):
             subjects["compiled"] = subject
         return record, subjects
@@ -200,7 +212,7 @@ class Bench:
         """A subject whose first results are right; otherwise the reason is recorded."""
         bound = BOUNDS[row.mode, row.dtype] * (BATCH_NORM if row.mode == "train" and row.model.startswith("resnet") else 1)
         try:
-            subject = Subject(row, model, DTYPES[row.dtype], layout, self.device, form == "compiled")
+            subject = Subject(row, model, DTYPES[row.dtype], layout, self.device, form)
             error = check(tuple(result.cpu() for result in subject()), judge)
         except Exception as failure:  # whatever a library or a compiler raises is the reason that it does not compete
             record["competitors"][form] = {"refused": f"{layout}: {reason(failure)}"}

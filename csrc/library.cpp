@@ -26,6 +26,9 @@ STABLE_TORCH_LIBRARY(spanet_kernels, m) {
       " Tensor row_bias, Tensor column_weight, Tensor column_bias, Tensor weight, Tensor bias, Tensor base, Tensor gain,"
       " Tensor out_weight, int radius_squared, bool profile_learns) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("gelu(Tensor x, Tensor? bias, Tensor(a!)? grad) -> (Tensor, Tensor)");
+  m.def("column_sums(Tensor x) -> Tensor");
+  m.def("image_norm(Tensor x, Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor)");
+  m.def("image_norm_backward(Tensor grad, Tensor x, Tensor moments, Tensor weight) -> (Tensor, Tensor, Tensor)");
   m.def("image_moments(Tensor x, float eps) -> Tensor");
   m.def(
       "pointwise_pair(Tensor(a!) y, Tensor x, Tensor? moments, Tensor? norm_weight, Tensor? norm_bias, Tensor? factor, Tensor? residual,"

@@ -34,6 +34,9 @@ OPERATORS = (
     "spectral_mixer",
     "spectral_mixer_backward",
     "gelu",
+    "column_sums",
+    "image_norm",
+    "image_norm_backward",
     "image_moments",
     "pointwise_pair",
 )
@@ -82,6 +85,12 @@ _IN_TRITON = {
     "radial_filter_backward": "radial_filter",
     "spectral_gate": "spectral_gate",
     "spectral_gate_backward": "spectral_gate",
+    "gelu": "gelu",
+    "column_sums": "column_sums",
+    "image_moments": "image_moments",
+    "pointwise_pair": "pointwise_pair",
+    "image_norm": "image_norm",
+    "image_norm_backward": "image_norm",
 }
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import modes
-from .products import Branch, image, linear, pair, pair_serves, parts, rows, summed, write
+from .products import Branch, column_sums, image, linear, pair, pair_serves, parts, rows, summed, write
 
 PART = 2 * 2**20  # bytes of a tensor of the images that a CPU takes at a time; in the backward pass, with more of them in use:
 BACKWARD_PART = 7 * 2**18
@@ -34,7 +34,7 @@ def exact(function: Callable[P, T]) -> Callable[P, T]:
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
         x = args[0]
         assert isinstance(x, Tensor)
-        if not torch.is_autocast_enabled(x.device.type):
+        if x.is_meta or not torch.is_autocast_enabled(x.device.type):
             return function(*args, **kwargs)
         with torch.autocast(x.device.type, enabled=False):
             return function(*args, **kwargs)
@@ -116,7 +116,7 @@ def _gate_gradients(
     c = grad * z_rows if out_weight is None else grad.mul_(z_rows)
     shape, learns_from = z.shape, z if profile_learns else None
     del grad, context, kept, z_rows, z
-    product, bias_grad = c.mT @ filtered, c.sum(0)
+    product, bias_grad = c.mT @ filtered, column_sums(c)
     del filtered
     mixed = image(c @ applied, shape)
     del c
@@ -191,13 +191,18 @@ def spectral_mixer(
             context = _pointwise(filtered, applied, bias)
             all_context = _placed(all_context, part, context)
             out = _placed(out, part, _pointwise_like(z.mul_(context), out_weight, out_bias, x))
-        elif pair_serves(z, weight, out_weight):
-            filtered, applied = _filtered(z, weight, base, gain, radius_squared)
+        elif (around.residual is not None or not z.is_cuda) and pair_serves(z, None if z.is_cuda else weight, out_weight):
             to = torch.empty_like(x[part], memory_format=modes.memory_format(x)) if out is None else out[part]
-            pair(to, filtered, applied, bias, out_weight, out_bias, z, around._replace(norm_weight=None))
+            outer = around._replace(norm_weight=None)
+            if z.is_cuda:
+                y = _ops.spectral_gate(z, coefficients, weight, bias, base, gain, radius_squared)
+                pair(to, y, None, None, out_weight, out_bias, branch=outer)
+            else:
+                filtered, applied = _filtered(z, weight, base, gain, radius_squared)
+                pair(to, filtered, applied, bias, out_weight, out_bias, z, outer)
             out = to if out is None else out
         else:
-            y = _ops.spectral_gate(z, coefficients if x.is_cuda else None, weight, bias, base, gain, radius_squared)
+            y = _ops.spectral_gate(z, coefficients if z.is_cuda else None, weight, bias, base, gain, radius_squared)
             out = _placed(out, part, around.added(_pointwise_like(y, out_weight, out_bias, x)))
     assert out is not None
     nothing = x.new_empty(0), base.new_empty(0)
@@ -244,7 +249,7 @@ def spectral_mixer_backward(
         t_grad, *conv = _ops.axial_conv_backward(gate.pop(0), t_part, row_weight, row_bias, column_weight)
         t_grad = rows(t_grad)
         write(x_grad[part], t_grad, in_weight.mT)
-        grads = [t_grad.mT @ rows(x[part]), t_grad.sum(0), *conv, *gate, g.sum(0)]
+        grads = [t_grad.mT @ rows(x[part]), column_sums(t_grad), *conv, *gate, column_sums(g)]
         sums = summed(sums, grads, part.stop >= len(x))
         del t_grad, grads
     dtypes = [x.dtype] * 2 + [base.dtype] * 4 + [x.dtype] * 2 + [base.dtype] * 2 + [x.dtype] * 2

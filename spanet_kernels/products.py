@@ -1,4 +1,4 @@
-"""Matrix products over the channels of every position: on a CPU ours for pairs of them and oneDNN's, elsewhere PyTorch's.
+"""Matrix products over the channels of every position: ours for pairs of them, on a CPU oneDNN's, elsewhere PyTorch's.
 
 oneDNN adds the bias and applies the GELU where it writes the product; PyTorch's `linear` on a CPU writes the bias first and adds to it.
 Of a pair (`pointwise_pair`) what stands between the two products stays in the cache: it would be as large as everything else together.
@@ -52,14 +52,19 @@ class Branch(NamedTuple):
         return self.norm_weight is not None or self.residual is not None
 
     def normalised(self, x: Tensor) -> Tensor:
-        """norm(x), by PyTorch."""
-        return x if self.norm_weight is None else functional.group_norm(x, 1, self.norm_weight, self.norm_bias, self.eps)
+        """norm(x), by PyTorch, in the layout of x."""
+        if self.norm_weight is None:
+            return x
+        return modes.like(functional.group_norm(x, 1, self.norm_weight, self.norm_bias, self.eps), x)
 
     def added(self, y: Tensor) -> Tensor:
         """scale o residual + y, by PyTorch."""
         if self.residual is None:
             return y
-        return (self.residual if self.scale is None else self.residual * self.scale[:, None, None]) + y
+        if self.scale is None:
+            return self.residual + y
+        scale = self.scale[:, None, None]
+        return torch.addcmul(y, self.residual, scale) if y.is_cuda else self.residual * scale + y  # one pass of a GPU less
 
     def of(self, part: slice) -> Branch:
         """That of some images."""
@@ -90,6 +95,12 @@ def write(y: Tensor, rows_: Tensor, weight: Tensor, bias: Tensor | None = None) 
         torch.addmm(bias, rows_, weight.mT, out=rows(y))
 
 
+def column_sums(rows: Tensor) -> Tensor:
+    """(C,) sums over the rows."""
+    sums: Tensor = torch.ops.spanet_kernels.column_sums.default(rows) if rows.is_cuda else rows.sum(0)
+    return sums
+
+
 def parts(x: Tensor, size: int) -> list[slice]:
     """The images to take at a time: on a CPU parts of equal numbers of images, each of at most `size` bytes or one image.
 
@@ -110,17 +121,17 @@ def summed(sums: list[Tensor], more: list[Tensor], last: bool) -> list[Tensor]:
 
 
 def pair_serves(x: Tensor, weight_in: Tensor | None, weight_out: Tensor) -> bool:
-    """Whether `pointwise_pair` takes these, and has positions enough for every thread; a graph serves any number of them."""
+    """Whether `pointwise_pair` takes these: on a CPU with positions enough for every thread, or any number in a graph; on a GPU in 16
+    bits and channels_last."""
     weights = [weight_out] if weight_in is None else [weight_in, weight_out]
     channels = (x.shape[1], *(size for weight in weights for size in weight.shape))
+    if any(weight.dtype != x.dtype for weight in weights) or any(size % PAIR_CHANNELS for size in channels):
+        return False
+    if x.is_cuda:
+        return x.element_size() == 2 and modes.channels_last(x) and x.is_contiguous(memory_format=torch.channels_last)
     positions = x.shape[0] * x.shape[2] * x.shape[3]
-    return (
-        x.device.type == "cpu"
-        and x.dtype in _PAIR_DTYPES
-        and all(weight.dtype == x.dtype for weight in weights)
-        and not any(size % PAIR_CHANNELS for size in channels)
-        and (torch.compiler.is_compiling() or positions >= PAIR_POSITIONS * torch.get_num_threads())
-    )
+    enough = torch.compiler.is_compiling() or positions >= PAIR_POSITIONS * torch.get_num_threads()
+    return x.device.type == "cpu" and x.dtype in _PAIR_DTYPES and enough
 
 
 def pair(

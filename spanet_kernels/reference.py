@@ -269,3 +269,32 @@ def pointwise_pair(
     if residual is not None:
         product = (residual if residual_scale is None else residual_scale[:, None, None] * residual) + product
     y.copy_(product)
+
+
+def column_sums(x: Tensor) -> Tensor:
+    """(C,) sums over the rows of an (N, C), in fp32 at least."""
+    return x.sum(0, dtype=modes.profile_dtype(x.dtype))
+
+
+def image_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """A GroupNorm with one group, weight o (x - mean) / deviation + bias, in the dtype of x; and (B, 2): mean and 1 / deviation."""
+    wide = modes.profile_dtype(x.dtype)
+    variance, mean = torch.var_mean(x.to(wide), (1, 2, 3), correction=0)
+    moments = torch.stack([mean, (variance + eps).rsqrt()], 1)
+    y = _normalised(x, moments) * weight.to(wide)[:, None, None] + bias.to(wide)[:, None, None]
+    return modes.like(y.to(x.dtype), x), moments
+
+
+def image_norm_backward(grad: Tensor, x: Tensor, moments: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of <grad, image_norm(x, ...)>: to x, weight and bias."""
+    wide = moments.dtype
+    normalised, slope = _normalised(x, moments), grad.to(wide) * weight.to(wide)[:, None, None]
+    alone, with_n = (value.mean((1, 2, 3), keepdim=True) for value in (slope, slope * normalised))
+    x_grad = (slope - alone - normalised * with_n) * moments[:, 1, None, None, None]
+    sums = (grad.to(wide) * normalised).sum((0, 2, 3)), grad.to(wide).sum((0, 2, 3))
+    return modes.like(x_grad.to(x.dtype), x), sums[0].to(weight.dtype), sums[1].to(weight.dtype)
+
+
+def _normalised(x: Tensor, moments: Tensor) -> Tensor:
+    mean, scale = moments[:, :, None, None, None].unbind(1)
+    return (x.to(moments.dtype) - mean) * scale

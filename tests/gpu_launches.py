@@ -32,12 +32,16 @@ def launch_all() -> int:
         gate = x, None, weight, weight[0], base, gain, squared
         gated = torch.ops.spanet_kernels.spectral_gate(*gate), *torch.ops.spanet_kernels.spectral_gate_backward(grad, *gate, True)
         results = [y, *grads, coefficients, *gated]
+        y, moments = torch.ops.spanet_kernels.image_norm(x, base, base, 1e-5)
+        norms = y, *torch.ops.spanet_kernels.image_norm_backward(grad, x, moments, base)
+        hidden = x.permute(0, 2, 3, 1).reshape(-1, shape[1])
+        results += [*norms, *torch.ops.spanet_kernels.gelu(hidden, None, hidden.clone()), torch.ops.spanet_kernels.column_sums(hidden)]
         for size in (7, 11):  # compiled for its taps, and any
             weights = [torch.ones(shape[1], n, device="cuda", dtype=base.dtype).squeeze(1) / n for n in (size, 1, size, 1)]
             results += torch.ops.spanet_kernels.axial_conv(x, *weights, squared)
             results += torch.ops.spanet_kernels.axial_conv_backward(grad, x, *weights[:3])
         assert all(result.isfinite().all() for result in results)
-        launches += 9
+        launches += 13
     return launches
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 
 import pytest
@@ -262,6 +263,64 @@ def test_gate_repeats_are_bit_equal_whatever_the_batch(dtype, layout):
         assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
     assert torch.equal(ops.spectral_gate(z[4:5], zhat[4:5], *rest), expected[0][4:5])
     assert torch.equal(ops.spectral_gate_backward(grad[4:5], z[4:5], zhat[4:5], *rest, True)[0], expected[1][4:5])
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "shape", [(2, 20, 7, 7), (3, 64, 56, 56), (5, 320, 14, 14), (2, 65, 25, 42), (1, 3, 200, 334), (1, 1, 1, 1)], ids=str
+)
+def test_image_norm_error_rule(shape, dtype, layout):
+    ops, wide = torch.ops.spanet_kernels, modes.profile_dtype(dtype)
+    x, grad = make_input(shape, dtype, layout, "cuda"), make_input(shape, dtype, "contiguous", "cuda", seed=3)
+    weight, bias = (make_input((1, 1, 1, shape[1]), wide, device="cuda", seed=seed).flatten() for seed in (5, 6))
+    poison = torch.full((4 * x.numel() + 1,), torch.nan, device="cuda", dtype=dtype)
+    del poison
+    y, moments = ops.image_norm(x, weight, bias, 1e-5)
+    assert y.is_contiguous(memory_format=modes.memory_format(x))
+    grads = ops.image_norm_backward(grad, x, moments, weight)
+    same, exact = ([*reference.image_norm(x.to(to), weight.to(to), bias.to(to), 1e-5)] for to in (wide, torch.float64))
+    same += reference.image_norm_backward(grad.to(wide), x.to(wide), same[1], weight)
+    exact += reference.image_norm_backward(grad.double(), x.double(), exact[1], weight.double())
+    for index, (a, b, c) in enumerate(zip((y, moments, *grads), same, exact, strict=True)):
+        assert_as_accurate(a, b.to(a.dtype), c, units=4 if index in (0, 2) else 64)  # sums over an image or a batch, in another order
+    assert torch.equal(ops.image_norm(x[-1:], weight, bias, 1e-5)[0], y[-1:])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (50_000, 96), (1000, 1280), (333, 65)], ids=str)
+def test_gelu_and_sums_error_rule(shape, dtype):
+    ops, wide = torch.ops.spanet_kernels, modes.profile_dtype(dtype)
+    x, grad, bias = (
+        make_input((1, 1, *size), dtype, device="cuda", seed=seed)[0, 0] - 1 for seed, size in enumerate((shape, shape, (1, shape[1])))
+    )
+    bias = bias[0]
+    results = {}
+    for to in (dtype, wide, torch.float64):
+        slope = grad.to(to, copy=True)
+        module = ops if to == dtype else reference
+        results[to] = [*module.gelu(x.to(to), bias.to(to), slope), slope, module.column_sums(x.to(to))]
+    for a, b, c in zip(results[dtype], results[wide], results[torch.float64], strict=True):
+        assert_as_accurate(a, b.to(a.dtype), c, units=4 if a.dim() == 2 else 64)
+    assert torch.equal(ops.gelu(x, bias, None)[0], results[dtype][0])
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_a_model_trains_like_on_the_cpu(layout, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    spanet = pytest.importorskip("spanet")
+    torch.manual_seed(0)
+    model = spanet.SPANet(depths=(1, 1, 1, 1), dims=(32, 64, 96, 128), radii=(2, 2, 1, 1), num_classes=10)
+    x, labels = torch.randn(4, 3, 64, 64) + 0.5, torch.arange(4)
+
+    def gradients(device, dtype):
+        copy_ = copy.deepcopy(model).to(device, dtype)
+        given = x.to(device, dtype, memory_format=torch.channels_last if layout == "channels_last" else torch.contiguous_format)
+        loss = torch.nn.functional.cross_entropy(copy_(given), labels.to(device))
+        return [loss, *torch.autograd.grad(loss, list(copy_.parameters()))]
+
+    for ours, exact in zip(gradients("cuda", torch.float32), gradients("cpu", torch.float64), strict=True):
+        assert (ours.cpu().double() - exact).norm() <= 1e-4 * exact.norm() + 1e-7
 
 
 def test_report_names_what_is_in_use():

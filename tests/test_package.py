@@ -70,9 +70,16 @@ def test_imports_go_one_way(path):
 
 
 def test_every_operator_has_every_fallback():
-    pieces = {"mode_coefficients", "gelu", "image_moments", "pointwise_pair"}  # other operators call them below autograd
-    gradients = {"axial_conv_backward", "spectral_gate_backward", "spectral_mixer_backward"}  # differentiated by composition
-    composed = {op for op in OPERATORS if op.startswith(("spectral_gate", "spectral_mixer"))}  # their parts have CPU kernels
+    pieces = {"mode_coefficients", "gelu", "column_sums", "image_moments", "pointwise_pair"}  # other operators call them below autograd
+    gradients = {
+        "axial_conv_backward",
+        "spectral_gate_backward",
+        "spectral_mixer_backward",
+        "image_norm_backward",
+    }  # differentiated by composition
+    composed = {
+        op for op in OPERATORS if op.startswith(("spectral_gate", "spectral_mixer", "image_norm", "column_sums"))
+    }  # their parts have CPU kernels, PyTorch's some
     for op in OPERATORS:
         keys = ["Meta", "CompositeExplicitAutograd"]
         keys += ["CPU"] * (op not in composed) + ["FuncTorchBatched"] * (op not in pieces) + ["Autograd"] * (op not in pieces | gradients)

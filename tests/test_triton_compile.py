@@ -60,6 +60,11 @@ CASES += [
         Case("spectral_gate", t, DTYPES[(i + 1) % 2], 128, 28, 28, 9, i % 4 < 2) for i, t in enumerate(("sm_90", *OTHERS))
     ),  # the largest tiles
 ]
+CASES += [
+    Case(file, target, DTYPES[(i + 1) % 2], 320, 14, 14, 0, i % 2 == 0)
+    for i, target in enumerate(("sm_90", *OTHERS))
+    for file in ("image_norm", "gelu", "pointwise_pair")
+]
 # bytes that a program may use
 SHARED = dict(sm_80=166912, sm_86=101376, sm_89=101376, sm_90=232448, sm_100=232448, sm_120=101376, gfx90a=65536, gfx942=65536)
 
@@ -81,9 +86,11 @@ def compile_case(case: Case) -> list[Row]:
     module: Any = importlib.import_module(f"spanet_kernels.triton_kernels.{case.file}")
     launches: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
     with pytest.MonkeyPatch.context() as patch:
-        for name, kernel in list(vars(module).items()):
-            if isinstance(kernel, JITFunction) and name.endswith("_kernel"):
-                patch.setattr(module, name, Recorder(kernel, launches))
+        others = (importlib.import_module(f"spanet_kernels.triton_kernels.{name}") for name in ("column_sums", "image_moments"))
+        for place in (module, *others):
+            for name, kernel in list(vars(place).items()):
+                if isinstance(kernel, JITFunction) and name.endswith("_kernel"):
+                    patch.setattr(place, name, Recorder(kernel, launches))
         if hasattr(module, "AMD"):
             patch.setattr(module, "AMD", case.target.startswith("gfx"))
             module.plan.cache_clear()
@@ -103,6 +110,23 @@ def run_launchers(module: Any, case: Case) -> None:
     if case.file == "radial_filter":
         module.radial_filter(x, profile[0], profile, squared)
         module.radial_filter_backward(x, x, squared)
+    elif case.file == "image_norm":
+        moments = module.image_norm(x, profile[0], profile[0], 1e-5)[1]
+        module.image_norm_backward(x, x, moments, profile[0])
+    elif case.file == "pointwise_pair":
+        half = x.to(dtype if x.element_size() == 2 else torch.float16, memory_format=torch.channels_last)
+        weights = (
+            half.new_empty(4 * channels, channels),
+            half.new_empty(4 * channels),
+            half.new_empty(channels, 4 * channels),
+            half.new_empty(channels),
+        )
+        moments = importlib.import_module("spanet_kernels.triton_kernels.image_moments").image_moments(half, 1e-5)
+        module.pointwise_pair(torch.empty_like(half), half, moments, weights[3], weights[3], None, half, weights[3], *weights)
+    elif case.file == "gelu":
+        rows = torch.empty((40, channels), dtype=dtype)
+        module.gelu(rows, None if case.channels_last else profile[0], rows.clone())
+        module.gelu(rows, None, None)
     else:
         zhat = profile.new_empty(*x.shape[:2], *(modes.functions(n, squared) for n in x.shape[2:]))
         weight = torch.empty((channels, channels), dtype=dtype)
@@ -129,7 +153,7 @@ def resources(target: str, kernel: Any, args: tuple[Any, ...], kwargs: dict[str,
                     str(value.dtype).removeprefix("torch.")
                 ]
             )
-        elif i >= len(args) or value == 1:
+        elif i >= len(args) or value == 1 or value is None:
             signature[name], constants[name] = "constexpr", value
         else:
             signature[name] = "fp32" if isinstance(value, float) else "i32"
@@ -185,4 +209,4 @@ def test_shared_memory_fits(rows: list[Row]) -> None:
 
 def test_every_kernel_met_every_target(rows: list[Row]) -> None:
     assert {(row.case.target, row.kernel) for row in rows} == set(product(("sm_90", *OTHERS), {row.kernel for row in rows}))
-    assert len({row.kernel for row in rows}) == 12
+    assert len({row.kernel for row in rows}) == 19

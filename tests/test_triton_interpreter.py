@@ -8,6 +8,7 @@ It multiplies matrices in exact fp32; here it is taught the bf16 terms into whic
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import os
@@ -65,6 +66,28 @@ GATE_CASES: list[tuple[tuple[int, int, int, int], int, str, str]] = [
     ((2, 17, 6, 5), -1, "channels_last", "float16"),
     ((2, 5, 12, 10), 20, "contiguous", "float32"),  # more modes than one step takes
     ((0, 3, 7, 7), 1, "contiguous", "float32"),
+]
+
+# the same for what goes over a tensor once or twice: the norm, the GELU of its rows and their sums; (B, C, H, W), layout, dtype
+PASS_CASES: list[tuple[tuple[int, int, int, int], str, str]] = [
+    ((2, 3, 7, 7), "contiguous", "float32"),
+    ((2, 65, 7, 9), "channels_last", "float16"),
+    ((1, 64, 14, 14), "channels_last", "float32"),
+    ((3, 40, 20, 21), "contiguous", "float16"),  # several parts of an image
+    ((2, 96, 30, 28), "channels_last", "float32"),
+    ((1, 1, 1, 1), "contiguous", "float32"),
+    ((2, 5, 6, 5), "sliced", "float32"),
+    ((2, 6, 9, 4), "expanded", "float16"),
+    ((0, 3, 7, 7), "contiguous", "float32"),
+]
+
+# of products in 16 bits: (B, C, H, W), channels in between (0: one product alone) and at the end, what else there is
+PAIR_CASES: list[tuple[tuple[int, int, int, int], int, int, str]] = [
+    ((2, 64, 7, 7), 256, 64, "norm residual scale bias"),
+    ((3, 32, 14, 14), 0, 32, "residual"),
+    ((1, 96, 20, 21), 0, 96, "norm bias"),
+    ((2, 160, 5, 6), 192, 160, "norm residual"),
+    ((1, 64, 12, 12), 128, 32, "bias"),
 ]
 
 # (max, rms) in fp32 rounding units: a mode carries the rounding of its two basis functions, a product of coefficients that of four
@@ -164,6 +187,73 @@ def evaluate_gate(index: int) -> dict[str, dict[str, float]]:
     return {what: compare(result, exact, plain) for what, result, exact, plain in judges if result.numel()}
 
 
+def evaluate_pass(index: int) -> dict[str, dict[str, float]]:
+    """Errors of one case: the norm far from zero and its gradients, the GELU with both outputs and its sums, the sums of rows."""
+    from spanet_kernels.triton_kernels import column_sums, gelu, image_norm
+
+    shape, layout, name = PASS_CASES[index]
+    dtype = getattr(torch, name)
+    torch.manual_seed(index)
+    x, grad = tensor(shape, layout, dtype), tensor(shape, "contiguous" if index % 2 else layout, dtype)
+    weight, bias = torch.randn(shape[1]), torch.randn(shape[1])
+    y, moments = image_norm.image_norm(x, weight, bias, 1e-5)
+    if not y.is_contiguous(memory_format=modes.memory_format(x)):
+        raise AssertionError(f"wrong memory format: strides {y.stride()}")
+    results = {"y": y}
+    results |= dict(zip(("z_grad", "weight_grad", "bias_grad"), image_norm.image_norm_backward(grad, x, moments, weight), strict=True))
+    if not x.numel():
+        return {}
+    if shape[0] > 1 and not torch.equal(image_norm.image_norm(x[1:], weight, bias, 1e-5)[0], y[1:]):
+        raise AssertionError("an image depends on the others of its batch")
+
+    def judge(dtype: torch.dtype, wide: torch.dtype) -> dict[str, Tensor]:
+        y, moments = reference.image_norm(x.to(wide), weight.to(wide), bias.to(wide), 1e-5)
+        x_grad, *sums = reference.image_norm_backward(grad.to(wide), x.to(wide), moments, weight.to(wide))
+        return {"y": y.to(dtype), "z_grad": x_grad.to(dtype), "weight_grad": sums[0], "bias_grad": sums[1]} | rows(reference, dtype, wide)
+
+    def rows(module: Any, dtype: torch.dtype, wide: torch.dtype) -> dict[str, Tensor]:
+        h, slope = (t.permute(0, 2, 3, 1).reshape(-1, shape[1]).to(wide if module is reference else dtype) for t in (x - 1, grad))
+        add, slope = bias.to(wide) if index % 3 else None, slope.clone()
+        a, sums = module.gelu(h, add, slope)
+        return {"a": a.to(dtype), "a_grad": slope.to(dtype), "a_sums": sums, "sums": module.column_sums(h)}
+
+    ours = argparse.Namespace(gelu=gelu.gelu, column_sums=column_sums.column_sums)
+    results |= rows(ours, dtype, torch.float32)
+    exact, plain = judge(torch.float64, torch.float64), judge(dtype, torch.float32)
+    return {what: compare(result, exact[what].double(), plain[what]) for what, result in results.items()}
+
+
+def evaluate_pair(index: int) -> dict[str, dict[str, float]]:
+    """Errors of one case: the result of a pair of products or of one, and the moments of its norm."""
+    from spanet_kernels.triton_kernels import image_moments, pointwise_pair
+
+    shape, between, out, given = PAIR_CASES[index]
+    torch.manual_seed(index)
+    dtype, channels = torch.float16, shape[1]
+
+    def values(*size: int) -> Tensor:
+        return (torch.randn(size) / size[-1] ** 0.5).to(dtype)
+
+    x, residual = (tensor((shape[0], count, *shape[2:]), "channels_last", dtype) for count in (channels, out))
+    moments = image_moments.image_moments(x, 1e-5)
+    norm = [moments, values(channels), values(channels)] if "norm" in given else [None] * 3
+    added = [residual if "residual" in given else None, values(out) if "scale" in given else None]
+    bias = [values(between or out) if "bias" in given else None, values(out) if "bias" in given else None]
+    weights = [values(between, channels) if between else None, bias[0], values(out, between or channels), bias[1]]
+    y = torch.empty_like(residual)
+    pointwise_pair.pointwise_pair(y, x, *norm, None, *added, *weights)
+
+    def judge(to: torch.dtype) -> Tensor:
+        wide = [None if t is None or t is moments else t.to(to) for t in (residual, x, *norm, None, *added, *weights)]
+        wide[2] = norm[0]
+        result = torch.empty_like(wide[0])
+        reference.pointwise_pair(result, *wide[1:])
+        return result
+
+    exact_moments, plain_moments = reference.image_moments(x.double(), 1e-5).double(), reference.image_moments(x, 1e-5)
+    return {"y": compare(y, judge(torch.float64), judge(torch.float32).to(dtype)), "sums": compare(moments, exact_moments, plain_moments)}
+
+
 def split_dot(self: Any, a: Any, b: Any, total: Any, precision: Any, _: int) -> Any:
     """A matrix product of the interpreter with fp32 operands as sums of bf16 terms, the products of all but the smallest terms."""
     from triton.runtime.interpreter import TensorHandle
@@ -201,7 +291,7 @@ def main() -> None:
     )
     interpreter.InterpreterBuilder.create_dot = split_dot
     found: dict[str, list[Any]] = {}
-    for function, cases in ((evaluate, CASES), (evaluate_gate, GATE_CASES)):
+    for function, cases in ((evaluate, CASES), (evaluate_gate, GATE_CASES), (evaluate_pass, PASS_CASES), (evaluate_pair, PAIR_CASES)):
         for index in range(len(cases)):
             try:
                 result: Any = function(index)
@@ -238,6 +328,26 @@ def test_gate_error_is_within_the_rule(errors: dict[str, list[Any]], index: int)
         widened = 1 + 3 / error["count"] ** 0.5  # both sides round intermediate results alike, as `errors.assert_as_accurate` has it
         assert error["max"] <= 1.5 * widened * error["plain_max"] + SLACK[what][0], f"{what}: {error}"
         assert error["rms"] <= widened * error["plain_rms"] + SLACK[what][1], f"{what}: {error}"
+
+
+@pytest.mark.parametrize("index", range(len(PASS_CASES)), ids=["-".join(map(str, case)).replace(" ", "") for case in PASS_CASES])
+def test_passes_are_as_accurate(errors: dict[str, list[Any]], index: int) -> None:
+    found = errors["evaluate_pass"][index]
+    assert isinstance(found, dict), found
+    for what, error in found.items():
+        slack = (8, 5) if "grad" in what or "sums" in what else SLACK["y"]  # sums of many numbers, in other orders
+        assert error["max"] <= 1.5 * error["plain_max"] + slack[0], f"{what}: {error}"
+        assert error["rms"] <= 1.25 * error["plain_rms"] + slack[1], f"{what}: {error}"
+
+
+@pytest.mark.parametrize("index", range(len(PAIR_CASES)), ids=["-".join(map(str, case)).replace(" ", "") for case in PAIR_CASES])
+def test_pairs_are_as_accurate(errors: dict[str, list[Any]], index: int) -> None:
+    found = errors["evaluate_pair"][index]
+    assert isinstance(found, dict), found
+    for what, error in found.items():
+        # what stands between two products is rounded to 16 bits, which the yardstick does not do
+        assert error["max"] <= 2.5 * error["plain_max"] + 4, f"{what}: {error}"
+        assert error["rms"] <= 1.5 * error["plain_rms"] + 2, f"{what}: {error}"
 
 
 if __name__ == "__main__":

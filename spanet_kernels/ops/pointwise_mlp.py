@@ -10,9 +10,10 @@ from torch.nn import functional
 
 from .. import modes
 from ..composed import exact
-from ..products import Branch, linear, onednn_serves, pair, pair_serves, parts, rows, summed, write
+from ..products import Branch, column_sums, linear, onednn_serves, pair, pair_serves, parts, rows, summed, write
 from .autograd import infers, is_eager
 from .checks import autocast_dtype, check_branch, check_input, check_parameter
+from .image_norm import normalised
 
 _gelu = torch.ops.spanet_kernels.gelu.default
 PART = 8 * 2**20  # bytes of h of the images that a CPU takes at a time in training, all products of which find it in the cache
@@ -60,7 +61,7 @@ def pointwise_mlp(
     inferred, dtype = infers(x, *weights, *branch), autocast_dtype(x)
     if inferred and dtype in (None, x.dtype):
         return _inferred(x, *(*weights, branch))
-    x = branch.normalised(x)
+    x = normalised(branch, x)
     if dtype:
         x, weights = x.to(dtype), tuple(None if weight is None else weight.to(dtype) for weight in weights)
     if inferred:
@@ -70,14 +71,17 @@ def pointwise_mlp(
 
 def _inferred(x: Tensor, weight_in: Tensor, bias_in: Tensor | None, weight_out: Tensor, bias_out: Tensor | None, branch: Branch) -> Tensor:
     if not branch.has(x.dtype):
-        return branch.added(_inferred(branch.normalised(x), weight_in, bias_in, weight_out, bias_out, Branch()))
+        return branch.added(_inferred(normalised(branch, x), weight_in, bias_in, weight_out, bias_out, Branch()))
     matrix_in, matrix_out = weight_in[:, :, 0, 0], weight_out[:, :, 0, 0]
     if pair_serves(x, matrix_in, matrix_out):
-        y = torch.empty((x.shape[0], matrix_out.shape[0], *x.shape[2:]), dtype=x.dtype, memory_format=modes.memory_format(x))
+        size = x.shape[0], matrix_out.shape[0], *x.shape[2:]
+        y = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=modes.memory_format(x))
         return pair(y, x, matrix_in, bias_in, matrix_out, bias_out, branch=branch)
-    x = branch.normalised(x)
+    x = normalised(branch, x)
     if is_eager() and onednn_serves(x) and x.dtype == weight_in.dtype and x.is_contiguous(memory_format=torch.channels_last):
         y = linear(linear(x.movedim(1, -1), matrix_in, bias_in, gelu=True), matrix_out, bias_out).movedim(-1, 1)
+    elif is_eager() and x.is_cuda and x.dtype == weight_in.dtype:
+        y, _ = _by_parts(x, matrix_in, bias_in, matrix_out, bias_out)
     else:
         y = _composition(x, weight_in, bias_in, weight_out, bias_out)
     return branch.added(y)
@@ -90,23 +94,18 @@ def _composition(x: Tensor, weight_in: Tensor, bias_in: Tensor | None, weight_ou
 class _Mlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_in: Tensor, bias_in: Tensor | None, weight_out: Tensor, bias_out: Tensor | None) -> Tensor:
-        if x.device.type == "cpu":
-            y, h = _by_parts(x, weight_in.flatten(1), bias_in, weight_out.flatten(1), bias_out)
-        else:
-            h = functional.conv2d(x, weight_in, bias_in)
-            y = functional.conv2d(functional.gelu(h), weight_out, bias_out)
+        y, h = _by_parts(x, weight_in.flatten(1), bias_in, weight_out.flatten(1), bias_out)
         ctx.save_for_backward(x, weight_in, bias_in, weight_out, h)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight_in, bias_in, weight_out, h = ctx.saved_tensors
-        if torch.is_grad_enabled():  # to be differentiated again
-            h = functional.conv2d(x, weight_in, bias_in)
-        elif x.device.type == "cpu":
+        if not torch.is_grad_enabled():
             matrices = weight_in.flatten(1), bias_in, weight_out.flatten(1)
             found = _gradients_by_parts(grad, x, *matrices, h, ctx.needs_input_grad[0])
             return tuple(value if needed else None for value, needed in zip(found, ctx.needs_input_grad, strict=True))
+        h = functional.conv2d(x, weight_in, bias_in)  # to be differentiated again
         needs_x, needs_in, needs_in_bias, needs_out, needs_out_bias = ctx.needs_input_grad
         a_grad, weight_out_grad, bias_out_grad = _convolution_backward(
             grad, functional.gelu(h), weight_out, True, needs_out, needs_out_bias
@@ -118,7 +117,7 @@ class _Mlp(torch.autograd.Function):
 def _by_parts(x: Tensor, weight_in: Tensor, bias_in: Tensor | None, weight_out: Tensor, bias_out: Tensor | None) -> tuple[Tensor, Tensor]:
     """The MLP of x, in its layout, and h as channels_last, without the bias that the GELU adds; weights (D, C) and (E, D)."""
     y, h = (
-        torch.empty((len(x), len(weight), *x.shape[2:]), dtype=x.dtype, memory_format=layout)
+        torch.empty((len(x), len(weight), *x.shape[2:]), dtype=x.dtype, device=x.device, memory_format=layout)
         for weight, layout in ((weight_out, modes.memory_format(x)), (weight_in, torch.channels_last))
     )
     in_product, in_gelu = _places(bias_in)
@@ -149,7 +148,7 @@ def _gradients_by_parts(
         a, bias_grad = _gelu(hidden, in_gelu, h_grad)
         if needs_x:
             write(x_grad[part], h_grad, weight_in.mT)
-        sums = summed(sums, [h_grad.mT @ x_part, bias_grad, g.mT @ a, g.sum(0)], part.stop >= len(x))
+        sums = summed(sums, [h_grad.mT @ x_part, bias_grad, g.mT @ a, column_sums(g)], part.stop >= len(x))
     weight_in_grad, bias_in_grad, weight_out_grad, bias_out_grad = (total.to(x.dtype) for total in sums)
     return x_grad, weight_in_grad[:, :, None, None], bias_in_grad, weight_out_grad[:, :, None, None], bias_out_grad
 

@@ -10,10 +10,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from .. import composed, modes
-from ..products import pair_serves
+from ..products import Branch, pair_serves
 from .autograd import by_composition, call_below_autograd, infers
 from .axial_conv import axial_conv, coefficients_fake
 from .checks import PROFILE_DTYPE, autocast_dtype, check_branch, check_input, check_parameter, check_radius, odd_size
+from .image_norm import normalised
 from .radial_filter import radial_filter
 
 _mixer = torch.ops.spanet_kernels.spectral_mixer.default
@@ -90,16 +91,23 @@ def spectral_mixer(
     ]
     args[2], args[4] = args[2].flatten(1), args[4].flatten(1)
     compiling = torch.compiler.is_compiling()
-    inferred = x.device.type == "cpu" and infers(x, *args, *branch)
-    if inferred and branch.has(dtype) and x.dtype == dtype and (pair_serves(x, args[6], args[10]) if compiling else branch.is_there):
+    inferred = infers(x, *args, *branch)
+    if inferred and branch.has(dtype) and x.dtype == dtype and _fuses(x, branch, args[6], args[10]):
         run: Any = composed.spectral_mixer if compiling else functools.partial(call_below_autograd, composed.spectral_mixer)
         fused: Tensor = run(x, *args, squared, False, branch)[0]
         return fused
-    x = branch.normalised(x).to(dtype)
-    if inferred and compiling:
+    x = normalised(branch, x).to(dtype)
+    if inferred and compiling and x.device.type == "cpu":
         return branch.added(_parts(x, *args, squared))
     keep = torch.is_grad_enabled() and any(arg.requires_grad for arg in (x, *args))
     return branch.added(_call(x, *args, squared, keep)[0])
+
+
+def _fuses(x: Tensor, branch: Branch, weight: Tensor, out_weight: Tensor) -> bool:
+    """Whether norm and residual are part of the products: there are such products, on a GPU only for them."""
+    if x.is_cuda:
+        return branch.is_there and pair_serves(x, None, out_weight)
+    return x.device.type == "cpu" and (pair_serves(x, weight, out_weight) if torch.compiler.is_compiling() else branch.is_there)
 
 
 def _gradients(grad: Tensor, needed: Any, kept: tuple[Tensor, ...], x: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
