@@ -45,6 +45,7 @@ __device__ inline uint32_t narrow_pair(const float* in, const __half*) {
 __device__ inline void cos_sin_pi(float x, float* cosine, float* sine) { sincospif(x, sine, cosine); }
 __device__ inline void cos_sin_pi(double x, double* cosine, double* sine) { sincospi(x, sine, cosine); }
 
+__device__ inline void sync_warp() { __syncwarp(); }
 template <typename W> __device__ W exchange(W value, int lane_mask) { return __shfl_xor_sync(0xffffffffu, value, lane_mask); }
 
 // 16 bytes, both addresses aligned.
