@@ -113,8 +113,6 @@ template <int FB> int64_t partial_size(const Plan& plan) {
   return int64_t{plan.slices()} * plan.blocks_h * plan.blocks_w * kFunctions<FB> * kFunctions<FB>;
 }
 
-template <int VALUE> using Constant = std::integral_constant<int, VALUE>;
-
 // allocate(bytes): device memory that lives until the launches are done.
 template <typename T, typename Allocate>
 void run_filter(const Shape& shape, View x, View y, const Profile<Wide<T>>& profile, int64_t radius_squared, int64_t shared_limit, Allocate allocate,

@@ -21,30 +21,52 @@ struct Resident {
   unsigned planes;                    // of this launch
   int channels, height, width, pairs;
   int words, shift;                   // words of a row; 2^shift lanes to a plane
-  int pitch_x, pitch_y;               // elements from row to row
+  int pitch_x, pitch_y;               // bytes from row to row
   int shells;
   bool middle;                        // row H / 2 exists
   float weight[kSlots];               // squared amplitude of the modes, 0 for what is none
   Wave4 rows[kResidentPairs + 1], columns[kResidentColumns];
 };
 
+// Where the rows of a plane are. EXACT: SIZE x SIZE planes without gaps, known to the compiler; else up to SIZE rows at any pitch.
+template <typename T, int SIZE, bool EXACT>
+struct Place {
+  char *first, *end;  // row 0, and row H if it existed
+  int pitch, pairs;   // in bytes; -1 pairs where the thread has no word
+  bool middle;
+
+  __device__ Place(const Resident& plan, bool active, const View& view, int64_t offset, int row_pitch)
+      : first(static_cast<char*>(view.data) + offset * static_cast<int64_t>(sizeof(T))), pitch(row_pitch), pairs(active ? plan.pairs : -1),
+        middle(active && plan.middle) {
+    keep(pitch);
+    keep(pairs);
+    end = first + static_cast<int64_t>(plan.height) * pitch;
+    keep(end);
+  }
+  __device__ bool has(int m) const { return EXACT ? pairs >= 0 : m <= pairs; }
+  __device__ bool has_middle() const { return EXACT ? SIZE % 2 == 0 && pairs >= 0 : middle; }
+  __device__ T* up(int m) const { return reinterpret_cast<T*>(first + (EXACT ? m * SIZE * static_cast<int64_t>(sizeof(T)) : static_cast<int64_t>(m) * pitch)); }
+  __device__ T* low(int m) const { return EXACT ? up(SIZE - m) : reinterpret_cast<T*>(end - static_cast<int64_t>(m) * pitch); }
+  __device__ T* half(const Resident& plan) const { return EXACT ? up(SIZE / 2) : up(plan.height / 2); }
+};
+
 // A word in the rows of a plane; rows that do not exist are 0 and stay unwritten.
-template <typename T, int VEC, int PAIRS>
+template <typename T, int VEC, int SIZE, bool EXACT>
 struct Rows {
+  static constexpr int PAIRS = (SIZE - 1) / 2;
   using Word = Columns<T, VEC>;
+  using Where = Place<T, SIZE, EXACT>;
   Word up[PAIRS + 1], low[PAIRS + 1];  // rows m and H - m; low[0] is row H / 2
 
-  __device__ void load(const Resident& plan, bool active, const T* from) {
-    const int pairs = active ? plan.pairs : -1;
-    const T* end = from + static_cast<int64_t>(plan.height) * plan.pitch_x;
-    if (active) up[0].load(from);
+  __device__ void load(const Resident& plan, const Where& from) {
+    up[0].load(from.up(0));
 #pragma unroll
     for (int m = 1; m <= PAIRS; ++m)
-      if (m <= pairs) {
-        up[m].load(from + static_cast<int64_t>(m) * plan.pitch_x);
-        low[m].load(end - static_cast<int64_t>(m) * plan.pitch_x);
+      if (EXACT || from.has(m)) {
+        up[m].load(from.up(m));
+        low[m].load(from.low(m));
       }
-    if (active && plan.middle) low[0].load(from + static_cast<int64_t>(plan.height / 2) * plan.pitch_x);
+    if (EXACT ? SIZE % 2 == 0 : from.middle) low[0].load(from.half(plan));
   }
 
   // v[a] = sum over the rows of function a times the word.
@@ -75,10 +97,19 @@ struct Rows {
     }
   }
 
+  __device__ void keep_words() {
+#pragma unroll
+    for (int m = 0; m <= PAIRS; ++m)
+#pragma unroll
+      for (auto& word : up[m].words.v) keep(word);
+#pragma unroll
+    for (int m = 0; m <= PAIRS; ++m)
+#pragma unroll
+      for (auto& word : low[m].words.v) keep(word);
+  }
+
   // to = base x + sum over a of function a times u[a], by rows.
-  __device__ void apply(const Resident& plan, bool active, T* to, const float (&base)[VEC], const float (&u)[5][VEC]) const {
-    const int pairs = active ? plan.pairs : -1;
-    T* end = to + static_cast<int64_t>(plan.height) * plan.pitch_y;
+  __device__ void apply(const Resident& plan, const Where& to, const float (&base)[VEC], const float (&u)[5][VEC]) const {
     const auto edge = [&](const Word& word, float sign, T* at) {
       float x[VEC];
       word.get(x);
@@ -88,10 +119,10 @@ struct Rows {
       result.set(x);
       result.store(at);
     };
-    if (active) edge(up[0], 1, to);
+    if (to.has(0)) edge(up[0], 1, to.up(0));
 #pragma unroll
     for (int m = 1; m <= PAIRS; ++m)
-      if (m <= pairs) {
+      if (to.has(m)) {
         float x[VEC], mirrored[VEC];
         up[m].get(x);
         low[m].get(mirrored);
@@ -105,10 +136,10 @@ struct Rows {
         Word above, below;
         above.set(x);
         below.set(mirrored);
-        above.store(to + static_cast<int64_t>(m) * plan.pitch_y);
-        below.store(end - static_cast<int64_t>(m) * plan.pitch_y);
+        above.store(to.up(m));
+        below.store(to.low(m));
       }
-    if (active && plan.middle) edge(low[0], -1, to + static_cast<int64_t>(plan.height / 2) * plan.pitch_y);
+    if (to.has_middle()) edge(low[0], -1, to.half(plan));
   }
 };
 

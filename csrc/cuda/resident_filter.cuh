@@ -12,21 +12,23 @@
 
 namespace spanet {
 
-template <typename T, int VEC, int PAIRS>
-constexpr int kResidentBlocks = sizeof(T) * VEC * PAIRS > 200 ? 3 : sizeof(T) * VEC * PAIRS > 100 ? 4 : 6;  // on a multiprocessor, at least
+// Blocks on a multiprocessor, at least: what the words of a thread leave room for.
+template <typename T, int VEC, int SIZE, bool EXACT>
+constexpr int kResidentBlocks = SIZE <= 14 ? 6 : SIZE <= 28 ? 5 : EXACT == (sizeof(T) == 2) ? 4 - !EXACT * 2 : 3;
 
-template <typename T, int VEC, int PAIRS>
-__global__ void __launch_bounds__(kResidentWarps * 32, kResidentBlocks<T, VEC, PAIRS>)
+template <typename T, int VEC, int SIZE, bool EXACT>
+__global__ void __launch_bounds__(kResidentWarps * 32, kResidentBlocks<T, VEC, SIZE, EXACT>)
     resident_filter_kernel(const __grid_constant__ Resident plan, View x, View y, Profile<float> profile) {
   DYNAMIC_SHARED(memory);
   auto* columns = reinterpret_cast<Wave4*>(memory);
   auto* modes = reinterpret_cast<Pack<float, kSlots>*>(columns + plan.width);  // of each 8 lanes of the block
   const int lane = threadIdx.x & ((1 << plan.shift) - 1), planes = 32 * kResidentWarps >> plan.shift, p = threadIdx.x >> plan.shift;
-  const unsigned plane = blockIdx.x * static_cast<unsigned>(planes) + p;
-  const bool exists = plane < plan.planes, active = exists && lane < plan.words;
-  const unsigned batch = exists ? plane / plan.channels : 0, channel = exists ? plane - batch * plan.channels : 0;
-  Rows<T, VEC, PAIRS> rows;
-  rows.load(plan, active, static_cast<const T*>(x.data) + batch * x.b + channel * x.c + lane * VEC);
+  const unsigned own = blockIdx.x * static_cast<unsigned>(planes) + p, plane = min(own, plan.planes - 1);
+  const bool active = own < plan.planes && lane < plan.words;
+  const unsigned batch = plane / plan.channels, channel = plane - batch * plan.channels;
+  const int column = min(lane, plan.words - 1) * VEC;  // lanes to spare read what another one owns
+  Rows<T, VEC, SIZE, EXACT> rows;
+  rows.load(plan, {plan, true, x, batch * x.b + channel * x.c + column, plan.pitch_x});
   const int share = lane & 7;  // of the modes: slots 2 share and 2 share + 1, both of shell share / 2
   const float gain = share / 2 < plan.shells ? profile.gain[share / 2 * profile.gain_s + channel * profile.gain_c] : 0;
   float base[VEC];
@@ -36,10 +38,13 @@ __global__ void __launch_bounds__(kResidentWarps * 32, kResidentBlocks<T, VEC, P
 
   float v[5][VEC], z[kSlots] = {};
   rows.sum(plan, v);
+  rows.keep_words();  // not unpacked ones, nor addresses
 #pragma unroll
   for (int k = 0; k < VEC; ++k) {
-    const float of_column[5] = {v[0][k], v[1][k], v[2][k], v[3][k], v[4][k]};
-    add_modes(of_column, columns[active ? lane * VEC + k : 0], z);
+    float of_column[5];
+#pragma unroll
+    for (int a = 0; a < 5; ++a) of_column[a] = lane < plan.words ? v[a][k] : 0;
+    add_modes(of_column, columns[column + k], z);
   }
   share_sums<kSlots>(plan.shift, z);
   if (lane < 8) {
@@ -54,11 +59,11 @@ __global__ void __launch_bounds__(kResidentWarps * 32, kResidentBlocks<T, VEC, P
 #pragma unroll
   for (int k = 0; k < VEC; ++k) {
     float of_column[5];
-    waves_of_column(z, columns[active ? lane * VEC + k : 0], of_column);
+    waves_of_column(z, columns[column + k], of_column);
 #pragma unroll
     for (int a = 0; a < 5; ++a) u[a][k] = of_column[a];
   }
-  rows.apply(plan, active, static_cast<T*>(y.data) + batch * y.b + channel * y.c + lane * VEC, base, u);
+  rows.apply(plan, {plan, active, y, batch * y.b + channel * y.c + column, plan.pitch_y}, base, u);
 }
 
 }  // namespace spanet

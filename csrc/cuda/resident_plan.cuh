@@ -50,8 +50,10 @@ inline Resident make_resident(const Shape& shape, int64_t radius_squared) {
 inline bool words_in_rows(const Shape& shape, const View& view, int64_t size, int vec) {
   const bool aligned = reinterpret_cast<uintptr_t>(view.data) % (vec * size) == 0 && shape.width % vec == 0;
   const bool strides = (shape.batch == 1 || view.b % vec == 0) && (shape.channels == 1 || view.c % vec == 0) && (shape.height == 1 || view.h % vec == 0);
-  return aligned && strides && (shape.width == 1 || view.w == 1) && std::abs(view.h) <= INT32_MAX;
+  return aligned && strides && (shape.width == 1 || view.w == 1) && std::abs(view.h) <= INT32_MAX / size;
 }
+
+template <int VALUE> using Constant = std::integral_constant<int, VALUE>;
 
 // Launches run(first image, planes) of at most 2^30 planes and whole images.
 template <typename Run>
@@ -65,8 +67,8 @@ inline View from_image(View view, int64_t image, int64_t size) {
   return view;
 }
 
-// Row pitch where rows exist; a single row has none.
-inline int row_pitch(const Shape& shape, const View& view) { return shape.height == 1 ? 0 : static_cast<int>(view.h); }
+// Bytes from row to row; a single row has none.
+inline int row_pitch(const Shape& shape, const View& view, int64_t size) { return shape.height == 1 ? 0 : static_cast<int>(view.h * size); }
 
 // Lanes of a plane: 8, 16 or 32.
 inline void share_lanes(Resident& plan, int words) {
@@ -78,31 +80,34 @@ inline void share_lanes(Resident& plan, int words) {
 template <typename T>
 bool run_resident_filter(const Shape& shape, const View& x, const View& y, const Profile<float>& profile, int64_t radius_squared, void* stream) {
   if (shape.channels_last || spectrum_limit(shape, radius_squared) > 4 || shape.width > kResidentColumns) return false;
-  const auto run = [&](auto vec, auto pairs) {
-    constexpr int VEC = decltype(vec)::value, PAIRS = decltype(pairs)::value;
+  const auto run = [&](auto vec, auto rows, auto exact) {
+    constexpr int VEC = decltype(vec)::value, SIZE = decltype(rows)::value;
     Resident plan = make_resident(shape, radius_squared);
-    plan.pitch_x = row_pitch(shape, x);
-    plan.pitch_y = row_pitch(shape, y);
+    plan.pitch_x = row_pitch(shape, x, sizeof(T));
+    plan.pitch_y = row_pitch(shape, y, sizeof(T));
     share_lanes(plan, static_cast<int>(shape.width) / VEC);
     const int planes = 32 * kResidentWarps >> plan.shift, bytes = static_cast<int>(shape.width * sizeof(Wave4) + planes * kSlots * sizeof(float));
     in_images(shape, [&](int64_t image, int64_t count) {
       plan.planes = static_cast<unsigned>(count);
-      launch(resident_filter_kernel<T, VEC, PAIRS>, ceil_div(count, planes), 32 * kResidentWarps, bytes, stream, plan,
+      launch(resident_filter_kernel<T, VEC, SIZE, decltype(exact)::value>, ceil_div(count, planes), 32 * kResidentWarps, bytes, stream, plan,
              from_image(x, image, sizeof(T)), from_image(y, image, sizeof(T)), profile);
     });
     return true;
   };
-  const int64_t pairs = (shape.height - 1) / 2;
-  const auto with_vec = [&](auto vec) {
-    if (pairs <= 3) return run(vec, std::integral_constant<int, 3>{});
-    if (pairs <= 6) return run(vec, std::integral_constant<int, 6>{});
-    if (pairs <= 13) return run(vec, std::integral_constant<int, 13>{});
-    if (decltype(vec)::value == 2 && pairs <= 27) return run(std::integral_constant<int, 2>{}, std::integral_constant<int, 27>{});
-    return false;
-  };
   const auto words = [&](int vec) { return words_in_rows(shape, x, sizeof(T), vec) && words_in_rows(shape, y, sizeof(T), vec); };
-  if (words(2)) return with_vec(std::integral_constant<int, 2>{});
-  return shape.width <= 32 && words(1) && with_vec(std::integral_constant<int, 1>{});
+  const bool two = words(2), one = words(1) && shape.width <= 32;
+  const auto exact = [&](int size) { return shape.height == size && shape.width == size && x.h == size && y.h == size; };
+  using std::false_type, std::true_type;
+  if (two && exact(56)) return run(Constant<2>{}, Constant<56>{}, true_type{});
+  if (two && exact(28)) return run(Constant<2>{}, Constant<28>{}, true_type{});
+  if (two && exact(14)) return run(Constant<2>{}, Constant<14>{}, true_type{});
+  if (one && exact(7)) return run(Constant<1>{}, Constant<7>{}, true_type{});
+  if (two && shape.height <= 14) return run(Constant<2>{}, Constant<14>{}, false_type{});
+  if (two && shape.height <= 28) return run(Constant<2>{}, Constant<28>{}, false_type{});
+  if (two && shape.height <= 56) return run(Constant<2>{}, Constant<56>{}, false_type{});
+  if (one && shape.height <= 14) return run(Constant<1>{}, Constant<14>{}, false_type{});
+  if (one && shape.height <= 28) return run(Constant<1>{}, Constant<28>{}, false_type{});
+  return false;
 }
 
 }  // namespace spanet
