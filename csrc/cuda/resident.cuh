@@ -13,6 +13,7 @@ namespace spanet {
 constexpr int kResidentPairs = 31;    // row pairs m, H - m with 0 < m < H / 2, at most
 constexpr int kResidentColumns = 64;
 constexpr int kResidentWarps = 4;     // of a block
+constexpr int kResidentWords = 8;     // of channels in a block, channels_last: a sector of memory
 constexpr int kSlots = 16;            // modes of the disc, in groups of four: shell 0 (one mode), 1, 2 and 4
 
 using Wave4 = Pack<float, 4>;         // cos 1, sin 1, cos 2, sin 2
@@ -23,14 +24,21 @@ struct Resident {
   int words, shift;                   // words of a row; 2^shift lanes to a plane
   int pitch_x, pitch_y;               // bytes from row to row
   int shells;
+  int chunks;                         // channels_last: blocks side by side in the channels of an image
+  int functions_h, functions_w;
   bool middle;                        // row H / 2 exists
   float weight[kSlots];               // squared amplitude of the modes, 0 for what is none
+  float amplitude[25];                // of functions a and b at 5 a + b
   Wave4 rows[kResidentPairs + 1], columns[kResidentColumns];
 };
 
-// Where the rows of a plane are. EXACT: SIZE x SIZE planes without gaps, known to the compiler; else up to SIZE rows at any pitch.
-template <typename T, int SIZE, bool EXACT>
+// What the compiler knows of a plane: that it has SIZE rows, and that they are SIZE elements each without gaps; or up to SIZE rows.
+enum class Known { kNothing, kHeight, kRows };
+
+// Where the rows of a plane are.
+template <typename T, int SIZE, Known KNOWN>
 struct Place {
+  static constexpr bool EXACT = KNOWN != Known::kNothing;
   char *first, *end;  // row 0, and row H if it existed
   int pitch, pairs;   // in bytes; -1 pairs where the thread has no word
   bool middle;
@@ -45,17 +53,20 @@ struct Place {
   }
   __device__ bool has(int m) const { return EXACT ? pairs >= 0 : m <= pairs; }
   __device__ bool has_middle() const { return EXACT ? SIZE % 2 == 0 && pairs >= 0 : middle; }
-  __device__ T* up(int m) const { return reinterpret_cast<T*>(first + (EXACT ? m * SIZE * static_cast<int64_t>(sizeof(T)) : static_cast<int64_t>(m) * pitch)); }
-  __device__ T* low(int m) const { return EXACT ? up(SIZE - m) : reinterpret_cast<T*>(end - static_cast<int64_t>(m) * pitch); }
+  __device__ T* up(int m) const {
+    return reinterpret_cast<T*>(first + (KNOWN == Known::kRows ? m * SIZE * static_cast<int64_t>(sizeof(T)) : static_cast<int64_t>(m) * pitch));
+  }
+  __device__ T* low(int m) const { return KNOWN == Known::kRows ? up(SIZE - m) : reinterpret_cast<T*>(end - static_cast<int64_t>(m) * pitch); }
   __device__ T* half(const Resident& plan) const { return EXACT ? up(SIZE / 2) : up(plan.height / 2); }
 };
 
 // A word in the rows of a plane; rows that do not exist are 0 and stay unwritten.
-template <typename T, int VEC, int SIZE, bool EXACT>
+template <typename T, int VEC, int SIZE, Known KNOWN>
 struct Rows {
+  static constexpr bool EXACT = KNOWN != Known::kNothing;
   static constexpr int PAIRS = (SIZE - 1) / 2;
   using Word = Columns<T, VEC>;
-  using Where = Place<T, SIZE, EXACT>;
+  using Where = Place<T, SIZE, KNOWN>;
   Word up[PAIRS + 1], low[PAIRS + 1];  // rows m and H - m; low[0] is row H / 2
 
   __device__ void load(const Resident& plan, const Where& from) {
@@ -82,6 +93,7 @@ struct Rows {
     }
 #pragma unroll
     for (int m = 1; m <= PAIRS; ++m) {
+      if (m % 4 == 0) sync_warp();
       float x[VEC], mirrored[VEC];
       up[m].get(x);
       low[m].get(mirrored);
@@ -121,7 +133,8 @@ struct Rows {
     };
     if (to.has(0)) edge(up[0], 1, to.up(0));
 #pragma unroll
-    for (int m = 1; m <= PAIRS; ++m)
+    for (int m = 1; m <= PAIRS; ++m) {
+      if (m % 4 == 0) sync_warp();  // no further row is unpacked ahead: registers
       if (to.has(m)) {
         float x[VEC], mirrored[VEC];
         up[m].get(x);
@@ -139,6 +152,7 @@ struct Rows {
         above.store(to.up(m));
         below.store(to.low(m));
       }
+    }
     if (to.has_middle()) edge(low[0], -1, to.half(plan));
   }
 };

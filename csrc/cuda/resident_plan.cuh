@@ -42,7 +42,7 @@ inline Resident make_resident(const Shape& shape, int64_t radius_squared) {
   }
   for (int m = 0; m <= kResidentPairs; ++m) plan.rows[m] = wave_at(m % shape.height, shape.height);
   for (int j = 0; j < shape.width; ++j) plan.columns[j] = wave_at(j, shape.width);
-  plan.shells = static_cast<int>(shell_count(std::min<int64_t>(radius_squared, 4)));
+  plan.shells = static_cast<int>(shell_count(std::min<int64_t>(spectrum_limit(shape, radius_squared), 4)));
   return plan;
 }
 
@@ -54,6 +54,13 @@ inline bool words_in_rows(const Shape& shape, const View& view, int64_t size, in
 }
 
 template <int VALUE> using Constant = std::integral_constant<int, VALUE>;
+
+// Whether words of VEC channels lie side by side in every pixel.
+inline bool words_in_pixels(const Shape& shape, const View& view, int64_t size, int vec) {
+  const bool aligned = reinterpret_cast<uintptr_t>(view.data) % (vec * size) == 0 && shape.channels % vec == 0;
+  const bool strides = (shape.batch == 1 || view.b % vec == 0) && (shape.height == 1 || view.h % vec == 0) && (shape.width == 1 || view.w % vec == 0);
+  return aligned && strides && (shape.channels == 1 || view.c == 1) && std::abs(view.h) <= INT32_MAX / size;
+}
 
 // Launches run(first image, planes) of at most 2^30 planes and whole images.
 template <typename Run>
@@ -76,11 +83,41 @@ inline void share_lanes(Resident& plan, int words) {
   for (plan.shift = 3; 1 << plan.shift < words; ++plan.shift) {}
 }
 
+template <typename T>
+bool run_channels_filter(const Shape& shape, const View& x, const View& y, const Profile<float>& profile, int64_t radius_squared, void* stream) {
+  constexpr int VEC = sizeof(T) == 2 ? 2 : 1;
+  if (!words_in_pixels(shape, x, sizeof(T), VEC) || !words_in_pixels(shape, y, sizeof(T), VEC)) return false;
+  const auto run = [&](auto rows, auto known) {
+    constexpr int kChannels = kResidentWords * VEC;
+    Resident plan = make_resident(shape, radius_squared);
+    plan.pitch_x = row_pitch(shape, x, sizeof(T));
+    plan.pitch_y = row_pitch(shape, y, sizeof(T));
+    plan.chunks = static_cast<int>(ceil_div(shape.channels, kChannels));
+    const int threads = static_cast<int>(ceil_div(shape.width * kResidentWords, 32)) * 32;
+    const int floats = static_cast<int>(shape.width) * 4 + kChannels * kSlots * (1 + threads / 32);
+    in_images(shape, [&](int64_t image, int64_t count) {
+      launch(channels_filter_kernel<T, VEC, decltype(rows)::value, decltype(known)::value>, count / shape.channels * plan.chunks, threads,
+             floats * static_cast<int>(sizeof(float)), stream, plan, from_image(x, image, sizeof(T)), from_image(y, image, sizeof(T)), profile);
+    });
+    return true;
+  };
+  using Some = std::integral_constant<Known, Known::kNothing>;
+  using Exact = std::integral_constant<Known, Known::kHeight>;
+  const int64_t size = std::max(shape.height, shape.width);
+  if (size > 56) return false;
+  if (size <= 7) return shape.height == 7 ? run(Constant<7>{}, Exact{}) : run(Constant<14>{}, Some{});
+  if (size <= 14) return shape.height == 14 ? run(Constant<14>{}, Exact{}) : run(Constant<14>{}, Some{});
+  if (size <= 28) return shape.height == 28 ? run(Constant<28>{}, Exact{}) : run(Constant<28>{}, Some{});
+  return shape.height == 56 ? run(Constant<56>{}, Exact{}) : run(Constant<56>{}, Some{});
+}
+
 // False where another kernel has to do it.
 template <typename T>
 bool run_resident_filter(const Shape& shape, const View& x, const View& y, const Profile<float>& profile, int64_t radius_squared, void* stream) {
-  if (shape.channels_last || spectrum_limit(shape, radius_squared) > 4 || shape.width > kResidentColumns) return false;
-  const auto run = [&](auto vec, auto rows, auto exact) {
+  if (spectrum_limit(shape, radius_squared) > 4) return false;
+  if (shape.channels_last) return run_channels_filter<T>(shape, x, y, profile, radius_squared, stream);
+  if (shape.width > kResidentColumns) return false;
+  const auto run = [&](auto vec, auto rows, auto known) {
     constexpr int VEC = decltype(vec)::value, SIZE = decltype(rows)::value;
     Resident plan = make_resident(shape, radius_squared);
     plan.pitch_x = row_pitch(shape, x, sizeof(T));
@@ -89,7 +126,7 @@ bool run_resident_filter(const Shape& shape, const View& x, const View& y, const
     const int planes = 32 * kResidentWarps >> plan.shift, bytes = static_cast<int>(shape.width * sizeof(Wave4) + planes * kSlots * sizeof(float));
     in_images(shape, [&](int64_t image, int64_t count) {
       plan.planes = static_cast<unsigned>(count);
-      launch(resident_filter_kernel<T, VEC, SIZE, decltype(exact)::value>, ceil_div(count, planes), 32 * kResidentWarps, bytes, stream, plan,
+      launch(resident_filter_kernel<T, VEC, SIZE, decltype(known)::value>, ceil_div(count, planes), 32 * kResidentWarps, bytes, stream, plan,
              from_image(x, image, sizeof(T)), from_image(y, image, sizeof(T)), profile);
     });
     return true;
@@ -97,16 +134,17 @@ bool run_resident_filter(const Shape& shape, const View& x, const View& y, const
   const auto words = [&](int vec) { return words_in_rows(shape, x, sizeof(T), vec) && words_in_rows(shape, y, sizeof(T), vec); };
   const bool two = words(2), one = words(1) && shape.width <= 32;
   const auto exact = [&](int size) { return shape.height == size && shape.width == size && x.h == size && y.h == size; };
-  using std::false_type, std::true_type;
-  if (two && exact(56)) return run(Constant<2>{}, Constant<56>{}, true_type{});
-  if (two && exact(28)) return run(Constant<2>{}, Constant<28>{}, true_type{});
-  if (two && exact(14)) return run(Constant<2>{}, Constant<14>{}, true_type{});
-  if (one && exact(7)) return run(Constant<1>{}, Constant<7>{}, true_type{});
-  if (two && shape.height <= 14) return run(Constant<2>{}, Constant<14>{}, false_type{});
-  if (two && shape.height <= 28) return run(Constant<2>{}, Constant<28>{}, false_type{});
-  if (two && shape.height <= 56) return run(Constant<2>{}, Constant<56>{}, false_type{});
-  if (one && shape.height <= 14) return run(Constant<1>{}, Constant<14>{}, false_type{});
-  if (one && shape.height <= 28) return run(Constant<1>{}, Constant<28>{}, false_type{});
+  using Some = std::integral_constant<Known, Known::kNothing>;
+  using Exact = std::integral_constant<Known, Known::kRows>;
+  if (two && exact(56)) return run(Constant<2>{}, Constant<56>{}, Exact{});
+  if (two && exact(28)) return run(Constant<2>{}, Constant<28>{}, Exact{});
+  if (two && exact(14)) return run(Constant<2>{}, Constant<14>{}, Exact{});
+  if (one && exact(7)) return run(Constant<1>{}, Constant<7>{}, Exact{});
+  if (two && shape.height <= 14) return run(Constant<2>{}, Constant<14>{}, Some{});
+  if (two && shape.height <= 28) return run(Constant<2>{}, Constant<28>{}, Some{});
+  if (two && shape.height <= 56) return run(Constant<2>{}, Constant<56>{}, Some{});
+  if (one && shape.height <= 14) return run(Constant<1>{}, Constant<14>{}, Some{});
+  if (one && shape.height <= 28) return run(Constant<1>{}, Constant<28>{}, Some{});
   return false;
 }
 
