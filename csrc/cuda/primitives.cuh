@@ -45,6 +45,15 @@ __device__ inline uint32_t narrow_pair(const float* in, const __half*) {
 __device__ inline void cos_sin_pi(float x, float* cosine, float* sine) { sincospif(x, sine, cosine); }
 __device__ inline void cos_sin_pi(double x, double* cosine, double* sine) { sincospi(x, sine, cosine); }
 
+// The compiler keeps the register, and nothing that it has derived from its value before.
+__device__ inline void keep(uint32_t& value) { asm volatile("" : "+r"(value)); }
+__device__ inline void keep(int& value) { asm volatile("" : "+r"(value)); }
+__device__ inline void keep(char*& value) { asm volatile("" : "+l"(value)); }
+__device__ inline void keep(float& value) { asm volatile("" : "+f"(value)); }
+__device__ inline void keep(__half& value) { asm volatile("" : "+h"(*reinterpret_cast<uint16_t*>(&value))); }
+__device__ inline void keep(__nv_bfloat16& value) { asm volatile("" : "+h"(*reinterpret_cast<uint16_t*>(&value))); }
+
+__device__ inline void sync_warp() { __syncwarp(); }
 template <typename W> __device__ W exchange(W value, int lane_mask) { return __shfl_xor_sync(0xffffffffu, value, lane_mask); }
 
 // 16 bytes, both addresses aligned.

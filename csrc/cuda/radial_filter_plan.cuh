@@ -9,17 +9,13 @@
 
 #include "moves.cuh"
 #include "radial_filter_reduce.cuh"
+#include "resident_plan.cuh"
 
 namespace spanet {
 
 constexpr int64_t kTileBytes = 24 << 10;        // small planes are gathered up to this: several blocks per multiprocessor
 constexpr int64_t kSliceBytes = 48 << 10;       // slices of large planes
 constexpr int64_t kWorkspaceBytes = 256 << 20;  // partial coefficients of one pair of launches
-
-inline int64_t spectrum_limit(const Shape& shape, int64_t radius_squared) {
-  const int64_t u = shape.height / 2, v = shape.width / 2;
-  return std::min(radius_squared, u * u + v * v);
-}
 
 // tiles: operands that share a block's memory. Returns a plan with threads = 0 if whole planes do not fit.
 template <typename T, int FB>
@@ -117,13 +113,13 @@ template <int FB> int64_t partial_size(const Plan& plan) {
   return int64_t{plan.slices()} * plan.blocks_h * plan.blocks_w * kFunctions<FB> * kFunctions<FB>;
 }
 
-template <int VALUE> using Constant = std::integral_constant<int, VALUE>;
-
 // allocate(bytes): device memory that lives until the launches are done.
 template <typename T, typename Allocate>
 void run_filter(const Shape& shape, View x, View y, const Profile<Wide<T>>& profile, int64_t radius_squared, int64_t shared_limit, Allocate allocate,
                 void* stream) {
   using W = Wide<T>;
+  if constexpr (sizeof(T) < 8)
+    if (run_resident_filter<T>(shape, x, y, profile, radius_squared, stream)) return;
   const int vec = vector_columns(shape, sizeof(T), {x.data, y.data});
   const int64_t limit = spectrum_limit(shape, radius_squared), frequency = integer_root(limit);
   const auto whole = [&](auto vec_constant, auto fb) {

@@ -203,6 +203,11 @@ W exchange(W value, int lane_mask) {
   return static_cast<W>(slots[lane ^ static_cast<unsigned>(lane_mask)]);
 }
 
+template <typename T>
+void keep(T&) {}
+
+inline void sync_warp() { exchange(0, 0); }
+
 inline void check_word(const void* to, const void* from) {
   if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % 16 != 0) host::fail("misaligned 16-byte copy");
 }

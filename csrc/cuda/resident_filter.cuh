@@ -1,0 +1,142 @@
+// radial_filter of small planes in registers, r^2 <= 4: one read, one write, no tile in shared memory.
+//
+//   resident_filter_kernel   contiguous: 8, 16 or 32 lanes of a warp own a plane, VEC columns each; no barrier between warps
+//   channels_filter_kernel   channels_last: a block owns 8 words of channels, a thread a word and a column; two barriers
+//
+// Predicted for an H200, not measured, issue slots per element of 56 x 56 in 16 bits (28 of 32 lanes busy): loads and stores 1 with
+// their addresses 2, unpacking 2, sums 3.5, application 4.5, packing 0.5, modes 2: together 14, 12 us of issue for 26 million elements
+// that a copy moves in 26 us.
+#pragma once
+
+#include "radial_filter_gains.cuh"
+#include "resident.cuh"
+
+namespace spanet {
+
+// Blocks on a multiprocessor, at least: what the words of a thread leave room for.
+template <typename T, int VEC, int SIZE, Known KNOWN>
+constexpr int kResidentBlocks = SIZE <= 14 ? 6 : SIZE <= 28 ? 5 : KNOWN == Known::kNothing ? 2 : sizeof(T) == 2 ? 4 : 3;
+
+template <typename T, int VEC, int SIZE, Known KNOWN>
+__global__ void __launch_bounds__(kResidentWarps * 32, kResidentBlocks<T, VEC, SIZE, KNOWN>)
+    resident_filter_kernel(const __grid_constant__ Resident plan, View x, View y, Profile<float> profile) {
+  DYNAMIC_SHARED(memory);
+  auto* columns = reinterpret_cast<Wave4*>(memory);
+  auto* modes = reinterpret_cast<Pack<float, kSlots>*>(columns + plan.width);  // of each 8 lanes of the block
+  const int lane = threadIdx.x & ((1 << plan.shift) - 1), planes = 32 * kResidentWarps >> plan.shift, p = threadIdx.x >> plan.shift;
+  const unsigned own = blockIdx.x * static_cast<unsigned>(planes) + p, plane = min(own, plan.planes - 1);
+  const bool active = own < plan.planes && lane < plan.words;
+  const unsigned batch = plane / plan.channels, channel = plane - batch * plan.channels;
+  const int column = min(lane, plan.words - 1) * VEC;  // lanes to spare read what another one owns
+  Rows<T, VEC, SIZE, KNOWN> rows;
+  rows.load(plan, {plan, true, x, batch * x.b + channel * x.c + column, plan.pitch_x});
+  const int share = lane & 7;  // of the modes: slots 2 share and 2 share + 1, both of shell share / 2
+  const float gain = share / 2 < plan.shells ? profile.gain[share / 2 * profile.gain_s + channel * profile.gain_c] : 0;
+  float base[VEC];
+  base[0] = profile.base[channel * profile.base_c];
+  if constexpr (VEC == 2) base[1] = base[0];
+  load_waves(plan, columns);
+
+  float v[5][VEC], z[kSlots] = {};
+  rows.sum(plan, v);
+  rows.keep_words();  // not unpacked ones, nor addresses
+#pragma unroll
+  for (int k = 0; k < VEC; ++k) {
+    float of_column[5];
+#pragma unroll
+    for (int a = 0; a < 5; ++a) of_column[a] = lane < plan.words ? v[a][k] : 0;
+    add_modes(of_column, columns[column + k], z);
+  }
+  share_sums<kSlots>(plan.shift, z);
+  if (lane < 8) {
+    modes[p].v[2 * share] = z[0] * (gain * plan.weight[2 * share]);
+    modes[p].v[2 * share + 1] = z[1] * (gain * plan.weight[2 * share + 1]);
+  }
+  sync_warp();
+
+  float u[5][VEC];
+#pragma unroll
+  for (int k = 0; k < kSlots; ++k) z[k] = modes[p].v[k];
+#pragma unroll
+  for (int k = 0; k < VEC; ++k) {
+    float of_column[5];
+    waves_of_column(z, columns[column + k], of_column);
+#pragma unroll
+    for (int a = 0; a < 5; ++a) u[a][k] = of_column[a];
+  }
+  rows.apply(plan, {plan, active, y, batch * y.b + channel * y.c + column, plan.pitch_y}, base, u);
+}
+
+// The sums z of every column of the block, [word v][slot], added up over its columns: emit(channel of the block, slot, sum). For
+// all threads of the block; memory holds 8 VEC COUNT floats of each warp.
+template <int VEC, int COUNT, typename Emit>
+__device__ void sum_columns(float (&z)[VEC * COUNT], float* memory, Emit emit) {
+  constexpr int kSums = VEC * COUNT, kShare = kSums / 4, kAll = kResidentWords * kSums;
+  const int lane = threadIdx.x % 32, part = (lane & 16 ? 2 : 0) + (lane & 8 ? 1 : 0), warps = blockDim.x / 32;
+  halve<kSums / 2>(16, z);
+  halve<kSums / 4>(8, z);
+  float* own = memory + threadIdx.x / 32 * kAll + (lane & 7) * kSums + part * kShare;
+#pragma unroll
+  for (int k = 0; k < kShare; ++k) own[k] = z[k];
+  __syncthreads();
+  for (int k = threadIdx.x; k < kAll; k += blockDim.x) {
+    float sum = 0;
+    for (int warp = 0; warp < warps; ++warp) sum += memory[warp * kAll + k];
+    emit(k / kSums * VEC + k % kSums / COUNT, k % COUNT, sum);
+  }
+}
+
+template <typename T, int VEC, int SIZE, Known KNOWN>
+__global__ void __launch_bounds__(kResidentWords* SIZE < 64 ? 64 : kResidentWords * SIZE, SIZE <= 14 ? 6 : SIZE <= 28 ? 2 : 1)
+    channels_filter_kernel(const __grid_constant__ Resident plan, View x, View y, Profile<float> profile) {
+  constexpr int kChannels = kResidentWords * VEC;
+  DYNAMIC_SHARED(memory);
+  auto* columns = reinterpret_cast<Wave4*>(memory);
+  auto* modes = reinterpret_cast<Pack<float, kSlots>*>(columns + plan.width);  // of each channel: first the gains
+  auto* sums = reinterpret_cast<float*>(modes + kChannels);
+  const unsigned batch = blockIdx.x / plan.chunks;
+  const int chunk = static_cast<int>(blockIdx.x - batch * plan.chunks) * kChannels;
+  const int column = threadIdx.x / kResidentWords, own = threadIdx.x % kResidentWords * VEC;
+  const bool inside = column < plan.width, active = inside && chunk + own < plan.channels;
+  const int j = min(column, plan.width - 1), channel = min(chunk + own, plan.channels - VEC);  // threads to spare read what another one owns
+  Rows<T, VEC, SIZE, KNOWN> rows;
+  rows.load(plan, {plan, true, x, batch * x.b + channel + j * x.w, plan.pitch_x});
+  float base[VEC];
+#pragma unroll
+  for (int k = 0; k < VEC; ++k) base[k] = profile.base[(channel + k) * profile.base_c];
+  for (int k = threadIdx.x; k < kChannels * kSlots; k += blockDim.x) {
+    const int c = chunk + k / kSlots, slot = k % kSlots, shell = slot / 4;
+    const bool exists = c < plan.channels && shell < plan.shells;
+    modes[k / kSlots].v[slot] = exists ? plan.weight[slot] * profile.gain[shell * profile.gain_s + c * profile.gain_c] : 0;
+  }
+  load_waves(plan, columns);
+
+  float v[5][VEC], z[VEC * kSlots] = {};
+  rows.sum(plan, v);
+  rows.keep_words();
+#pragma unroll
+  for (int k = 0; k < VEC; ++k) {
+    float of_word[5], of_column[kSlots] = {};
+#pragma unroll
+    for (int a = 0; a < 5; ++a) of_word[a] = inside ? v[a][k] : 0;
+    add_modes(of_word, columns[j], of_column);
+#pragma unroll
+    for (int slot = 0; slot < kSlots; ++slot) z[k * kSlots + slot] = of_column[slot];
+  }
+  sum_columns<VEC, kSlots>(z, sums, [&](int c, int slot, float sum) { modes[c].v[slot] *= sum; });
+  __syncthreads();
+
+  float u[5][VEC];
+#pragma unroll
+  for (int k = 0; k < VEC; ++k) {
+    float of_column[kSlots], of_word[5];
+#pragma unroll
+    for (int slot = 0; slot < kSlots; ++slot) of_column[slot] = modes[own + k].v[slot];
+    waves_of_column(of_column, columns[j], of_word);
+#pragma unroll
+    for (int a = 0; a < 5; ++a) u[a][k] = of_word[a];
+  }
+  rows.apply(plan, {plan, active, y, batch * y.b + channel + j * y.w, plan.pitch_y}, base, u);
+}
+
+}  // namespace spanet
