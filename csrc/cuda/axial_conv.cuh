@@ -19,7 +19,7 @@
 // of the copy's bandwidth.
 #pragma once
 
-#include "axial_walk.cuh"
+#include "axial_walk_gradients.cuh"
 #include "mode_coefficients.cuh"
 #include "strips_plan.cuh"
 
@@ -264,7 +264,7 @@ void with_kernel(const Shape& shape, const Strips& plan, int size, std::initiali
 template <typename T>
 bool walks(const Shape& shape, int size, int64_t shared_limit) {
   if constexpr (sizeof(T) == 8) return false;
-  else return shape.channels_last && size == kTaps && shared_limit >= walk_bytes<T>(shape);
+  else return shape.channels_last && size == kTaps && shared_limit >= std::max(convolution_walk<T>(shape).bytes, gradients_walk<T>(shape).bytes);
 }
 
 // allocate(bytes): device memory that lives until the launches are done. A negative radius_squared asks for no coefficients.
@@ -291,16 +291,30 @@ void run_axial_conv_backward(const Shape& shape, const View& grad, const View& x
                              const std::array<Wide<T>*, 4>& gradients, int64_t shared_limit, Allocate allocate, void* stream) {
   using W = Wide<T>;
   const int64_t size = weights.size, channels = shape.channels, columns = 2 * (size + 1) * channels;
-  Strips plan = make_strips<T>("axial_conv_backward", shape, size / 2, -1, 2, kSums, shared_limit);
-  const View from = with_move(shape, plan, grad, sizeof(T)), saved = with_move(shape, plan, x, sizeof(T)), to = with_move(shape, plan, x_grad, sizeof(T));
-  const int64_t rows = shape.batch * plan.slices();
+  const bool walk = walks<T>(shape, weights.size, shared_limit);
+  Strips plan{};
+  int64_t rows = shape.batch;
+  if constexpr (sizeof(T) < 8)
+    if (walk) rows *= gradients_walk<T>(shape).slices();
+  if (!walk) {
+    plan = make_strips<T>("axial_conv_backward", shape, size / 2, -1, 2, kSums, shared_limit);
+    rows *= plan.slices();
+  }
   W* partial = static_cast<W*>(allocate(rows * columns * sizeof(W)));
-  with_kernel<T>(shape, plan, weights.size, {grad.data, x.data}, [&](auto taps, auto vector) {
-    in_ranges(plan, 0, [&](int64_t blocks) {
-      launch(axial_conv_backward_kernel<T, decltype(taps)::value, decltype(vector)::value>, blocks, plan.threads, plan.bytes, stream, plan, from, saved,
-             to, weights, partial);
+  if (walk) {
+    if constexpr (sizeof(T) < 8) {
+      launch_gradients<T>(shape, grad, x, weights, partial, stream);
+      launch_walk<T>(shape, grad, x_grad, {weights.row, weights.column, nullptr, nullptr, 0, 0, weights.size}, true, stream);
+    }
+  } else {
+    const View from = with_move(shape, plan, grad, sizeof(T)), saved = with_move(shape, plan, x, sizeof(T)), to = with_move(shape, plan, x_grad, sizeof(T));
+    with_kernel<T>(shape, plan, weights.size, {grad.data, x.data}, [&](auto taps, auto vector) {
+      in_ranges(plan, 0, [&](int64_t blocks) {
+        launch(axial_conv_backward_kernel<T, decltype(taps)::value, decltype(vector)::value>, blocks, plan.threads, plan.bytes, stream, plan, from,
+               saved, to, weights, partial);
+      });
     });
-  });
+  }
   const Parts<W> parts{{gradients[0], gradients[1], gradients[2], gradients[3]}, {channels * size, channels, channels * size, channels}};
   sum_partial(static_cast<const W*>(partial), rows, columns, parts, stream);
 }

@@ -21,13 +21,16 @@ constexpr int kUnitChannels = 2 * kWalkPairs;
 constexpr int kWalkThreads = 256;
 constexpr int kWalkHalo = kTaps / 2;
 
+struct Spread { int columns, rows; };              // of the copies of a unit's threads, each of which makes one
+
 struct Walk {
-  int64_t batch, units, first_block;              // first block of this launch
+  unsigned units, first_unit;                     // of this launch; memory holds fewer than 2^32
   int channels, chunks, height, width;            // chunks: units of an image
   int together;                                   // units of a block
   int groups;                                     // threads side by side in a row of a slice
   int slices_h, slices_w, rows, columns;          // slices of a plane and their extent
   int pitch, pitch_without_halo;                  // of rows in shared memory, in elements
+  Spread spread, spread_without_halo;
   int stage_rows;                                 // of all stages
   int threads, unit_bytes, bytes;
 
@@ -41,16 +44,15 @@ MODES_FN constexpr int walk_slot(int e) { return (sizeof(T) == 2 ? e + e / COLUM
 template <int COLUMNS>
 struct Walker {  // what a thread owns
   int thread, pair, group;             // in its unit
-  int64_t batch;
+  unsigned batch;
   int slice, channel;                  // first channel of the unit
   int row, rows, column, columns;      // of the slice
   bool unit, active;                   // whether they exist: the unit; channels and columns of the thread
 
   __device__ Walker(const Walk& plan) {
-    const int64_t block = plan.first_block + blockIdx.x;
     const int per_unit = plan.groups * kWalkPairs, place = threadIdx.x / per_unit;
-    slice = static_cast<int>(block % plan.slices());
-    const int64_t index = block / plan.slices() * plan.together + place;
+    const unsigned blocks = blockIdx.x / plan.slices(), index = plan.first_unit + blocks * plan.together + place;
+    slice = static_cast<int>(blockIdx.x - blocks * plan.slices());
     thread = threadIdx.x - place * per_unit;
     pair = thread % kWalkPairs;
     group = thread / kWalkPairs;
@@ -66,58 +68,60 @@ struct Walker {  // what a thread owns
   __device__ char* memory(const Walk& plan, char* shared) const { return shared + threadIdx.x / (plan.groups * kWalkPairs) * plan.unit_bytes; }
 };
 
-// Rows of a slice in shared memory with HALO columns on either side, for the threads of a unit. WORDS: 16 bytes at a time.
+// Rows of a slice in shared memory with HALO columns on either side, for the threads of a unit. WORDS: 16 bytes at a time, offsets
+// in a plane below 2^31.
 template <typename T, int COLUMNS, int HALO, bool WORDS>
 struct Rows {
+  using Offset = std::conditional_t<WORDS, int, int64_t>;
   static constexpr int kWord = WORDS ? 16 / sizeof(T) : 2, kWords = kUnitChannels / kWord;  // elements of a word, words of a column
-  const T* from;  // first word of the thread in the next row
+  const T* from;        // the thread's word of slot 0 in row 0
   T* tile;
-  int pitch, first, end, channels;  // slots of the thread's words: first, first + step ... up to end; channels from its word on
+  unsigned copies;      // a byte each: first slot that the thread copies, end of the slots inside the plane, first row
 
-  // `next`: the first row to be loaded.
-  __device__ Rows(const Walk& plan, const Walker<COLUMNS>& own, const View& view, int next, T* to)
-      : tile(to), pitch(HALO ? plan.pitch : plan.pitch_without_halo) {
-    const int word = own.thread % kWords * kWord, begin = max(HALO - own.column, 0), slots = plan.groups * COLUMNS + 2 * HALO;
-    const int stop = min(slots, plan.width - own.column + HALO);
-    first = begin + own.thread / kWords;
-    channels = own.unit ? plan.channels - own.channel - word : 0;
-    end = channels > 0 ? stop : 0;
-    from = static_cast<const T*>(view.data) + own.batch * view.b + (own.channel + word) * view.c + (own.column - HALO + first) * view.w + next * view.h;
-    clear(own, begin, stop, slots, plan.groups, plan.stage_rows);
-  }
-
-  __device__ static int step(int groups) { return groups * kWalkPairs / kWords; }
-
-  // Zeros outside the plane.
-  __device__ void clear(const Walker<COLUMNS>& own, int begin, int stop, int slots, int groups, int rows) const {
+  __device__ Rows(const Walk& plan, const Walker<COLUMNS>& own, const View& view, T* to) : tile(to) {
+    const int word = own.thread % kWords * kWord, place = own.thread / kWords, begin = max(HALO - own.column, 0);
+    const Spread spread = HALO ? plan.spread : plan.spread_without_halo;
+    const int end = min(slots(plan), plan.width - own.column + HALO);
+    from = static_cast<const T*>(view.data) + own.batch * view.b + (own.channel + word) * view.c + (own.column - HALO) * view.w;
+    // zeros outside the plane
 #pragma unroll 1
-    for (int e = own.group; e < slots; e += groups) {
-      if (e >= begin && e < stop) continue;
-      T* to = tile + walk_slot<T, COLUMNS>(e) + 2 * own.pair;
+    for (int e = own.group; e < slots(plan); e += plan.groups) {
+      if (e >= begin && e < end) continue;
 #pragma unroll 1
-      for (int r = 0; r < rows; ++r, to += pitch) *reinterpret_cast<typename Columns<T, 2>::Words*>(to) = {};
+      for (int r = 0; r < plan.stage_rows; ++r)
+        *reinterpret_cast<typename Columns<T, 2>::Words*>(tile + r * pitch(plan) + walk_slot<T, COLUMNS>(e) + 2 * own.pair) = {};
     }
+    const int row = place / spread.columns;
+    const bool some = own.unit && own.channel + word < plan.channels && row < spread.rows;
+    copies = static_cast<unsigned>((begin + place - row * spread.columns) | (some ? end : 0) << 8 | row << 16);
   }
 
-  // Starts the copy of the next row to row r of the tile.
-  __device__ void load(const Walk& plan, const Walker<COLUMNS>& own, const View& view, int r) {
-    const T* source = from;
-    from += view.h;
-    T* to = tile + r * pitch + own.thread % kWords * kWord;
-    if constexpr (WORDS) {
-      to += walk_slot<T, COLUMNS>(first);
+  __device__ static int pitch(const Walk& plan) { return HALO ? plan.pitch : plan.pitch_without_halo; }
+  __device__ static int slots(const Walk& plan) { return plan.columns + 2 * HALO; }
+
+  // Starts the copy of rows first .. first + rows - 1, those of them in low .. high - 1, to the tile from row `at` on.
+  __device__ void load(const Walk& plan, const Walker<COLUMNS>& own, const View& view, int first, int rows, int low, int high, int at) const {
+    const Spread spread = HALO ? plan.spread : plan.spread_without_halo;
+    const Offset along = static_cast<Offset>(view.w), down = static_cast<Offset>(view.h), step = spread.rows * down;
 #pragma unroll 1
-      for (int e = first; e < end; e += step(plan.groups), source += step(plan.groups) * view.w, to += walk_slot<T, COLUMNS>(step(plan.groups)))
-        copy_word_async(to, source);
-    } else {
+    for (int e = copies & 255, end = copies >> 8 & 255, row = copies >> 16; e < end; e += plan.groups * kWalkPairs / kWords) {
+      int i = first + row;
+      const T* source = from + (i * down + e * along);
+      T* to = tile + (at + row) * pitch(plan) + walk_slot<T, COLUMNS>(e);
 #pragma unroll 1
-      for (int e = first; e < end; e += step(plan.groups), source += step(plan.groups) * view.w)
-        for (int c = 0; c < min(channels, 2); ++c) to[walk_slot<T, COLUMNS>(e) + c] = source[c * view.c];
+      for (; i < first + rows; i += spread.rows, source += step, to += spread.rows * pitch(plan)) {
+        if (i < low || i >= high) continue;
+        if constexpr (WORDS) copy_word_async(to + own.thread % kWords * kWord, source);
+        else
+          for (int c = 0; c < min(plan.channels - own.channel - 2 * own.pair, 2); ++c) to[2 * own.pair + c] = source[c * view.c];
+      }
     }
   }
 
   // The channels of the thread in its columns, from slot 0 on.
-  __device__ const T* of(const Walker<COLUMNS>& own, int r) const { return tile + r * pitch + walk_slot<T, COLUMNS>(own.group * COLUMNS) + 2 * own.pair; }
+  __device__ const T* of(const Walk& plan, const Walker<COLUMNS>& own, int r) const {
+    return tile + r * pitch(plan) + walk_slot<T, COLUMNS>(own.group * COLUMNS) + 2 * own.pair;
+  }
 };
 
 template <typename T>
@@ -153,14 +157,13 @@ template <typename T, bool WORDS>
 __global__ void __launch_bounds__(kWalkThreads, 2)
     axial_conv_walk_kernel(const __grid_constant__ Walk plan, View x, View z, AxialWeights<float> weights, bool reversed) {
   constexpr int N = kWalkColumns, kBand = kWalkBand<T>;
+  using Offset = std::conditional_t<WORDS, int, int64_t>;
   DYNAMIC_SHARED(memory);
   const Walker<N> own(plan);
   const int first = max(own.row - kWalkHalo, 0), last = min(own.row + own.rows + kWalkHalo, plan.height);
-  Rows<T, N, kWalkHalo, WORDS> in(plan, own, x, first, reinterpret_cast<T*>(own.memory(plan, memory)));
+  const Rows<T, N, kWalkHalo, WORDS> in(plan, own, x, reinterpret_cast<T*>(own.memory(plan, memory)));
   const auto load = [&](int band) {
-    const int begin = first + band * kBand, at = band % kWalkStages * kBand;
-#pragma unroll 1
-    for (int r = 0; r < min(kBand, last - begin); ++r) in.load(plan, own, x, at + r);
+    in.load(plan, own, x, first + band * kBand, kBand, first, last, band % kWalkStages * kBand);
     copies_commit();
   };
 #pragma unroll 1
@@ -183,7 +186,7 @@ __global__ void __launch_bounds__(kWalkThreads, 2)
 #pragma unroll
     for (int v = 0; v < N; ++v) {
       if (v >= columns) continue;
-      T* to = out + v * z.w;
+      T* to = out + v * static_cast<Offset>(z.w);
       if constexpr (WORDS) {
         Columns<T, 2> word;
         word.set(values[v]);
@@ -193,7 +196,7 @@ __global__ void __launch_bounds__(kWalkThreads, 2)
         if (channel + 1 < plan.channels) narrow(values[v][1], to[z.c]);
       }
     }
-    out += z.h;
+    out += static_cast<Offset>(z.h);
   };
 #pragma unroll 1
   for (int band = 0; first + band * kBand < last; ++band) {
@@ -201,9 +204,9 @@ __global__ void __launch_bounds__(kWalkThreads, 2)
     __syncthreads();
     load(band + kWalkStages - 1);
     if (!own.active) continue;
-    const T* from = in.of(own, band % kWalkStages * kBand);
+    const T* from = in.of(plan, own, band % kWalkStages * kBand);
 #pragma unroll 1
-    for (int i = first + band * kBand; i < min(first + (band + 1) * kBand, last); ++i, from += in.pitch) {
+    for (int i = first + band * kBand; i < min(first + (band + 1) * kBand, last); ++i, from += plan.pitch) {
       float t[N][2], complete[N][2];
 #pragma unroll
       for (int v = 0; v < N; ++v)
@@ -244,12 +247,25 @@ __global__ void __launch_bounds__(kWalkThreads, 2)
   }
 }
 
-// Whether words of so many bytes in the channels of a tensor are whole and aligned.
+// Whether words of so many bytes in the channels of a tensor are whole and aligned, and offsets in a plane below 2^31.
 inline bool words_of_channels(const Shape& shape, const View& view, int64_t size, int64_t bytes) {
   const int64_t word = bytes / size;
   const auto whole = [&](int64_t extent, int64_t stride) { return extent == 1 || stride % word == 0; };
   return reinterpret_cast<uintptr_t>(view.data) % bytes == 0 && shape.channels % word == 0 && (shape.channels == 1 || view.c == 1) &&
-         whole(shape.batch, view.b) && whole(shape.height, view.h) && whole(shape.width, view.w);
+         whole(shape.batch, view.b) && whole(shape.height, view.h) && whole(shape.width, view.w) &&
+         (shape.height + kWalkHalo) * view.h + (shape.width + kUnitChannels) * view.w < INT32_MAX;
+}
+
+// Threads of a unit copy as many whole rows at a time as they can, each thread a word or a pair of a column.
+template <typename T>
+void spread_copies(Walk& plan, bool words) {
+  const int threads = plan.groups * kWalkPairs * (words ? 16 / static_cast<int>(sizeof(T)) : 2) / kUnitChannels;
+  const auto spread = [&](int slots) {
+    const int columns = std::min({slots, plan.width, threads});
+    return Spread{columns, std::max(threads / columns, 1)};
+  };
+  plan.spread = spread(plan.columns + 2 * kWalkHalo);
+  plan.spread_without_halo = spread(plan.columns);
 }
 
 // Slices of about equal extent: at most 64 rows and as many columns as the threads of a block can own.
@@ -257,10 +273,9 @@ template <typename T, int COLUMNS>
 Walk make_walk(const Shape& shape) {
   constexpr int64_t kRows = 64, kGroups = kWalkThreads / kWalkPairs;
   Walk plan{};
-  plan.batch = shape.batch;
   plan.channels = static_cast<int>(shape.channels);
   plan.chunks = static_cast<int>(ceil_div(shape.channels, kUnitChannels));
-  plan.units = shape.batch * plan.chunks;
+  plan.units = static_cast<unsigned>(shape.batch * plan.chunks);
   plan.height = static_cast<int>(shape.height);
   plan.width = static_cast<int>(shape.width);
   plan.slices_h = static_cast<int>(ceil_div(shape.height, kRows));
@@ -281,8 +296,11 @@ Walk make_walk(const Shape& shape) {
 // Calls run(blocks) for ranges of blocks that a launch can have.
 template <typename Run>
 void in_launches(Walk& plan, Run run) {
-  const int64_t blocks = ceil_div(plan.units, plan.together) * plan.slices();
-  for (plan.first_block = 0; plan.first_block < blocks; plan.first_block += kMaxBlocks) run(std::min(blocks - plan.first_block, kMaxBlocks));
+  const int64_t most = kMaxBlocks / plan.slices() * plan.together;
+  for (int64_t first = 0; first < plan.units; first += most) {
+    plan.first_unit = static_cast<unsigned>(first);
+    run(ceil_div(std::min(plan.units - first, most), plan.together) * plan.slices());
+  }
 }
 
 template <typename T>
@@ -295,15 +313,14 @@ Walk convolution_walk(const Shape& shape) {
 }
 
 template <typename T>
-int64_t walk_bytes(const Shape& shape) { return convolution_walk<T>(shape).bytes; }
-
-template <typename T>
 void launch_walk(const Shape& shape, const View& x, const View& z, const AxialWeights<float>& weights, bool reversed, void* stream) {
   Walk plan = convolution_walk<T>(shape);
   const auto run = [&](auto kernel) {
     in_launches(plan, [&](int64_t blocks) { launch(kernel, blocks, plan.threads, plan.bytes, stream, plan, x, z, weights, reversed); });
   };
-  if (words_of_channels(shape, x, sizeof(T), 16) && words_of_channels(shape, z, sizeof(T), 2 * sizeof(T))) run(axial_conv_walk_kernel<T, true>);
+  const bool words = words_of_channels(shape, x, sizeof(T), 16) && words_of_channels(shape, z, sizeof(T), 2 * sizeof(T));
+  spread_copies<T>(plan, words);
+  if (words) run(axial_conv_walk_kernel<T, true>);
   else run(axial_conv_walk_kernel<T, false>);
 }
 
