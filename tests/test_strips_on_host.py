@@ -152,6 +152,20 @@ def test_planes_in_several_blocks(host: Host, shape: tuple[int, ...], layout: st
     check_conv_backward(host, grad, x, 11)
 
 
+WALKS = [
+    (2, 64, 9, 10), (1, 40, 7, 7), (2, 33, 8, 5), (1, 8, 70, 6), (1, 16, 5, 67), (5, 24, 2, 3), (1, 2, 12, 130), (1, 32, 66, 56),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("shape", WALKS, ids=str)
+def test_walks_down_the_rows(host: Host, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """channels_last with 7 taps: whole and broken chunks of channels, words and elements, several slices, several units of a block."""
+    x, grad = arrange(draw(*shape, dtype=dtype), "channels_last"), arrange(draw(*shape, dtype=dtype, seed=3), "channels_last")
+    check_conv(host, x, 7, -1)
+    check_conv_backward(host, grad, x, 7)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_wide_planes(host: Host, layout: str, dtype: torch.dtype) -> None:

@@ -19,49 +19,13 @@
 // of the copy's bandwidth.
 #pragma once
 
-#include "strip_modes.cuh"
+#include "axial_walk_gradients.cuh"
+#include "mode_coefficients.cuh"
 #include "strips_plan.cuh"
 
 namespace spanet {
 
-constexpr int kTaps = 7;  // taps at a time
 template <int K> constexpr int kUnroll = K ? kStrip + K : 1;
-
-template <typename W>
-struct Kernel {  // (C, k) weights of one axis
-  const W* data;
-  int64_t c, k;
-};
-
-template <typename W>
-struct AxialWeights {
-  Kernel<W> row, column;
-  const W* row_bias;     // (C,), null for zeros
-  const W* column_bias;
-  int64_t row_bias_c, column_bias_c;
-  int size;              // k
-};
-
-template <typename W, int K>
-struct Taps {  // weights of one channel in registers
-  W value[K];
-
-  __device__ Taps(const Kernel<W>& kernel, int channel, int, bool reversed) {
-#pragma unroll
-    for (int d = 0; d < K; ++d) value[d] = kernel.data[channel * kernel.c + (reversed ? K - 1 - d : d) * kernel.k];
-  }
-  __device__ W operator[](int d) const { return value[d]; }
-};
-
-template <typename W>
-struct Taps<W, 0> {  // or where they are
-  const W* first;
-  int64_t step;
-
-  __device__ Taps(const Kernel<W>& kernel, int channel, int size, bool reversed)
-      : first(kernel.data + channel * kernel.c + (reversed ? (size - 1) * kernel.k : 0)), step(reversed ? -kernel.k : kernel.k) {}
-  __device__ W operator[](int d) const { return first[d * step]; }
-};
 
 template <typename T>
 struct Operand {  // the plane of a task in the tile
@@ -139,7 +103,7 @@ __device__ void convolve(const Operand<T>& in, int first, const Taps<W, K>& row,
 
 template <typename T, int K, bool VECTOR>
 __global__ void __launch_bounds__(kStripThreads, kBlocks<T>)
-    axial_conv_kernel(const __grid_constant__ Strips plan, View x, View z, AxialWeights<Wide<T>> weights, Wide<T>* coefficients) {
+    axial_conv_kernel(const __grid_constant__ Strips plan, View x, View z, AxialWeights<Wide<T>> weights) {
   using W = Wide<T>;
   DYNAMIC_SHARED(memory);
   T* tile = reinterpret_cast<T*>(memory);
@@ -162,7 +126,6 @@ __global__ void __launch_bounds__(kStripThreads, kBlocks<T>)
   store_strip<T, VECTOR>(plan, task, column_of(plan, loaded, task, tile + shift), strip);
   __syncthreads();
   store_own(plan, own, loaded, z, tile, shift);
-  strip_coefficients(plan, own, task, strip, memory, coefficients);
 }
 
 constexpr int kSums = kTaps + 1;  // of a chunk of taps and a bias
@@ -297,18 +260,29 @@ void with_kernel(const Shape& shape, const Strips& plan, int size, std::initiali
   run(std::integral_constant<int, 0>{}, std::false_type{});
 }
 
+// Whether threads walk down the rows: convolution and gradients of the weights.
+template <typename T>
+bool walks(const Shape& shape, int size, int64_t shared_limit) {
+  if constexpr (sizeof(T) == 8) return false;
+  else return shape.channels_last && size == kTaps && shared_limit >= std::max(convolution_walk<T>(shape).bytes, gradients_walk<T>(shape).bytes);
+}
+
 // allocate(bytes): device memory that lives until the launches are done. A negative radius_squared asks for no coefficients.
 template <typename T, typename Allocate>
 void run_axial_conv(const Shape& shape, const View& x, const View& z, const AxialWeights<Wide<T>>& weights, Wide<T>* coefficients,
                     int64_t radius_squared, int64_t shared_limit, Allocate allocate, void* stream) {
-  Strips plan = make_strips<T>("axial_conv", shape, weights.size / 2, radius_squared, 1, radius_squared < 0 ? 0 : kWaves * kGroup, shared_limit);
-  const View from = with_move(shape, plan, x, sizeof(T)), to = with_move(shape, plan, z, sizeof(T));
-  with_kernel<T>(shape, plan, weights.size, {x.data}, [&](auto taps, auto vector) {
-    with_coefficients(plan, coefficients, allocate, stream, [&](int64_t blocks, Wide<T>* out) {
-      launch(axial_conv_kernel<T, decltype(taps)::value, decltype(vector)::value>, blocks, plan.threads, plan.bytes, stream, plan, from, to, weights,
-             out);
+  if (walks<T>(shape, weights.size, shared_limit)) {
+    if constexpr (sizeof(T) < 8) launch_walk<T>(shape, x, z, weights, false, stream);
+  } else {
+    Strips plan = make_strips<T>("axial_conv", shape, weights.size / 2, -1, 1, 0, shared_limit);
+    const View from = with_move(shape, plan, x, sizeof(T)), to = with_move(shape, plan, z, sizeof(T));
+    with_kernel<T>(shape, plan, weights.size, {x.data}, [&](auto taps, auto vector) {
+      in_ranges(plan, 0, [&](int64_t blocks) {
+        launch(axial_conv_kernel<T, decltype(taps)::value, decltype(vector)::value>, blocks, plan.threads, plan.bytes, stream, plan, from, to, weights);
+      });
     });
-  });
+  }
+  if (radius_squared >= 0) run_mode_coefficients<T>(shape, z, coefficients, radius_squared, shared_limit, allocate, stream);
 }
 
 // gradients: of row_weight, row_bias, column_weight, column_bias.
@@ -317,16 +291,30 @@ void run_axial_conv_backward(const Shape& shape, const View& grad, const View& x
                              const std::array<Wide<T>*, 4>& gradients, int64_t shared_limit, Allocate allocate, void* stream) {
   using W = Wide<T>;
   const int64_t size = weights.size, channels = shape.channels, columns = 2 * (size + 1) * channels;
-  Strips plan = make_strips<T>("axial_conv_backward", shape, size / 2, -1, 2, kSums, shared_limit);
-  const View from = with_move(shape, plan, grad, sizeof(T)), saved = with_move(shape, plan, x, sizeof(T)), to = with_move(shape, plan, x_grad, sizeof(T));
-  const int64_t rows = shape.batch * plan.slices();
+  const bool walk = walks<T>(shape, weights.size, shared_limit);
+  Strips plan{};
+  int64_t rows = shape.batch;
+  if constexpr (sizeof(T) < 8)
+    if (walk) rows *= gradients_walk<T>(shape).slices();
+  if (!walk) {
+    plan = make_strips<T>("axial_conv_backward", shape, size / 2, -1, 2, kSums, shared_limit);
+    rows *= plan.slices();
+  }
   W* partial = static_cast<W*>(allocate(rows * columns * sizeof(W)));
-  with_kernel<T>(shape, plan, weights.size, {grad.data, x.data}, [&](auto taps, auto vector) {
-    in_ranges(plan, 0, [&](int64_t blocks) {
-      launch(axial_conv_backward_kernel<T, decltype(taps)::value, decltype(vector)::value>, blocks, plan.threads, plan.bytes, stream, plan, from, saved,
-             to, weights, partial);
+  if (walk) {
+    if constexpr (sizeof(T) < 8) {
+      launch_gradients<T>(shape, grad, x, weights, partial, stream);
+      launch_walk<T>(shape, grad, x_grad, {weights.row, weights.column, nullptr, nullptr, 0, 0, weights.size}, true, stream);
+    }
+  } else {
+    const View from = with_move(shape, plan, grad, sizeof(T)), saved = with_move(shape, plan, x, sizeof(T)), to = with_move(shape, plan, x_grad, sizeof(T));
+    with_kernel<T>(shape, plan, weights.size, {grad.data, x.data}, [&](auto taps, auto vector) {
+      in_ranges(plan, 0, [&](int64_t blocks) {
+        launch(axial_conv_backward_kernel<T, decltype(taps)::value, decltype(vector)::value>, blocks, plan.threads, plan.bytes, stream, plan, from,
+               saved, to, weights, partial);
+      });
     });
-  });
+  }
   const Parts<W> parts{{gradients[0], gradients[1], gradients[2], gradients[3]}, {channels * size, channels, channels * size, channels}};
   sum_partial(static_cast<const W*>(partial), rows, columns, parts, stream);
 }

@@ -65,6 +65,10 @@ __device__ inline void copy_word_async(void* to_shared, const void* from_global)
 }
 __device__ inline void copies_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
+// Copies in groups: those started since the last commit; waits for all but the last N groups.
+__device__ inline void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int N> __device__ void copies_wait_but() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
+
 template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int shared_bytes, void* stream, Arguments... arguments) {
   constexpr int kWithoutAsking = 48 << 10;

@@ -217,16 +217,28 @@ inline void copy_word(void* to, const void* from) {
 }
 
 // Asynchronous copies land when they are waited for, not before.
-struct PendingCopy { void* to; const void* from; };
+struct PendingCopy { void* to; const void* from; unsigned group; };
 inline std::vector<std::vector<PendingCopy>> pending_copies;
+inline std::vector<unsigned> copy_groups;  // committed ones of each thread
 
 inline void copy_word_async(void* to_shared, const void* from_global) {
   check_word(to_shared, from_global);
-  pending_copies[threadIdx.x].push_back({to_shared, from_global});
+  pending_copies[threadIdx.x].push_back({to_shared, from_global, copy_groups[threadIdx.x]});
+}
+inline void copies_commit() { ++copy_groups[threadIdx.x]; }
+template <typename Done>
+void land_copies(Done done) {
+  std::vector<PendingCopy>& pending = pending_copies[threadIdx.x];
+  for (const PendingCopy& copy : pending)
+    if (done(copy)) std::memcpy(copy.to, copy.from, 16);
+  std::erase_if(pending, done);
 }
 inline void copies_wait() {
-  for (const PendingCopy& copy : pending_copies[threadIdx.x]) std::memcpy(copy.to, copy.from, 16);
-  pending_copies[threadIdx.x].clear();
+  land_copies([](const PendingCopy&) { return true; });
+}
+template <unsigned N>
+void copies_wait_but() {
+  land_copies([](const PendingCopy& copy) { return copy.group + N < copy_groups[threadIdx.x]; });
 }
 
 template <typename... Parameters, typename... Arguments>
@@ -236,6 +248,7 @@ void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int shar
   for (host::Fiber& fiber : state.fibers) fiber.stack.reset(new char[host::kStack]);
   state.body = [&] { kernel(arguments...); };
   pending_copies.assign(threads, {});
+  copy_groups.assign(threads, 0);
   gridDim.x = static_cast<unsigned>(blocks);
   blockDim.x = static_cast<unsigned>(threads);
   for (int64_t k = 0; k < blocks; ++k) {
