@@ -43,7 +43,7 @@ build: .venv/built
 
 # the machine may have no network: nothing is installed, the libraries are built in place for the GPU that is there
 gpu: gpu-build
-	$(PYTHON) -m pytest -q tests/test_gpu.py
+	$(PYTHON) -m pytest -q -n 8 tests/test_gpu.py
 	$(MAKE) gpu-sanitize
 	$(PYTHON) -m benchmarks --full --device cuda --out $(OUT)
 

@@ -28,7 +28,7 @@ from .timing import Clock, captured, clock_for, interleave
 from .trace import Energy, Gemm, Trace, profiled, stage_times
 
 SIZES = (192, 288, 384, 512, 768, 1024)
-BUDGET = {"quick": 20.0, "full": 120.0}  # seconds to time the models of a group
+BUDGET = {"quick": 20.0, "full": 120.0}  # seconds to time the models of a group, on a GPU a third
 TOGETHER = 8  # models that are timed in the same rounds
 CHECKED = 2  # images whose logits are compared with those in fp64
 # largest |result - fp64| / |fp64|, norms of vectors: five to ten times what the small models need
@@ -56,8 +56,9 @@ class Row:
 
 
 def rows(options: Options, mode: str = "infer") -> list[Row]:
-    """Quick: the small models at 224 and batch 8. Full: every model over batches, the small ones over sizes at constant pixels too."""
-    batches = options.batches or ((8,) if not options.full else (1, 8, 32) if options.device.type == "cpu" else (1, 8, 32, 128, 512, 1024))
+    """Quick: the small models at 224 and batch 8 (GPU: 128). Full: every model over batches, the small ones over sizes too."""
+    some = {"cpu": ((8,), (1, 8, 32)), "cuda": ((128,), (1, 8, 32, 128, 512, 1024))}
+    batches = options.batches or some[options.device.type][options.full]
     problems = [(224, batch) for batch in batches]
     largest = max(batches)
     sizes = [(size, max(1, largest * 224**2 // size**2)) for size in SIZES] if options.full and mode == "infer" else []
@@ -233,13 +234,14 @@ class Bench:
         record |= {"flop": 2 * sum(number * gemm.macs for gemm, number in gemms.items()), "floor bytes": floor}
         record |= {"touched bytes": trace(row, model).bytes, "gemm seconds": self.gemms.seconds(gemms, dtype)}
         record |= {"peak bytes": measured.peak, "kinds": measured.kinds, "stages": stages}
-        record["joules"] = self.energy.per_call(subject, self.device)
+        record["joules"] = self.energy.per_call(subject, self.device, 0.3 if self.device.type == "cuda" else 1.0)
 
     def time(self, prepared: list[tuple[dict[str, Any], dict[str, Subject]]]) -> list[dict[str, Any]]:
         """Add the times of rows that competed together to their records."""
         functions = {(index, form): subject for index, (_, subjects) in enumerate(prepared) for form, subject in subjects.items()}
+        budget = BUDGET[self.options.form] / (3 if self.device.type == "cuda" else 1)
         with Others() as others:
-            timings = interleave(functions, self.clock, BUDGET[self.options.form], samples=50, least=5) if functions else {}
+            timings = interleave(functions, self.clock, budget, samples=50, least=5) if functions else {}
         for (index, form), timing in timings.items():
             prepared[index][0]["competitors"][form] |= timing.json()
         return [record | {"busy cores of others": others.cores} for record, _ in prepared]

@@ -50,20 +50,21 @@ class Row:
         return f"{self.group}, {self.kind}, {'x'.join(map(str, self.shape))} r={self.radius:g} {self.dtype} {self.layout}"
 
 
-def problems(full: bool) -> Iterator[tuple[str, str, tuple[int, int, int, int], float]]:
+def problems(full: bool, gpu: bool) -> Iterator[tuple[str, str, tuple[int, int, int, int], float]]:
     """Group, kind, shape and radius of every problem; a batch of 0 stands for as many images as make x LARGE."""
     for index, (image, radius) in enumerate(CASES["radial_filter"].time):
         group = GROUPS[index // 4]
         if group == "detection":
-            batches: tuple[int, ...] = (1, 2) if full else (1,)
+            batches: tuple[int, ...] = (1, 2) if full else (8,) if gpu else (1,)
         else:
-            batches = (1, 8, 64, 128) if full else (8,)
+            batches = (1, 8, 64, 128) if full else (128,) if gpu else (8,)
         for batch, kind in itertools.product(batches, KINDS if full or group == "stages S" else KINDS[:1]):
             yield group, kind, (batch, *image), radius
     image, radius = CASES["radial_filter"].time[0]
     for kind in KINDS:
         yield "large", kind, (0, *image), radius
-    for shape in ((8, 16, 56, 56), (8, 64, 14, 14), (1, 8, 200, 334)):
+    few = ((8, 16, 56, 56), (8, 64, 14, 14), (1, 8, 200, 334))
+    for shape in ((128, 64, 56, 56), (128, 320, 14, 14), (8, 64, 200, 334)) if gpu else few:
         whole = math.ceil(math.hypot(shape[2] // 2, shape[3] // 2))
         for radius in (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128, whole):
             if radius <= whole and (full or radius not in (3, 6, 12, 24)):
@@ -72,15 +73,15 @@ def problems(full: bool) -> Iterator[tuple[str, str, tuple[int, int, int, int], 
 
 def rows(options: Options) -> list[Row]:
     """The rows of the "quick" or the "full" form; the quick one runs the first dtype and layout alone where time is short."""
-    full, found = options.full, []
-    for (group, kind, shape, radius), layout, dtype in itertools.product(problems(full), options.layouts, options.dtypes):
+    full, found, gpu = options.full, [], options.device.type == "cuda"
+    for (group, kind, shape, radius), layout, dtype in itertools.product(problems(full, gpu), options.layouts, options.dtypes):
         first = dtype == options.dtypes[0] and layout == options.layouts[0]
         if not (full or first) and (group == "radius" or (group == "large" and kind != "forward")):
             continue
         competitors = ["ours", "rfft2", "clone"]
         if group != "radius" and (full or group != "large"):
             competitors.append("published")
-        if group == "stages S" and (kind != "backward profile" if full else first and kind == "forward"):
+        if group == "stages S" and (kind != "backward profile" if full else first and kind == "forward" and not gpu):
             competitors += ["compiled", "gfnet"]
         if shape[0] == 0:
             images = LARGE / (math.prod(shape[1:]) * DTYPES[dtype].itemsize)
@@ -246,7 +247,7 @@ def overhead(device: torch.device, samples: int) -> list[dict[str, Any]]:
 def run(chosen: list[Row], options: Options, advance: Callable[[str], None], result: dict[str, Any]) -> Iterator[None]:
     """Measure the chosen rows into result["rows"], then the call overhead."""
     clock = clock_for(options.device)
-    budget = 2.0 if options.full else 0.3
+    budget = 2.0 if options.full else 0.1 if options.device.type == "cuda" else 0.3
     for row in chosen:
         advance(row.name)
         started = time.perf_counter()

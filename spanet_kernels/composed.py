@@ -131,6 +131,11 @@ def _gate_gradients(
     return [z_grad.add_(image(through, mixed.shape)), product, bias_grad, *profile_grads, *last]
 
 
+def takes_coefficients(x: Tensor) -> bool:
+    """Whether the gate of such planes is the fused one of GPUs, which needs the coefficients of z."""
+    return x.is_cuda and x.element_size() == 2
+
+
 def keeps_context(x: Tensor) -> bool:
     """Whether `spectral_mixer` keeps W F(z) + b for the gradients, where it keeps anything."""
     return not x.is_cuda and x.shape[1] >= KEPT_CHANNELS
@@ -172,7 +177,7 @@ def spectral_mixer(
 
     With a branch, the residual branch that the mixer makes; x and its residual are then dense, and in one dtype with all the weights.
     """
-    wanted = radius_squared if x.is_cuda else -1  # the fused gate of GPUs takes coefficients
+    wanted = radius_squared if takes_coefficients(x) else -1
     out = _whole(x, modes.memory_format(x))
     with_context = keep and keeps_context(x)
     all_t, all_context = (_whole(x, torch.channels_last) if keeps else None for keeps in (keep, with_context))
@@ -240,12 +245,14 @@ def spectral_mixer_backward(
     # as many positions as channels at least are worth a sum of products of channels
     for part in parts(x, max(BACKWARD_PART, x.shape[1] ** 2 * x.element_size())):
         g, t_part = rows(grad[part]), t[part]
-        if z.is_cuda:
+        if takes_coefficients(t):
             y_grad, y = image(g @ out_weight, z.shape), _ops.spectral_gate(z, coefficients, *gate_args)
             gate = [*_ops.spectral_gate_backward(y_grad, z, coefficients, *gate_args, profile_learns), g.mT @ rows(y)]
         else:
-            again = [_ops.axial_conv(t_part, row_weight, row_bias, column_weight, column_bias, -1)[0]]
-            gate = _gate_gradients(g, again.pop(), *gate_args, profile_learns, out_weight, rows(z[part]) if z.numel() else None)
+            # GPUs kept z, which is whole there, a CPU the context or nothing
+            again = [z if t.is_cuda else _ops.axial_conv(t_part, row_weight, row_bias, column_weight, column_bias, -1)[0]]
+            context = rows(z[part]) if not t.is_cuda and z.numel() else None
+            gate = _gate_gradients(g, again.pop(), *gate_args, profile_learns, out_weight, context)
         t_grad, *conv = _ops.axial_conv_backward(gate.pop(0), t_part, row_weight, row_bias, column_weight)
         t_grad = rows(t_grad)
         write(x_grad[part], t_grad, in_weight.mT)

@@ -24,7 +24,7 @@ def test_it_is_a_group_norm_in_the_layout_of_its_input(dtype, layout):
     exact = functional.group_norm(x.double(), 1, weight.double(), bias.double(), 1e-5)
     assert y.dtype == dtype
     assert y.is_contiguous(memory_format=modes.memory_format(x))
-    torch.testing.assert_close(y.double(), exact, atol=2 * torch.finfo(dtype).eps * exact.abs().max().item(), rtol=0)
+    torch.testing.assert_close(y.double(), exact, atol=8 * torch.finfo(dtype).eps * exact.abs().max().item(), rtol=0)
     torch.testing.assert_close(moments[:, 0].double(), x.double().mean((1, 2, 3)), atol=1e-6, rtol=1e-6)
 
 

@@ -55,17 +55,17 @@ CASES: list[tuple[tuple[int, int, int, int], int, str, str]] = [
 
 # the same for the gate; z of mean 1, so that the constant mode weighs
 GATE_CASES: list[tuple[tuple[int, int, int, int], int, str, str]] = [
-    ((2, 20, 7, 7), 1, "contiguous", "float32"),
+    ((2, 20, 7, 7), 1, "contiguous", "float16"),
     ((2, 65, 7, 7), 4, "channels_last", "float16"),
     ((1, 96, 14, 14), 4, "contiguous", "float16"),
-    ((2, 96, 5, 14), 1, "channels_last", "float32"),
+    ((2, 96, 5, 14), 1, "channels_last", "float16"),
     ((1, 320, 7, 7), 1, "channels_last", "float16"),
-    ((2, 33, 25, 9), 9, "sliced", "float32"),  # more than one tile of an image, 29 modes
+    ((2, 33, 25, 9), 9, "sliced", "float16"),  # more than one tile of an image, 29 modes
     ((2, 20, 14, 15), 4, "odd_offset", "float16"),
-    ((12, 3, 1, 3), 1, "expanded", "float32"),
+    ((12, 3, 1, 3), 1, "expanded", "float16"),
     ((2, 17, 6, 5), -1, "channels_last", "float16"),
-    ((2, 5, 12, 10), 20, "contiguous", "float32"),  # more modes than one step takes
-    ((0, 3, 7, 7), 1, "contiguous", "float32"),
+    ((2, 5, 12, 10), 20, "contiguous", "float16"),  # more modes than one step takes
+    ((0, 3, 7, 7), 1, "contiguous", "float16"),
 ]
 
 # the same for what goes over a tensor once or twice: the norm, the GELU of its rows and their sums; (B, C, H, W), layout, dtype
@@ -75,7 +75,6 @@ PASS_CASES: list[tuple[tuple[int, int, int, int], str, str]] = [
     ((1, 64, 14, 14), "channels_last", "float32"),
     ((3, 40, 20, 21), "contiguous", "float16"),  # several parts of an image
     ((2, 96, 30, 28), "channels_last", "float32"),
-    ((1, 1, 1, 1), "contiguous", "float32"),
     ((2, 5, 6, 5), "sliced", "float32"),
     ((2, 6, 9, 4), "expanded", "float16"),
     ((0, 3, 7, 7), "contiguous", "float32"),
@@ -265,7 +264,7 @@ def split_dot(self: Any, a: Any, b: Any, total: Any, precision: Any, _: int) -> 
             left = left - found[-1]
         return found
 
-    count = {"BF16x3": 2, "BF16x6": 3}[precision.name] if a.data.dtype == "float32" else 1
+    count = {"BF16x3": 2}[precision.name] if a.data.dtype == "float32" else 1
     left, right = terms(a, count), terms(b, count)
     products = (left[i] @ right[j] for i in range(count) for j in range(count - i))
     return TensorHandle(sum(products, torch.from_numpy(total.data)).numpy(), total.dtype.scalar)
@@ -285,7 +284,7 @@ def main() -> None:
 
     torch.empty, torch.empty_like = nan_empty, nan_empty_like
     torch.set_num_threads(1)
-    precisions = ("bf16x3", "bf16x6")
+    precisions = ("bf16x3",)
     interpreter.interpreter_builder.options = dataclasses.replace(
         interpreter.interpreter_builder.options, allowed_dot_input_precisions=precisions
     )

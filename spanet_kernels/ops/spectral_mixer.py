@@ -147,7 +147,7 @@ def _mixer_fake(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return y, x.new_empty(0), *nothing
     t = torch.empty_like(x, memory_format=torch.channels_last)
     if x.device.type == "cuda":
-        return y, t, torch.empty_like(t), coefficients_fake(x, radius_squared)
+        return y, t, torch.empty_like(t), coefficients_fake(x, radius_squared if composed.takes_coefficients(x) else -1)
     return y, t, torch.empty_like(t) if composed.keeps_context(x) else nothing[0], nothing[1]
 
 

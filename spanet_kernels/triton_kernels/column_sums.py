@@ -1,6 +1,7 @@
 """Triton kernel of `column_sums`: the sums over the rows of a matrix, fp32 accumulation, and its launcher.
 
-A program owns BC columns and a share of the rows, and leaves a part; a second launch adds the parts, in one order. Bytes: 1 read.
+A program owns BC columns and a share of the rows, and leaves a part; a second launch of narrow programs adds the parts, in one order.
+Bytes: 1 read.
 """
 
 # Kernels have no types of their own, a launch gives them.
@@ -19,8 +20,9 @@ from spanet_kernels import reference
 
 from .radial_filter import _OPTIONS, _multiple
 
-ROWS, COLUMNS = 32, 64  # of a tile
-PROGRAMS = 2048  # enough for any GPU
+ROWS, COLUMNS = 64, 64  # of a tile
+PROGRAMS = 1024  # enough for any GPU
+FEW = 1024  # rows that a program sums alone
 
 
 @triton.jit
@@ -50,9 +52,10 @@ def column_sums(x: Tensor) -> Tensor:
         return reference.column_sums(x)
     x = x.contiguous()
     R, C = x.shape
-    groups = triton.cdiv(C, COLUMNS)
-    parts, share = shares(R, groups)
+    rows, columns = (128, 16) if R <= FEW else (ROWS, COLUMNS)
+    groups = triton.cdiv(C, columns)
+    parts, share = (1, R) if R <= FEW else shares(R, groups)
     out = torch.empty((parts, C), dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
-        _sums_kernel[parts, groups](x, out, R, C, share, BR=ROWS, BC=COLUMNS, V=gcd(C, 16 // x.element_size()), num_warps=4, **_OPTIONS)
+        _sums_kernel[parts, groups](x, out, R, C, share, BR=rows, BC=columns, V=gcd(C, 16 // x.element_size()), num_warps=4, **_OPTIONS)
     return out[0] if parts == 1 else column_sums(out)

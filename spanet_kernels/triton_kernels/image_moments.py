@@ -29,11 +29,11 @@ def _moments_kernel(x, parts, L, share, BLOCK: tl.constexpr):
     """parts (B, P, 3): p, sum x - p, sum (x - p)^2 of elements i share .. (i + 1) share of an image."""
     b, i, count = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     x += b * L
-    at = tl.arange(0, BLOCK)
-    pivot = tl.sum(tl.load(x + at, mask=at < L, other=0).to(tl.float32), 0) / tl.minimum(L, BLOCK)
+    first, at = tl.arange(0, 256), tl.arange(0, BLOCK)
+    pivot = tl.sum(tl.load(x + first, mask=first < L, other=0).to(tl.float32), 0) / tl.minimum(L, 256)
     once, twice = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
-    for first in range(i * share, tl.minimum((i + 1) * share, L), BLOCK):
-        e = first + at
+    for start in range(i * share, tl.minimum((i + 1) * share, L), BLOCK):
+        e = start + at
         inside = e < tl.minimum((i + 1) * share, L)
         d = tl.where(inside, tl.load(x + e, mask=inside, other=0).to(tl.float32) - pivot, 0)
         once += d
@@ -75,7 +75,7 @@ def moments_of(x: Tensor) -> Tensor:
     share = triton.cdiv(triton.cdiv(elements, BLOCK), MOST_PARTS) * BLOCK
     parts = wide(x, len(x), triton.cdiv(elements, share), 3)
     with torch.cuda.device_of(x):
-        _moments_kernel[tuple(parts.shape[:2])](x, parts, elements, share, BLOCK=BLOCK, num_warps=4, **_OPTIONS)
+        _moments_kernel[tuple(parts.shape[:2])](x, parts, elements, share, BLOCK=BLOCK, num_warps=8, **_OPTIONS)
     return parts
 
 

@@ -146,6 +146,4 @@ def image_norm_backward(grad: Tensor, x: Tensor, moments: Tensor, weight: Tensor
 
 
 def _tiles(x: Tensor) -> dict[str, object]:
-    how = access(x)
-    del how["PRECISION"]
-    return dict(how, BN=PIXELS, BC=CHANNELS, num_warps=4, **_OPTIONS)
+    return dict(access(x), BN=PIXELS, BC=CHANNELS, num_warps=4, **_OPTIONS)

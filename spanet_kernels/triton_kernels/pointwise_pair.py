@@ -26,8 +26,10 @@ from torch import Tensor
 
 from spanet_kernels import reference
 
+from .gelu import normal
 from .radial_filter import _OPTIONS, _multiple
-from .spectral_gate import AMD, precision
+from .spectral_gate import AMD, PRECISION
+from .tiles import tile
 
 
 @triton.jit
@@ -62,7 +64,8 @@ def _pointwise_kernel(
     if bias is not None:
         total += tl.load(bias + d, mask=d < D, other=0).to(tl.float32)[None, :]
     if GELU:
-        total = total * (0.5 + 0.5 * tl.erf(total * 0.7071067811865476))
+        below, _ = normal(total)
+        total = total * below
     at, inside = r[:, None] * D + d[None, :], (r < R)[:, None] & (d < D)[None, :]
     if residual is not None:
         added = tl.load(residual + at, mask=inside, other=0).to(tl.float32)
@@ -75,20 +78,20 @@ def _pointwise_kernel(
 @functools.lru_cache(maxsize=1024)
 def plan(channels: int, out: int) -> dict[str, Any]:
     """Tile, warps and stages of a product, whatever the number of its rows."""
-    bd = 128 if out % 128 == 0 else 64
-    stages = 2 if AMD else 3 if channels > 64 else 1
-    return dict(BR=128, BD=bd, BC=64, VC=gcd(channels, 8), VD=gcd(out, 8), num_warps=8 if bd == 128 else 4, num_stages=stages, **_OPTIONS)
+    br, bd, bc, warps, stages = tile("pointwise", channels, out) or (64, 128 if out % 128 == 0 else 64, 64, 4, 2 if AMD else 3)
+    divisors = dict(VC=gcd(channels, 8), VD=gcd(out, 8))
+    return dict(BR=br, BD=bd, BC=bc, **divisors, num_warps=warps, num_stages=stages if channels > bc else 1, **_OPTIONS)
 
 
-def _pointwise(
+def pointwise(
     y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, norm: tuple[Tensor | None, ...], *added: Tensor | None, gelu: bool
 ) -> None:
     """One product of the rows of x into those of y."""
     B, C, H, W = x.shape
     D, R = weight.shape[0], B * H * W
-    tile = plan(C, D)
-    programs = triton.cdiv(R, tile["BR"]) * triton.cdiv(D, tile["BD"])
-    _pointwise_kernel[programs,](x, y, weight, bias, *norm, *added, R, H * W, C, D, GELU=gelu, PRECISION=precision(x.dtype), **tile)
+    choice = plan(C, D)
+    programs = triton.cdiv(R, choice["BR"]) * triton.cdiv(D, choice["BD"])
+    _pointwise_kernel[programs,](x, y, weight, bias, *norm, *added, R, H * W, C, D, GELU=gelu, PRECISION=PRECISION, **choice)
 
 
 def pointwise_pair(
@@ -118,6 +121,6 @@ def pointwise_pair(
     with torch.cuda.device_of(x):
         if weight_in is not None:
             hidden = torch.empty((len(x), len(weight_in), *x.shape[2:]), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-            _pointwise(hidden, x, weight_in, bias_in, norm, None, None, gelu=True)
+            pointwise(hidden, x, weight_in, bias_in, norm, None, None, gelu=True)
             x, norm = hidden, (None, None, None)
-        _pointwise(y, x, weight_out, bias_out, norm, residual, residual_scale, gelu=False)
+        pointwise(y, x, weight_out, bias_out, norm, residual, residual_scale, gelu=False)

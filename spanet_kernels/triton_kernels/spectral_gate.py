@@ -1,4 +1,4 @@
-"""Triton kernels of `spectral_gate` and its backward on tensor cores, and their launchers.
+"""Triton kernels of `spectral_gate` and its backward in 16 bits on tensor cores, and their launchers.
 
 For image b, pixel n and the K modes phi_k of the disc, z[n, c] the plane's values and zhat[k, c] its coefficients,
 
@@ -15,24 +15,24 @@ and backward, c = grad o z, chat[k, o] = sum_n phi_k[n] c[n, o],
 Both are one matrix product whose last step is the modes. A program owns a tile (BN pixels of one image, BO channels);
 programs of the same pixels are neighbours, so that z leaves memory once. One code serves NCHW and channels_last: the strides
 decide which axis of a tile is contiguous. A tile never straddles images: a NaN and a rounding stay in their image whatever the
-batch. The price is padding of the products, not of memory: 49 pixels fill 64 (23 % idle), 196 fill 256 (23 %), and in 16 bits, with
-tiles of 128 forward and 64 backward, 784 fill 896 and 832 (13 and 6 %), 3136 fill 3200 and 3136 (2 and 0 %).
+batch. The price is padding of the products, not of memory: 49 pixels fill 64 (23 % idle), 196 fill 256 (23 %), and with tiles of 128
+forward and 64 backward 784 fill 896 and 832 (13 and 6 %), 3136 fill 3200 and 3136 (2 and 0 %).
 
     forward     _mix: v and W'     _gate: y
     backward    _mix     _context: grad o ctx, c, parts of chat     _fold: chat     _mix_backward: back     _gradient: z_grad, in
                 place of grad o ctx     _outer: parts of weight_grad, base_grad     sums of parts in a fixed order, no atomics
 
-The floor in 16 bits is 4 bytes per pixel and channel forward (z, y) and 6 backward (grad, z, z_grad); backward moves
+The floor is 4 bytes per pixel and channel forward (z, y) and 6 backward (grad, z, z_grad); backward moves
 18 (_context 8, _gradient 6, _outer 4). Products: 2 C FLOP per pixel and channel forward, 6 C backward, before padding.
 Predictions, not measured, for an H200 with 4.3 TB/s and 790 TFLOP/s in bf16: _gate is bound by memory up to C = 128 and
 reaches 0.8 of the copy's bandwidth there; at C = 320 and 512 the products bind and reach half of the peak, 0.4 of the
 bandwidth. Backward takes four to five times as long as forward.
 
 Coefficients, basis and v stay fp32: a 16-bit v or phi errs as much as the result's rounding where features have a mean. The
-steps that multiply them split fp32 into bf16 terms: two terms and three products for 16-bit planes (error 2^-16), three terms
-and six products for fp32 planes, whose main product is split likewise; no TF32 and no overflow of fp16 is involved, and
-NVIDIA and AMD share the code. 16 modes cost as much as 48 channels of a 16-bit product. fp64 and discs of more than 32
-modes are for `composed`.
+steps that multiply them split fp32 into two bf16 terms and take three products (error 2^-16); no TF32 and no overflow of fp16 is
+involved, and NVIDIA and AMD share the code. 16 modes cost as much as 48 channels of the product. fp32 planes are for `composed`, whose
+products are a library's: in three terms and six products the same kernels took 1.1 to 2.4 times as long forward and 2 to 4 times
+backward (H200, 128 images, stages of SPANet-S); so are fp64 and discs of more than 32 modes.
 """
 
 # Kernels have no types of their own, a launch gives them.
@@ -52,6 +52,7 @@ from torch import Tensor
 from spanet_kernels import composed, modes
 
 from .radial_filter import _OPTIONS, _multiple, _shell_kernel
+from .tiles import tile
 
 MAX_MODES = 32
 
@@ -91,17 +92,21 @@ def _phi(phi, n, k, N, KP: tl.constexpr):
 
 
 @triton.jit
-def _gains(gain, shell, r, R, c, C, K, gain_s, gain_c):
-    """Gains (r, c) of the rows r = (b, k), zero outside."""
-    s = tl.load(shell + r % K)
+def _gains(gain, s, r, R, c, C, gain_s, gain_c):
+    """Gains (r, c) of the rows r = (b, k) in shells s, zero outside."""
     return tl.load(gain + s[:, None] * gain_s + c[None, :] * gain_c, mask=(r < R)[:, None] & (c < C)[None, :], other=0)
 
 
 @triton.jit
-def _coefficients(zhat, place, r, R, c, C, K, M):
-    """Coefficients (r, c) of the rows r = (b, k), from (B, C, M), zero outside."""
-    at = zhat + ((r // K).to(tl.int64) * C * M + tl.load(place + r % K))[:, None] + c[None, :] * M
-    return tl.load(at, mask=(r < R)[:, None] & (c < C)[None, :], other=0)
+def _coefficients(zhat, at, r, R, c, C, M):
+    """Coefficients (r, c) of the rows r = (b, k) at `_places`, from (B, C, M), zero outside."""
+    return tl.load(zhat + at[:, None] + c[None, :] * M, mask=(r < R)[:, None] & (c < C)[None, :], other=0)
+
+
+@triton.jit
+def _places(place, r, K, C, M):
+    """Offsets of the rows r = (b, k) in (B, C, M)."""
+    return (r // K).to(tl.int64) * C * M + tl.load(place + r % K)
 
 
 @triton.jit
@@ -131,6 +136,7 @@ def _mix_kernel(
     r = tl.program_id(0) * BR + tl.arange(0, BR)
     o = tl.program_id(1) * BO + tl.arange(0, BO)
     R = B * K
+    at, s = _places(place, r, K, C, M), tl.load(shell + r % K)
     total = tl.zeros((BR, BO), tl.float32)
     for c0 in range(0, C, BC):
         c = c0 + tl.arange(0, BC)
@@ -139,7 +145,7 @@ def _mix_kernel(
         if tl.program_id(0) == 0:
             factor = tl.load(base + c * base_c, mask=c < C, other=0)
             tl.store(scaled + c[:, None] + o[None, :] * C, (w * factor[:, None]).to(scaled.dtype.element_ty), mask=inside)
-        f = _coefficients(zhat, place, r, R, c, C, K, M) * _gains(gain, shell, r, R, c, C, K, gain_s, gain_c)
+        f = _coefficients(zhat, at, r, R, c, C, M) * _gains(gain, s, r, R, c, C, gain_s, gain_c)
         total = tl.dot(f, w, total, input_precision=PRECISION)
     tl.store(v + r.to(tl.int64)[:, None] * C + o[None, :], total, mask=(r < R)[:, None] & (o < C)[None, :])
 
@@ -160,8 +166,8 @@ def _mix_backward_kernel(
     inside = (r < R)[:, None] & (c < C)[None, :]
     row = r.to(tl.int64)[:, None] * C + c[None, :]
     image = (r // K).to(tl.int64)[:, None] * C  # a product has one row more per image
-    tl.store(v + row, total * _gains(gain, shell, r, R, c, C, K, gain_s, gain_c), mask=inside)
-    tl.store(products + image + row, total * _coefficients(zhat, place, r, R, c, C, K, M), mask=inside)
+    tl.store(v + row, total * _gains(gain, tl.load(shell + r % K), r, R, c, C, gain_s, gain_c), mask=inside)
+    tl.store(products + image + row, total * _coefficients(zhat, _places(place, r, K, C, M), r, R, c, C, M), mask=inside)
     last = inside & (r % K == 0)[:, None]
     tl.store(products + image + row + K * C, root * tl.load(chat + row, mask=last, other=0), mask=last)
 
@@ -242,8 +248,8 @@ def _outer_kernel(
     tiles = tl.cdiv(N, BN)
     product = tl.zeros((BO, BC), tl.float32)
     share = tl.cdiv(B * tiles, parts)
-    for tile in range(i * share, min((i + 1) * share, B * tiles)):
-        b, n = (tile // tiles).to(tl.int64), tile % tiles * BN + tl.arange(0, BN)
+    for t in range(i * share, min((i + 1) * share, B * tiles)):
+        b, n = (t // tiles).to(tl.int64), t % tiles * BN + tl.arange(0, BN)
         left, left_real = _plane(c, b, n, o, N, C, V, CHANNELS_LAST, INDEX)
         right, right_real = _plane(z, b, n, q, N, C, V, CHANNELS_LAST, INDEX)
         left, right = tl.load(left, mask=left_real, other=0), tl.load(right, mask=right_real, other=0)
@@ -256,7 +262,8 @@ def _outer_kernel(
     share = tl.cdiv(tl.cdiv(R, BR), parts) * BR
     for r0 in range(i * share, min((i + 1) * share, R), BR):
         r = r0 + tl.arange(0, BR)
-        f = _coefficients(zhat, place, r, R, q, C, K, M) * _gains(gain, shell, r, R, q, C, K, gain_s, gain_c)
+        at, s = _places(place, r, K, C, M), tl.load(shell + r % K)
+        f = _coefficients(zhat, at, r, R, q, C, M) * _gains(gain, s, r, R, q, C, gain_s, gain_c)
         total = tl.dot(tl.trans(_rows(chat, r, R, o, C)), f, total, input_precision=PRECISION)
     tl.store(weight_parts + i.to(tl.int64) * C * C + o[:, None] * C + q[None, :], total, mask=inside)
 
@@ -296,7 +303,7 @@ def _few_modes(height: int, width: int, radius_squared: int) -> bool:
 
 def serves(z: Tensor, radius_squared: int) -> bool:
     """Whether the kernels take such planes and such a disc."""
-    return z.dtype != torch.float64 and z.numel() > 0 and _few_modes(z.shape[2], z.shape[3], radius_squared)
+    return z.element_size() == 2 and z.numel() > 0 and _few_modes(z.shape[2], z.shape[3], radius_squared)
 
 
 class Plan(NamedTuple):
@@ -310,16 +317,17 @@ class Plan(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1024)
-def plan(channels: int, pixels: int, itemsize: int, backward: bool) -> Plan:
+def plan(channels: int, pixels: int, backward: bool) -> Plan:
     """From the shape of one image alone, so that no result depends on the batch size."""
-    wide = 256 // itemsize
-    bn = min(64 if backward else wide, max(16, triton.next_power_of_2(pixels)))
-    # channels in tiles of 128 where that pads no more than tiles of 64
-    bo = wide if triton.cdiv(channels, 64) % 2 == 0 else min(64, max(16, triton.next_power_of_2(channels)))
-    bo = min(bo, 32) if backward and itemsize == 4 else bo  # the terms of fp32 operands fill the registers
-    bc = min(64 if itemsize == 2 else 16, max(16, triton.next_power_of_2(channels)))
-    launch = dict(num_warps=8 if bn * bo * itemsize >= 16384 else 4, num_stages=2 if AMD or itemsize == 4 else 3, **_OPTIONS)
-    return Plan(dict(BN=bn, BO=bo, BC=bc), launch)
+    most_pixels, most_channels = (max(16, triton.next_power_of_2(size)) for size in (pixels, channels))
+    if found := tile("gate_backward" if backward else "gate", channels, pixels):
+        bn, bo, bc, warps, stages = found
+    else:
+        # channels in tiles of 128 where that pads no more than tiles of 64
+        bn, bo, bc = 64 if backward else 128, 128 if triton.cdiv(channels, 64) % 2 == 0 else 64, 64
+        warps, stages = 8 if min(bn, most_pixels) * bo >= 8192 else 4, 2 if AMD else 3
+    sizes = dict(BN=min(bn, most_pixels), BO=min(bo, most_channels), BC=min(bc, most_channels))
+    return Plan(sizes, dict(num_warps=warps, num_stages=stages, **_OPTIONS))
 
 
 AMD = torch.version.hip is not None
@@ -330,12 +338,10 @@ def access(z: Tensor) -> dict[str, Any]:
     channels_last = modes.channels_last(z)
     fastest = z.shape[1] if channels_last else z.shape[2] * z.shape[3]
     index = tl.int32 if z[0].numel() < 2**31 else tl.int64
-    return dict(V=gcd(fastest, 16 // z.element_size()), CHANNELS_LAST=channels_last, INDEX=index, PRECISION=precision(z.dtype))
+    return dict(V=gcd(fastest, 16 // z.element_size()), CHANNELS_LAST=channels_last, INDEX=index)
 
 
-def precision(dtype: torch.dtype) -> str:
-    """How a product treats fp32 operands that belong to planes of a dtype."""
-    return "bf16x6" if dtype == torch.float32 else "bf16x3"
+PRECISION = "bf16x3"  # of products with fp32 operands
 
 
 def _mix(coefficients: Tensor, weight: Tensor, base: Tensor, gain: Tensor, table: Disc) -> tuple[Tensor, Tensor]:
@@ -345,7 +351,7 @@ def _mix(coefficients: Tensor, weight: Tensor, base: Tensor, gain: Tensor, table
     v, scaled = torch.empty((B, K, C), dtype=base.dtype, device=base.device), torch.empty_like(weight)
     _mix_kernel[triton.cdiv(B * K, 32), triton.cdiv(C, 64)](
         coefficients, v, weight, scaled, base, gain, table.place, table.shell, B, C, K, prod(functions), base.stride(0), *gain.stride(),
-        BR=32, BO=64, BC=32, PRECISION=precision(weight.dtype), num_warps=4, **_OPTIONS,
+        BR=32, BO=64, BC=64, PRECISION=PRECISION, num_warps=4, **_OPTIONS,
     )  # fmt: skip
     return v, scaled
 
@@ -367,12 +373,25 @@ def spectral_gate(
         return composed.spectral_gate(z, coefficients, weight, bias, base, gain, radius_squared)
     B, C, H, W = z.shape
     table, coefficients, gain = _modes_of(z, coefficients, base, gain, radius_squared)
-    z, weight, bias, choice = modes.like(z, z), weight.contiguous(), bias.contiguous(), plan(C, H * W, z.element_size(), backward=False)
+    z, weight, bias, choice = modes.like(z, z), weight.contiguous(), bias.contiguous(), plan(C, H * W, backward=False)
     y = torch.empty_like(z)
     with torch.cuda.device_of(z):
         v, scaled = _mix(coefficients, weight, base, gain, table)
         _gate_kernel[choice.programs(B, C, H * W)](
-            z, y, scaled, v, table.phi, bias, H * W, C, len(table.place), **choice.tile, KP=table.phi.shape[1], **access(z), **choice.launch
+            z,
+            y,
+            scaled,
+            v,
+            table.phi,
+            bias,
+            H * W,
+            C,
+            len(table.place),
+            **choice.tile,
+            KP=table.phi.shape[1],
+            PRECISION=PRECISION,
+            **access(z),
+            **choice.launch,
         )
     return y
 
@@ -395,7 +414,7 @@ def spectral_gate_backward(
     shells = gain.shape[0]
     table, coefficients, gain = _modes_of(z, coefficients, base, gain, radius_squared)
     grad, z, weight, bias = modes.like(grad, z), modes.like(z, z), weight.contiguous(), bias.contiguous()
-    choice = plan(C, H * W, z.element_size(), backward=True)
+    choice = plan(C, H * W, backward=True)
     N, K, S, M = H * W, len(table.place), gain.shape[0], coefficients[0, 0].numel()
     tiles, side, step = triton.cdiv(N, choice.tile["BN"]), min(64, choice.tile["BO"]), min(choice.tile["BN"], choice.tile["BC"])
     groups = triton.cdiv(C, side)
@@ -406,7 +425,7 @@ def spectral_gate_backward(
 
     z_grad, c, parts, chat, products = torch.empty_like(z), torch.empty_like(z), wide(B, tiles, K, C), wide(B, K, C), wide(B, K + 1, C)
     weight_parts, base_parts, bias_grad, gain_grad = wide(splits, C, C), wide(splits * groups, C), wide(C), wide(S, C)
-    planes = dict(choice.tile, KP=table.phi.shape[1], **access(z), **choice.launch)
+    planes = dict(choice.tile, KP=table.phi.shape[1], PRECISION=PRECISION, **access(z), **choice.launch)
     small = dict(num_warps=4, **_OPTIONS)
     with torch.cuda.device_of(z):
         v, scaled = _mix(coefficients, weight, base, gain, table)
@@ -414,12 +433,12 @@ def spectral_gate_backward(
         _fold_kernel[B * triton.cdiv(K * C, 64),](parts, chat, tiles, K * C, BT=16, BM=64, **small)
         _mix_backward_kernel[triton.cdiv(B * K, 32), triton.cdiv(C, 64)](
             chat, coefficients, v, products, weight, gain, table.place, table.shell, B, C, K, M, *gain.stride(), sqrt(N),
-            BR=32, BO=32, BC=64, PRECISION=precision(z.dtype), **small,
+            BR=32, BO=32, BC=64, PRECISION=PRECISION, **small,
         )  # fmt: skip
         _gradient_kernel[choice.programs(B, C, N)](c, z_grad, scaled, v, table.phi, N, C, K, **planes)
         _outer_kernel[splits, groups, groups](
             c, z, chat, coefficients, weight_parts, base_parts, weight, base, gain, table.place, table.shell, B, N, C, K, M,
-            base.stride(0), *gain.stride(), BN=step, BO=side, BC=side, BR=16, **access(z), **choice.launch,
+            base.stride(0), *gain.stride(), BN=step, BO=side, BC=side, BR=16, PRECISION=PRECISION, **access(z), **choice.launch,
         )  # fmt: skip
         _shell_kernel[(S + 1) * triton.cdiv(C, 8),](
             products, bias_grad, gain_grad, table.order, table.start, B, C, K, S, BB=128, BC=8, **small
