@@ -11,6 +11,7 @@
 // 9 issue slots per element, and 13 are there while 2 bytes arrive.
 #pragma once
 
+#include "resident_modes_plan.cuh"
 #include "strip_modes.cuh"
 #include "strips_plan.cuh"
 
@@ -35,6 +36,8 @@ __global__ void __launch_bounds__(kStripThreads, kBlocks<T>) mode_coefficients_k
 template <typename T, typename Allocate>
 void run_mode_coefficients(const Shape& shape, const View& x, Wide<T>* coefficients, int64_t radius_squared, int64_t shared_limit, Allocate allocate,
                            void* stream) {
+  if constexpr (sizeof(T) < 8)
+    if (run_resident_coefficients<T>(shape, x, coefficients, radius_squared, stream)) return;
   Strips plan = make_strips<T>("mode_coefficients", shape, 0, radius_squared, 1, kWaves * kGroup, shared_limit);
   const View from = with_move(shape, plan, x, sizeof(T));
   const auto run = [&](auto kernel) {

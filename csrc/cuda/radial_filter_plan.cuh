@@ -9,7 +9,7 @@
 
 #include "moves.cuh"
 #include "radial_filter_reduce.cuh"
-#include "resident_plan.cuh"
+#include "resident_modes_plan.cuh"
 
 namespace spanet {
 
@@ -175,6 +175,8 @@ void run_backward(const Shape& shape, View grad, View x, Wide<T>* base_grad, Wid
                   Allocate allocate, void* stream) {
   using W = Wide<T>;
   constexpr int FB = kSlicedBlock;
+  if constexpr (sizeof(T) < 8)
+    if (run_resident_backward<T>(shape, grad, x, base_grad, gain_grad, radius_squared, allocate, stream)) return;
   const int64_t limit = spectrum_limit(shape, radius_squared);
   const auto reduce = [&](auto vec_constant) {
     constexpr int VEC = decltype(vec_constant)::value;

@@ -67,25 +67,6 @@ __global__ void __launch_bounds__(kResidentWarps * 32, kResidentBlocks<T, VEC, S
   rows.apply(plan, {plan, active, y, batch * y.b + channel * y.c + column, plan.pitch_y}, base, u);
 }
 
-// The sums z of every column of the block, [word v][slot], added up over its columns: emit(channel of the block, slot, sum). For
-// all threads of the block; memory holds 8 VEC COUNT floats of each warp.
-template <int VEC, int COUNT, typename Emit>
-__device__ void sum_columns(float (&z)[VEC * COUNT], float* memory, Emit emit) {
-  constexpr int kSums = VEC * COUNT, kShare = kSums / 4, kAll = kResidentWords * kSums;
-  const int lane = threadIdx.x % 32, part = (lane & 16 ? 2 : 0) + (lane & 8 ? 1 : 0), warps = blockDim.x / 32;
-  halve<kSums / 2>(16, z);
-  halve<kSums / 4>(8, z);
-  float* own = memory + threadIdx.x / 32 * kAll + (lane & 7) * kSums + part * kShare;
-#pragma unroll
-  for (int k = 0; k < kShare; ++k) own[k] = z[k];
-  __syncthreads();
-  for (int k = threadIdx.x; k < kAll; k += blockDim.x) {
-    float sum = 0;
-    for (int warp = 0; warp < warps; ++warp) sum += memory[warp * kAll + k];
-    emit(k / kSums * VEC + k % kSums / COUNT, k % COUNT, sum);
-  }
-}
-
 template <typename T, int VEC, int SIZE, Known KNOWN>
 __global__ void __launch_bounds__(kResidentWords* SIZE < 64 ? 64 : kResidentWords * SIZE, SIZE <= 14 ? 6 : SIZE <= 28 ? 2 : 1)
     channels_filter_kernel(const __grid_constant__ Resident plan, View x, View y, Profile<float> profile) {

@@ -40,7 +40,7 @@ inline Resident make_resident(const Shape& shape, int64_t radius_squared) {
     const int twice = (u == 0 || 2 * u == shape.height ? 1 : 2) * (v == 0 || 2 * v == shape.width ? 1 : 2);
     plan.weight[k] = static_cast<float>(twice / (static_cast<double>(shape.height) * static_cast<double>(shape.width)));
   }
-  for (int m = 0; m <= kResidentPairs; ++m) plan.rows[m] = wave_at(m % shape.height, shape.height);
+  for (int m = 0; m <= plan.pairs; ++m) plan.rows[m] = wave_at(m, shape.height);
   for (int j = 0; j < shape.width; ++j) plan.columns[j] = wave_at(j, shape.width);
   plan.shells = static_cast<int>(shell_count(std::min<int64_t>(spectrum_limit(shape, radius_squared), 4)));
   return plan;
