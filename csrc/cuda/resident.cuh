@@ -218,9 +218,12 @@ __device__ void sum_columns(float (&z)[VEC * COUNT], float* memory, Emit emit) {
   for (int k = 0; k < kShare; ++k) own[k] = z[k];
   __syncthreads();
   for (int k = threadIdx.x; k < kAll; k += blockDim.x) {
-    float sum = 0;
-    for (int warp = 0; warp < warps; ++warp) sum += memory[warp * kAll + k];
-    emit(k / kSums * VEC + k % kSums / COUNT, k % COUNT, sum);
+    float sum[4] = {};  // four chains: fewer roundings, shorter latency
+    for (int warp = 0; warp < warps; warp += 4)
+#pragma unroll
+      for (int chain = 0; chain < 4; ++chain)
+        if (warp + chain < warps) sum[chain] += memory[(warp + chain) * kAll + k];
+    emit(k / kSums * VEC + k % kSums / COUNT, k % COUNT, (sum[0] + sum[1]) + (sum[2] + sum[3]));
   }
 }
 

@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(kResidentWarps * 32, kResidentBlocks<T, VEC, S
 }
 
 template <typename T, int VEC, int SIZE, Known KNOWN>
-__global__ void __launch_bounds__(kResidentWords* SIZE < 64 ? 64 : kResidentWords * SIZE, SIZE <= 14 ? 6 : SIZE <= 28 ? 2 : 1)
+__global__ void __launch_bounds__((kResidentWords * SIZE + 31) / 32 * 32, SIZE <= 14 ? 6 : SIZE <= 28 ? 2 : 1)
     channels_filter_kernel(const __grid_constant__ Resident plan, View x, View y, Profile<float> profile) {
   constexpr int kChannels = kResidentWords * VEC;
   DYNAMIC_SHARED(memory);
