@@ -34,12 +34,12 @@ struct Resident {
 };
 
 // What the compiler knows of a plane: that it has SIZE rows, and that they are SIZE elements each without gaps; or up to SIZE rows.
-enum class Known { kNothing, kHeight, kRows };
+enum Known : int { kNothing, kHeight, kRows };
 
 // Where the rows of a plane are.
-template <typename T, int SIZE, Known KNOWN>
+template <typename T, int SIZE, int KNOWN>
 struct Place {
-  static constexpr bool EXACT = KNOWN != Known::kNothing;
+  static constexpr bool EXACT = KNOWN != kNothing;
   char *first, *end;  // row 0, and row H if it existed
   int pitch, pairs;   // in bytes; -1 pairs where the thread has no word
   bool middle;
@@ -55,16 +55,16 @@ struct Place {
   __device__ bool has(int m) const { return EXACT ? pairs >= 0 : m <= pairs; }
   __device__ bool has_middle() const { return EXACT ? SIZE % 2 == 0 && pairs >= 0 : middle; }
   __device__ T* up(int m) const {
-    return reinterpret_cast<T*>(first + (KNOWN == Known::kRows ? m * SIZE * static_cast<int64_t>(sizeof(T)) : static_cast<int64_t>(m) * pitch));
+    return reinterpret_cast<T*>(first + (KNOWN == kRows ? m * SIZE * static_cast<int64_t>(sizeof(T)) : static_cast<int64_t>(m) * pitch));
   }
-  __device__ T* low(int m) const { return KNOWN == Known::kRows ? up(SIZE - m) : reinterpret_cast<T*>(end - static_cast<int64_t>(m) * pitch); }
+  __device__ T* low(int m) const { return KNOWN == kRows ? up(SIZE - m) : reinterpret_cast<T*>(end - static_cast<int64_t>(m) * pitch); }
   __device__ T* half(const Resident& plan) const { return EXACT ? up(SIZE / 2) : up(plan.height / 2); }
 };
 
 // A word in the rows of a plane; rows that do not exist are 0 and stay unwritten.
-template <typename T, int VEC, int SIZE, Known KNOWN>
+template <typename T, int VEC, int SIZE, int KNOWN>
 struct Rows {
-  static constexpr bool EXACT = KNOWN != Known::kNothing;
+  static constexpr bool EXACT = KNOWN != kNothing;
   static constexpr int PAIRS = (SIZE - 1) / 2;
   using Word = Columns<T, VEC>;
   using Where = Place<T, SIZE, KNOWN>;
@@ -134,7 +134,7 @@ struct Rows {
     if (to.has(0)) edge(up[0], 1, to.up(0));
 #pragma unroll
     for (int m = 1; m <= PAIRS; ++m) {
-      if (m % 9 == 0) sync_warp();  // rows beyond are not unpacked before: registers
+      if (m % 13 == 0) sync_warp();  // rows beyond are not unpacked before: registers
       if (to.has(m)) {
         float x[VEC], mirrored[VEC];
         up[m].get(x);

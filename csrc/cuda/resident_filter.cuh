@@ -1,7 +1,7 @@
 // radial_filter of small planes in registers, r^2 <= 4: one read, one write, no tile in shared memory.
 //
-//   resident_filter_kernel   contiguous: 8, 16 or 32 lanes of a warp own a plane, VEC columns each; no barrier between warps
-//   channels_filter_kernel   channels_last: a block owns 8 words of channels, a thread a word and a column; two barriers
+//   resident_kernel   contiguous: 8, 16 or 32 lanes of a warp own a plane, VEC columns each; no barrier between warps
+//   channels_kernel   channels_last: a block owns 8 words of channels, a thread a word and a column; two barriers
 //
 // Predicted for an H200, not measured, issue slots per element of 56 x 56 in 16 bits (28 of 32 lanes busy): loads and stores 1 with
 // their addresses 2, unpacking 2, sums 3.5, application 4.5, packing 0.5, modes 2: together 14, 12 us of issue for 26 million elements
@@ -14,12 +14,12 @@
 namespace spanet {
 
 // Blocks on a multiprocessor, at least: what the words of a thread leave room for.
-template <typename T, int VEC, int SIZE, Known KNOWN>
-constexpr int kResidentBlocks = SIZE <= 14 ? 6 : SIZE <= 28 ? 5 : KNOWN == Known::kNothing ? 2 : sizeof(T) == 2 ? 4 : 3;
+template <typename T, int VEC, int SIZE, int KNOWN>
+constexpr int kResidentBlocks = SIZE <= 14 ? 6 : SIZE <= 28 ? 5 : KNOWN == kNothing ? 2 : sizeof(T) == 2 ? 4 : 3;
 
-template <typename T, int VEC, int SIZE, Known KNOWN>
+template <typename T, int VEC, int SIZE, int KNOWN>
 __global__ void __launch_bounds__(kResidentWarps * 32, kResidentBlocks<T, VEC, SIZE, KNOWN>)
-    resident_filter_kernel(const __grid_constant__ Resident plan, View x, View y, Profile<float> profile) {
+    resident_kernel(const __grid_constant__ Resident plan, View x, View y, Profile<float> profile) {
   DYNAMIC_SHARED(memory);
   auto* columns = reinterpret_cast<Wave4*>(memory);
   auto* modes = reinterpret_cast<Pack<float, kSlots>*>(columns + plan.width);  // of each 8 lanes of the block
@@ -67,9 +67,9 @@ __global__ void __launch_bounds__(kResidentWarps * 32, kResidentBlocks<T, VEC, S
   rows.apply(plan, {plan, active, y, batch * y.b + channel * y.c + column, plan.pitch_y}, base, u);
 }
 
-template <typename T, int VEC, int SIZE, Known KNOWN>
+template <typename T, int VEC, int SIZE, int KNOWN>
 __global__ void __launch_bounds__((kResidentWords * SIZE + 31) / 32 * 32, SIZE <= 14 ? 6 : SIZE <= 28 ? 2 : 1)
-    channels_filter_kernel(const __grid_constant__ Resident plan, View x, View y, Profile<float> profile) {
+    channels_kernel(const __grid_constant__ Resident plan, View x, View y, Profile<float> profile) {
   constexpr int kChannels = kResidentWords * VEC;
   DYNAMIC_SHARED(memory);
   auto* columns = reinterpret_cast<Wave4*>(memory);

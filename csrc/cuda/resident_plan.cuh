@@ -96,13 +96,13 @@ bool run_channels_filter(const Shape& shape, const View& x, const View& y, const
     const int threads = static_cast<int>(ceil_div(shape.width * kResidentWords, 32)) * 32;
     const int floats = static_cast<int>(shape.width) * 4 + kChannels * kSlots * (1 + threads / 32);
     in_images(shape, [&](int64_t image, int64_t count) {
-      launch(channels_filter_kernel<T, VEC, decltype(rows)::value, decltype(known)::value>, count / shape.channels * plan.chunks, threads,
+      launch(channels_kernel<T, VEC, decltype(rows)::value, decltype(known)::value>, count / shape.channels * plan.chunks, threads,
              floats * static_cast<int>(sizeof(float)), stream, plan, from_image(x, image, sizeof(T)), from_image(y, image, sizeof(T)), profile);
     });
     return true;
   };
-  using Some = std::integral_constant<Known, Known::kNothing>;
-  using Exact = std::integral_constant<Known, Known::kHeight>;
+  using Some = Constant<kNothing>;
+  using Exact = Constant<kHeight>;
   const int64_t size = std::max(shape.height, shape.width);
   if (size > 56) return false;
   if (size <= 7) return shape.height == 7 ? run(Constant<7>{}, Exact{}) : run(Constant<14>{}, Some{});
@@ -126,7 +126,7 @@ bool run_resident_filter(const Shape& shape, const View& x, const View& y, const
     const int planes = 32 * kResidentWarps >> plan.shift, bytes = static_cast<int>(shape.width * sizeof(Wave4) + planes * kSlots * sizeof(float));
     in_images(shape, [&](int64_t image, int64_t count) {
       plan.planes = static_cast<unsigned>(count);
-      launch(resident_filter_kernel<T, VEC, SIZE, decltype(known)::value>, ceil_div(count, planes), 32 * kResidentWarps, bytes, stream, plan,
+      launch(resident_kernel<T, VEC, SIZE, decltype(known)::value>, ceil_div(count, planes), 32 * kResidentWarps, bytes, stream, plan,
              from_image(x, image, sizeof(T)), from_image(y, image, sizeof(T)), profile);
     });
     return true;
@@ -134,8 +134,8 @@ bool run_resident_filter(const Shape& shape, const View& x, const View& y, const
   const auto words = [&](int vec) { return words_in_rows(shape, x, sizeof(T), vec) && words_in_rows(shape, y, sizeof(T), vec); };
   const bool two = words(2), one = words(1) && shape.width <= 32;
   const auto exact = [&](int size) { return shape.height == size && shape.width == size && x.h == size && y.h == size; };
-  using Some = std::integral_constant<Known, Known::kNothing>;
-  using Exact = std::integral_constant<Known, Known::kRows>;
+  using Some = Constant<kNothing>;
+  using Exact = Constant<kRows>;
   if (two && exact(56)) return run(Constant<2>{}, Constant<56>{}, Exact{});
   if (two && exact(28)) return run(Constant<2>{}, Constant<28>{}, Exact{});
   if (two && exact(14)) return run(Constant<2>{}, Constant<14>{}, Exact{});
