@@ -129,7 +129,9 @@ def test_planes_beyond_shared_memory(host: Host, shape: tuple[int, ...], layout:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize(("shape", "radius_squared"), [((2, 6, 70, 66), 4), ((1, 3, 67, 71), 2), ((1, 2, 4, 1100), 1), ((1, 2, 1100, 3), 4)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "radius_squared"), [((2, 6, 70, 66), 4), ((1, 3, 67, 71), 2), ((1, 2, 4, 1100), 1), ((1, 2, 1100, 3), 4)], ids=str
+)
 def test_planes_in_two_passes(host: Host, shape: tuple[int, ...], radius_squared: int, layout: str, dtype: torch.dtype) -> None:
     host.shared_limit = 9 << 10
     x = arrange(draw(*shape, dtype=dtype), layout)
@@ -138,8 +140,8 @@ def test_planes_in_two_passes(host: Host, shape: tuple[int, ...], radius_squared
 
 # the sizes with kernels of their own, the sizes about their limits, words of one and two elements, spare lanes and channels
 SMALL_PLANES = [
-    (1, 18, 56, 56), (2, 9, 28, 28), (3, 34, 14, 14), (5, 20, 7, 7), (1, 2, 57, 31), (1, 4, 55, 56), (1, 3, 29, 40), (2, 5, 27, 31), (1, 7, 15, 64),
-    (1, 2, 64, 2), (2, 5, 2, 33), (3, 6, 8, 9), (2, 4, 1, 4), (1, 6, 4, 1),
+    (1, 18, 56, 56), (2, 9, 28, 28), (3, 34, 14, 14), (5, 20, 7, 7), (1, 2, 57, 31), (1, 4, 55, 56), (1, 3, 29, 40), (2, 5, 27, 31),
+    (1, 7, 15, 64), (1, 2, 64, 2), (2, 5, 2, 33), (3, 6, 8, 9), (2, 4, 1, 4), (1, 6, 4, 1),
 ]  # fmt: skip
 
 

@@ -121,7 +121,9 @@ def test_shapes(host: Host, shape: tuple[int, ...], layout: str, dtype: torch.dt
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize(
-    "shape", [(1, 18, 56, 56), (2, 9, 28, 28), (3, 34, 14, 14), (5, 20, 7, 7), (1, 2, 64, 31), (2, 5, 2, 33), (1, 4, 55, 64), (2, 6, 4, 1)], ids=str
+    "shape",
+    [(1, 18, 56, 56), (2, 9, 28, 28), (3, 34, 14, 14), (5, 20, 7, 7), (1, 2, 64, 31), (2, 5, 2, 33), (1, 4, 55, 64), (2, 6, 4, 1)],
+    ids=str,
 )
 def test_coefficients_of_small_planes(host: Host, shape: tuple[int, ...], layout: str, dtype: torch.dtype) -> None:
     x = arrange(draw(*shape, dtype=dtype), layout)

@@ -119,7 +119,9 @@ bool run_large_filter(const Shape& shape, const View& x, const View& y, const Pr
   };
   const int vec = fits(2) ? 2 : fits(1) ? 1 : 0;
   if (vec == 0 || limit > 4 || shape.width * shape.channels > kMaxBlocks) return false;
-  const Resident known = make_resident({shape.batch, shape.channels, std::min<int64_t>(shape.height, 8), std::min<int64_t>(shape.width, 8), false}, limit);
+  // as on axes of 8, where the same frequencies are doubled, but for the area
+  const Shape small{shape.batch, shape.channels, std::min<int64_t>(shape.height, 8), std::min<int64_t>(shape.width, 8), false};
+  const Resident known = make_resident(small, limit);
   Large plan{};
   plan.channels = static_cast<int>(shape.channels);
   plan.height = static_cast<int>(shape.height);
@@ -132,15 +134,13 @@ bool run_large_filter(const Shape& shape, const View& x, const View& y, const Pr
   plan.shells = known.shells;
   plan.planes = shape.batch * shape.channels;
   plan.channels_last = shape.channels_last;
-  // as on an axis of 8, where the same frequencies are doubled, but for the area
-  for (int k = 0; k < kSlots; ++k) {
-    const double area = static_cast<double>(std::min<int64_t>(shape.height, 8) * std::min<int64_t>(shape.width, 8));
-    plan.amplitude[k] = static_cast<float>(std::sqrt(known.weight[k] * area / (static_cast<double>(shape.height) * static_cast<double>(shape.width))));
-  }
+  const double areas = static_cast<double>(small.height * small.width) / static_cast<double>(shape.height * shape.width);
+  for (int k = 0; k < kSlots; ++k) plan.amplitude[k] = static_cast<float>(std::sqrt(known.weight[k] * areas));
   auto* of_planes = static_cast<float*>(allocate(plan.planes * rows * columns * sizeof(float)));
   auto* z = static_cast<float*>(allocate(plan.planes * kSlots * sizeof(float)));
   coefficients(of_planes, limit);
-  launch(gains_kernel, ceil_div(plan.planes * kSlots, kLargeThreads), kLargeThreads, 0, stream, plan, static_cast<const float*>(of_planes), profile, z);
+  launch(gains_kernel, ceil_div(plan.planes * kSlots, kLargeThreads), kLargeThreads, 0, stream, plan, static_cast<const float*>(of_planes), profile,
+         z);
   const int64_t of_image = (shape.channels_last ? 1 : shape.channels), blocks = int64_t{plan.slices} * plan.chunks;
   const int64_t images = std::max<int64_t>(1, kMaxBlocks / (blocks * of_image));
   for (int64_t image = 0; image < shape.batch; image += images) {

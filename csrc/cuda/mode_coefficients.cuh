@@ -2,9 +2,9 @@
 //
 //   Z[a][b] = sum_ij phi_a(i) phi_b(j) x[i][j]
 //
-// in one pass over strips (strips.cuh), for any radius: the strip stays in registers while the frequencies pass by, two of each axis
-// at a time. Sums over a plane have one order; a plane that needs several blocks gets partial coefficients from each and a launch
-// that adds them. No atomics.
+// in one pass: planes up to 64 x 64 with r^2 <= 8 as in resident_modes.cuh; others over strips (strips.cuh), for any radius, where the
+// strip stays in registers while the frequencies pass by, two of each axis at a time. Sums over a plane have one order; a plane that
+// needs several blocks gets partial coefficients from each and a launch that adds them. No atomics.
 //
 // Bytes: 1 read per element and 4 A_H A_W per plane.
 // Predicted for an H200 (copy 4.3 TB/s), not measured: radius 2, 56 x 56, 16 bits: 0.47 us per million elements; a strip takes about

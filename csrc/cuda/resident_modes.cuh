@@ -164,7 +164,8 @@ __global__ void __launch_bounds__(kResidentWarps * 32, 4) shells_kernel(const __
   const int column = min(place.lane, plan.words - 1) * VEC, share = place.lane & 7, shell = share / 2;
   float z[2][kSlots] = {};
   sums_of_word<T, VEC, true, kSlots, false>(plan, element<T>(x, place.batch * x.b + place.channel * x.c + column),
-                                            element<T>(grad, place.batch * grad.b + place.channel * grad.c + column), columns, column, place.inside, z);
+                                            element<T>(grad, place.batch * grad.b + place.channel * grad.c + column), columns, column,
+                                            place.inside, z);
   share_sums<kSlots>(plan.shift, z[0]);
   share_sums<kSlots>(plan.shift, z[1]);
   float sum = plan.weight[2 * share] * (z[0][0] * z[1][0]);
@@ -194,7 +195,8 @@ struct ChannelsPlace {  // of a thread in a channels_last tensor
 
 // products_kernel of channels_last tensors.
 template <typename T, int VEC>
-__global__ void __launch_bounds__(kResidentWords* kResidentColumns) channels_products_kernel(const __grid_constant__ Resident plan, View x, float* out) {
+__global__ void __launch_bounds__(kResidentWords* kResidentColumns)
+    channels_products_kernel(const __grid_constant__ Resident plan, View x, float* out) {
   DYNAMIC_SHARED(memory);
   auto* columns = reinterpret_cast<Wave4*>(memory);
   load_waves(plan, columns);

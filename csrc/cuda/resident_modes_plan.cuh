@@ -51,7 +51,8 @@ bool run_resident_coefficients(const Shape& shape, const View& x, float* out, in
   plan.functions_w = static_cast<int>(functions(shape.width, radius_squared));
   for (int k = 0; k < kProducts; ++k) {
     const auto twice = [](int64_t function, int64_t n) { return function > 0 && (function + 1) / 2 * 2 != n ? 2 : 1; };
-    plan.amplitude[k] = static_cast<float>(std::sqrt(twice(k / 5, shape.height) * twice(k % 5, shape.width) / static_cast<double>(shape.height * shape.width)));
+    const double area = static_cast<double>(shape.height * shape.width);
+    plan.amplitude[k] = static_cast<float>(std::sqrt(twice(k / 5, shape.height) * twice(k % 5, shape.width) / area));
   }
   const auto run = [&](auto kernel) {
     reduce_resident<T>(shape, plan, vec, kProductSlots, false, [&](int64_t blocks, int threads, int bytes, const Resident& part, int64_t image) {
@@ -77,7 +78,8 @@ bool run_resident_backward(const Shape& shape, const View& grad, const View& x, 
   float* of_images = static_cast<float*>(allocate(shape.batch * row * sizeof(float)));
   const auto run = [&](auto kernel) {
     reduce_resident<T>(shape, plan, vec, kSlots, true, [&](int64_t blocks, int threads, int bytes, const Resident& part, int64_t image) {
-      launch(kernel, blocks, threads, bytes, stream, part, from_image(x, image, sizeof(T)), from_image(grad, image, sizeof(T)), of_images + image * row);
+      launch(kernel, blocks, threads, bytes, stream, part, from_image(x, image, sizeof(T)), from_image(grad, image, sizeof(T)),
+             of_images + image * row);
     });
     const Parts<float> parts{{base_grad, gain_grad}, {shape.channels, row - shape.channels}};
     sum_partial(of_images, shape.batch, row, parts, stream);

@@ -33,7 +33,8 @@ inline Resident make_resident(const Shape& shape, int64_t radius_squared) {
   plan.width = static_cast<int>(shape.width);
   plan.pairs = static_cast<int>((shape.height - 1) / 2);
   plan.middle = shape.height % 2 == 0;
-  const int frequencies[kSlots][2] = {{0, 0}, {9, 9}, {9, 9}, {9, 9}, {0, 1}, {0, 1}, {1, 0}, {1, 0}, {1, 1}, {1, 1}, {1, 1}, {1, 1}, {0, 2}, {0, 2}, {2, 0}, {2, 0}};
+  const int frequencies[kSlots][2] = {{0, 0}, {9, 9}, {9, 9}, {9, 9}, {0, 1}, {0, 1}, {1, 0}, {1, 0},
+                                      {1, 1}, {1, 1}, {1, 1}, {1, 1}, {0, 2}, {0, 2}, {2, 0}, {2, 0}};  // 9: a free slot
   for (int k = 0; k < kSlots; ++k) {
     const auto [u, v] = frequencies[k];
     if (2 * u > shape.height || 2 * v > shape.width || u * u + v * v > radius_squared) continue;
@@ -49,7 +50,8 @@ inline Resident make_resident(const Shape& shape, int64_t radius_squared) {
 // Whether words of VEC elements lie side by side in the rows of every plane, at strides that suit them.
 inline bool words_in_rows(const Shape& shape, const View& view, int64_t size, int vec) {
   const bool aligned = reinterpret_cast<uintptr_t>(view.data) % (vec * size) == 0 && shape.width % vec == 0;
-  const bool strides = (shape.batch == 1 || view.b % vec == 0) && (shape.channels == 1 || view.c % vec == 0) && (shape.height == 1 || view.h % vec == 0);
+  const bool strides = (shape.batch == 1 || view.b % vec == 0) && (shape.channels == 1 || view.c % vec == 0) &&
+                       (shape.height == 1 || view.h % vec == 0);
   return aligned && strides && (shape.width == 1 || view.w == 1) && std::abs(view.h) <= INT32_MAX / size;
 }
 
