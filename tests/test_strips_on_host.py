@@ -118,6 +118,19 @@ def test_shapes(host: Host, shape: tuple[int, ...], layout: str, dtype: torch.dt
     check_coefficients(host.mode_coefficients(x, radius_squared), x, radius_squared)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 18, 56, 56), (2, 9, 28, 28), (3, 34, 14, 14), (5, 20, 7, 7), (1, 2, 64, 31), (2, 5, 2, 33), (1, 4, 55, 64), (2, 6, 4, 1)],
+    ids=str,
+)
+def test_coefficients_of_small_planes(host: Host, shape: tuple[int, ...], layout: str, dtype: torch.dtype) -> None:
+    x = arrange(draw(*shape, dtype=dtype), layout)
+    for radius_squared in (0, 1, 4, 8):
+        check_coefficients(host.mode_coefficients(x, radius_squared), x, radius_squared)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", [1, 3, 5, 7, 9, 11, 31])
 def test_kernel_sizes(host: Host, size: int, dtype: torch.dtype) -> None:

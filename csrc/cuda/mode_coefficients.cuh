@@ -2,15 +2,16 @@
 //
 //   Z[a][b] = sum_ij phi_a(i) phi_b(j) x[i][j]
 //
-// in one pass over strips (strips.cuh), for any radius: the strip stays in registers while the frequencies pass by, two of each axis
-// at a time. Sums over a plane have one order; a plane that needs several blocks gets partial coefficients from each and a launch
-// that adds them. No atomics.
+// in one pass: planes up to 64 x 64 with r^2 <= 8 as in resident_modes.cuh; others over strips (strips.cuh), for any radius, where the
+// strip stays in registers while the frequencies pass by, two of each axis at a time. Sums over a plane have one order; a plane that
+// needs several blocks gets partial coefficients from each and a launch that adds them. No atomics.
 //
 // Bytes: 1 read per element and 4 A_H A_W per plane.
 // Predicted for an H200 (copy 4.3 TB/s), not measured: radius 2, 56 x 56, 16 bits: 0.47 us per million elements; a strip takes about
 // 9 issue slots per element, and 13 are there while 2 bytes arrive.
 #pragma once
 
+#include "resident_modes_plan.cuh"
 #include "strip_modes.cuh"
 #include "strips_plan.cuh"
 
@@ -35,6 +36,8 @@ __global__ void __launch_bounds__(kStripThreads, kBlocks<T>) mode_coefficients_k
 template <typename T, typename Allocate>
 void run_mode_coefficients(const Shape& shape, const View& x, Wide<T>* coefficients, int64_t radius_squared, int64_t shared_limit, Allocate allocate,
                            void* stream) {
+  if constexpr (sizeof(T) < 8)
+    if (run_resident_coefficients<T>(shape, x, coefficients, radius_squared, stream)) return;
   Strips plan = make_strips<T>("mode_coefficients", shape, 0, radius_squared, 1, kWaves * kGroup, shared_limit);
   const View from = with_move(shape, plan, x, sizeof(T));
   const auto run = [&](auto kernel) {

@@ -9,7 +9,8 @@
 
 #include "moves.cuh"
 #include "radial_filter_reduce.cuh"
-#include "resident_plan.cuh"
+#include "large_filter.cuh"
+#include "mode_coefficients.cuh"
 
 namespace spanet {
 
@@ -162,6 +163,12 @@ void run_filter(const Shape& shape, View x, View y, const Profile<Wide<T>>& prof
       if (frequency <= 2 && vec == 2 && whole(Constant<2>{}, Constant<2>{})) return;
   }
   if (frequency <= 2 && vec != 4 && whole(Constant<1>{}, Constant<2>{})) return;
+  if constexpr (sizeof(T) < 8) {
+    const auto coefficients = [&](float* out, int64_t radius_squared) {
+      run_mode_coefficients<T>(shape, x, out, radius_squared, shared_limit, allocate, stream);
+    };
+    if (run_large_filter<T>(shape, x, y, profile, radius_squared, allocate, stream, coefficients)) return;
+  }
   if constexpr (kVectors) {
     if (frequency <= kSlicedBlock && vec == 4 && whole(Constant<4>{}, Constant<kSlicedBlock>{})) return;
     if (vec == 4) return sliced(Constant<4>{});
@@ -175,6 +182,8 @@ void run_backward(const Shape& shape, View grad, View x, Wide<T>* base_grad, Wid
                   Allocate allocate, void* stream) {
   using W = Wide<T>;
   constexpr int FB = kSlicedBlock;
+  if constexpr (sizeof(T) < 8)
+    if (run_resident_backward<T>(shape, grad, x, base_grad, gain_grad, radius_squared, allocate, stream)) return;
   const int64_t limit = spectrum_limit(shape, radius_squared);
   const auto reduce = [&](auto vec_constant) {
     constexpr int VEC = decltype(vec_constant)::value;

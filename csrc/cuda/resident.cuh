@@ -12,6 +12,7 @@ namespace spanet {
 
 constexpr int kResidentPairs = 31;    // row pairs m, H - m with 0 < m < H / 2, at most
 constexpr int kResidentColumns = 64;
+constexpr int kRound = 7;             // row pairs that a reduction loads at a time
 constexpr int kResidentWarps = 4;     // of a block
 constexpr int kResidentWords = 8;     // of channels in a block, channels_last: a sector of memory
 constexpr int kSlots = 16;            // modes of the disc, in groups of four: shell 0 (one mode), 1, 2 and 4
@@ -29,16 +30,16 @@ struct Resident {
   bool middle;                        // row H / 2 exists
   float weight[kSlots];               // squared amplitude of the modes, 0 for what is none
   float amplitude[25];                // of functions a and b at 5 a + b
-  Wave4 rows[kResidentPairs + 1], columns[kResidentColumns];
+  Wave4 rows[kResidentPairs + kRound], columns[kResidentColumns];  // 0 where there is no pair
 };
 
 // What the compiler knows of a plane: that it has SIZE rows, and that they are SIZE elements each without gaps; or up to SIZE rows.
-enum class Known { kNothing, kHeight, kRows };
+enum Known : int { kNothing, kHeight, kRows };
 
 // Where the rows of a plane are.
-template <typename T, int SIZE, Known KNOWN>
+template <typename T, int SIZE, int KNOWN>
 struct Place {
-  static constexpr bool EXACT = KNOWN != Known::kNothing;
+  static constexpr bool EXACT = KNOWN != kNothing;
   char *first, *end;  // row 0, and row H if it existed
   int pitch, pairs;   // in bytes; -1 pairs where the thread has no word
   bool middle;
@@ -54,16 +55,16 @@ struct Place {
   __device__ bool has(int m) const { return EXACT ? pairs >= 0 : m <= pairs; }
   __device__ bool has_middle() const { return EXACT ? SIZE % 2 == 0 && pairs >= 0 : middle; }
   __device__ T* up(int m) const {
-    return reinterpret_cast<T*>(first + (KNOWN == Known::kRows ? m * SIZE * static_cast<int64_t>(sizeof(T)) : static_cast<int64_t>(m) * pitch));
+    return reinterpret_cast<T*>(first + (KNOWN == kRows ? m * SIZE * static_cast<int64_t>(sizeof(T)) : static_cast<int64_t>(m) * pitch));
   }
-  __device__ T* low(int m) const { return KNOWN == Known::kRows ? up(SIZE - m) : reinterpret_cast<T*>(end - static_cast<int64_t>(m) * pitch); }
+  __device__ T* low(int m) const { return KNOWN == kRows ? up(SIZE - m) : reinterpret_cast<T*>(end - static_cast<int64_t>(m) * pitch); }
   __device__ T* half(const Resident& plan) const { return EXACT ? up(SIZE / 2) : up(plan.height / 2); }
 };
 
 // A word in the rows of a plane; rows that do not exist are 0 and stay unwritten.
-template <typename T, int VEC, int SIZE, Known KNOWN>
+template <typename T, int VEC, int SIZE, int KNOWN>
 struct Rows {
-  static constexpr bool EXACT = KNOWN != Known::kNothing;
+  static constexpr bool EXACT = KNOWN != kNothing;
   static constexpr int PAIRS = (SIZE - 1) / 2;
   using Word = Columns<T, VEC>;
   using Where = Place<T, SIZE, KNOWN>;
@@ -93,7 +94,6 @@ struct Rows {
     }
 #pragma unroll
     for (int m = 1; m <= PAIRS; ++m) {
-      if (m % 4 == 0) sync_warp();
       float x[VEC], mirrored[VEC];
       up[m].get(x);
       low[m].get(mirrored);
@@ -134,7 +134,7 @@ struct Rows {
     if (to.has(0)) edge(up[0], 1, to.up(0));
 #pragma unroll
     for (int m = 1; m <= PAIRS; ++m) {
-      if (m % 4 == 0) sync_warp();  // no further row is unpacked ahead: registers
+      if (m % 13 == 0) sync_warp();  // rows beyond are not unpacked before: registers
       if (to.has(m)) {
         float x[VEC], mirrored[VEC];
         up[m].get(x);
@@ -203,6 +203,28 @@ __device__ void share_sums(int shift, float (&z)[COUNT]) {
   for (int mask = 8; mask < 1 << shift; mask *= 2)
 #pragma unroll
     for (int k = 0; k < COUNT / 8; ++k) z[k] += exchange(z[k], mask);
+}
+
+// The sums z of every column of the block, [word v][slot], added up over its columns: emit(channel of the block, slot, sum). For
+// all threads of the block; memory holds 8 VEC COUNT floats of each warp.
+template <int VEC, int COUNT, typename Emit>
+__device__ void sum_columns(float (&z)[VEC * COUNT], float* memory, Emit emit) {
+  constexpr int kSums = VEC * COUNT, kShare = kSums / 4, kAll = kResidentWords * kSums;
+  const int lane = threadIdx.x % 32, part = (lane & 16 ? 2 : 0) + (lane & 8 ? 1 : 0), warps = blockDim.x / 32;
+  halve<kSums / 2>(16, z);
+  halve<kSums / 4>(8, z);
+  float* own = memory + threadIdx.x / 32 * kAll + (lane & 7) * kSums + part * kShare;
+#pragma unroll
+  for (int k = 0; k < kShare; ++k) own[k] = z[k];
+  __syncthreads();
+  for (int k = threadIdx.x; k < kAll; k += blockDim.x) {
+    float sum[4] = {};  // four chains: fewer roundings, shorter latency
+    for (int warp = 0; warp < warps; warp += 4)
+#pragma unroll
+      for (int chain = 0; chain < 4; ++chain)
+        if (warp + chain < warps) sum[chain] += memory[(warp + chain) * kAll + k];
+    emit(k / kSums * VEC + k % kSums / COUNT, k % COUNT, (sum[0] + sum[1]) + (sum[2] + sum[3]));
+  }
 }
 
 __device__ inline void load_waves(const Resident& plan, Wave4* columns) {

@@ -1,11 +1,12 @@
-// radial_filter of small planes in registers, r^2 <= 4: one read, one write, no tile in shared memory.
+// radial_filter of planes up to 56 rows in registers, r^2 <= 4: one read, one write, no tile in shared memory.
 //
-//   resident_filter_kernel   contiguous: 8, 16 or 32 lanes of a warp own a plane, VEC columns each; no barrier between warps
-//   channels_filter_kernel   channels_last: a block owns 8 words of channels, a thread a word and a column; two barriers
+//   resident_kernel   contiguous: 8, 16 or 32 lanes of a warp own a plane, VEC columns each; no barrier between warps
+//   channels_kernel   channels_last: a block owns 8 words of channels, a thread a word and a column; two barriers
 //
-// Predicted for an H200, not measured, issue slots per element of 56 x 56 in 16 bits (28 of 32 lanes busy): loads and stores 1 with
-// their addresses 2, unpacking 2, sums 3.5, application 4.5, packing 0.5, modes 2: together 14, 12 us of issue for 26 million elements
-// that a copy moves in 26 us.
+// Predicted for an H200, not measured: issue slots counted in the code for sm_90, of 924 G warp instructions per second. 16 bits (fp32),
+// contiguous: 56 x 56 1590 (1340) per plane, 28 x 28 890 (770) per two, 14 x 14 570 (515) per four, 7 x 7 330 (315) per four. That is
+// 14 us for (128, 64, 56, 56), which a copy moves in 26 us, 8 for (128, 128, 28, 28), 6 for (128, 320, 14, 14) and (128, 512, 7, 7).
+// channels_last 56 x 56: 2090 (1320) per warp of 4 columns and 8 words, 16 us (20), in blocks of 14 warps, one to a multiprocessor.
 #pragma once
 
 #include "radial_filter_gains.cuh"
@@ -14,12 +15,12 @@
 namespace spanet {
 
 // Blocks on a multiprocessor, at least: what the words of a thread leave room for.
-template <typename T, int VEC, int SIZE, Known KNOWN>
-constexpr int kResidentBlocks = SIZE <= 14 ? 6 : SIZE <= 28 ? 5 : KNOWN == Known::kNothing ? 2 : sizeof(T) == 2 ? 4 : 3;
+template <typename T, int VEC, int SIZE, int KNOWN>
+constexpr int kResidentBlocks = SIZE <= 14 ? 6 : SIZE <= 28 ? 5 : KNOWN == kNothing ? 2 : sizeof(T) == 2 ? 4 : 3;
 
-template <typename T, int VEC, int SIZE, Known KNOWN>
+template <typename T, int VEC, int SIZE, int KNOWN>
 __global__ void __launch_bounds__(kResidentWarps * 32, kResidentBlocks<T, VEC, SIZE, KNOWN>)
-    resident_filter_kernel(const __grid_constant__ Resident plan, View x, View y, Profile<float> profile) {
+    resident_kernel(const __grid_constant__ Resident plan, View x, View y, Profile<float> profile) {
   DYNAMIC_SHARED(memory);
   auto* columns = reinterpret_cast<Wave4*>(memory);
   auto* modes = reinterpret_cast<Pack<float, kSlots>*>(columns + plan.width);  // of each 8 lanes of the block
@@ -67,28 +68,9 @@ __global__ void __launch_bounds__(kResidentWarps * 32, kResidentBlocks<T, VEC, S
   rows.apply(plan, {plan, active, y, batch * y.b + channel * y.c + column, plan.pitch_y}, base, u);
 }
 
-// The sums z of every column of the block, [word v][slot], added up over its columns: emit(channel of the block, slot, sum). For
-// all threads of the block; memory holds 8 VEC COUNT floats of each warp.
-template <int VEC, int COUNT, typename Emit>
-__device__ void sum_columns(float (&z)[VEC * COUNT], float* memory, Emit emit) {
-  constexpr int kSums = VEC * COUNT, kShare = kSums / 4, kAll = kResidentWords * kSums;
-  const int lane = threadIdx.x % 32, part = (lane & 16 ? 2 : 0) + (lane & 8 ? 1 : 0), warps = blockDim.x / 32;
-  halve<kSums / 2>(16, z);
-  halve<kSums / 4>(8, z);
-  float* own = memory + threadIdx.x / 32 * kAll + (lane & 7) * kSums + part * kShare;
-#pragma unroll
-  for (int k = 0; k < kShare; ++k) own[k] = z[k];
-  __syncthreads();
-  for (int k = threadIdx.x; k < kAll; k += blockDim.x) {
-    float sum = 0;
-    for (int warp = 0; warp < warps; ++warp) sum += memory[warp * kAll + k];
-    emit(k / kSums * VEC + k % kSums / COUNT, k % COUNT, sum);
-  }
-}
-
-template <typename T, int VEC, int SIZE, Known KNOWN>
-__global__ void __launch_bounds__(kResidentWords* SIZE < 64 ? 64 : kResidentWords * SIZE, SIZE <= 14 ? 6 : SIZE <= 28 ? 2 : 1)
-    channels_filter_kernel(const __grid_constant__ Resident plan, View x, View y, Profile<float> profile) {
+template <typename T, int VEC, int SIZE, int KNOWN>
+__global__ void __launch_bounds__((kResidentWords * SIZE + 31) / 32 * 32, SIZE <= 14 ? 6 : SIZE <= 28 ? 2 : 1)
+    channels_kernel(const __grid_constant__ Resident plan, View x, View y, Profile<float> profile) {
   constexpr int kChannels = kResidentWords * VEC;
   DYNAMIC_SHARED(memory);
   auto* columns = reinterpret_cast<Wave4*>(memory);

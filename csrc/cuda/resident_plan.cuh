@@ -33,14 +33,15 @@ inline Resident make_resident(const Shape& shape, int64_t radius_squared) {
   plan.width = static_cast<int>(shape.width);
   plan.pairs = static_cast<int>((shape.height - 1) / 2);
   plan.middle = shape.height % 2 == 0;
-  const int frequencies[kSlots][2] = {{0, 0}, {9, 9}, {9, 9}, {9, 9}, {0, 1}, {0, 1}, {1, 0}, {1, 0}, {1, 1}, {1, 1}, {1, 1}, {1, 1}, {0, 2}, {0, 2}, {2, 0}, {2, 0}};
+  const int frequencies[kSlots][2] = {{0, 0}, {9, 9}, {9, 9}, {9, 9}, {0, 1}, {0, 1}, {1, 0}, {1, 0},
+                                      {1, 1}, {1, 1}, {1, 1}, {1, 1}, {0, 2}, {0, 2}, {2, 0}, {2, 0}};  // 9: a free slot
   for (int k = 0; k < kSlots; ++k) {
     const auto [u, v] = frequencies[k];
     if (2 * u > shape.height || 2 * v > shape.width || u * u + v * v > radius_squared) continue;
     const int twice = (u == 0 || 2 * u == shape.height ? 1 : 2) * (v == 0 || 2 * v == shape.width ? 1 : 2);
     plan.weight[k] = static_cast<float>(twice / (static_cast<double>(shape.height) * static_cast<double>(shape.width)));
   }
-  for (int m = 0; m <= kResidentPairs; ++m) plan.rows[m] = wave_at(m % shape.height, shape.height);
+  for (int m = 0; m <= plan.pairs; ++m) plan.rows[m] = wave_at(m, shape.height);
   for (int j = 0; j < shape.width; ++j) plan.columns[j] = wave_at(j, shape.width);
   plan.shells = static_cast<int>(shell_count(std::min<int64_t>(spectrum_limit(shape, radius_squared), 4)));
   return plan;
@@ -49,7 +50,8 @@ inline Resident make_resident(const Shape& shape, int64_t radius_squared) {
 // Whether words of VEC elements lie side by side in the rows of every plane, at strides that suit them.
 inline bool words_in_rows(const Shape& shape, const View& view, int64_t size, int vec) {
   const bool aligned = reinterpret_cast<uintptr_t>(view.data) % (vec * size) == 0 && shape.width % vec == 0;
-  const bool strides = (shape.batch == 1 || view.b % vec == 0) && (shape.channels == 1 || view.c % vec == 0) && (shape.height == 1 || view.h % vec == 0);
+  const bool strides = (shape.batch == 1 || view.b % vec == 0) && (shape.channels == 1 || view.c % vec == 0) &&
+                       (shape.height == 1 || view.h % vec == 0);
   return aligned && strides && (shape.width == 1 || view.w == 1) && std::abs(view.h) <= INT32_MAX / size;
 }
 
@@ -96,13 +98,13 @@ bool run_channels_filter(const Shape& shape, const View& x, const View& y, const
     const int threads = static_cast<int>(ceil_div(shape.width * kResidentWords, 32)) * 32;
     const int floats = static_cast<int>(shape.width) * 4 + kChannels * kSlots * (1 + threads / 32);
     in_images(shape, [&](int64_t image, int64_t count) {
-      launch(channels_filter_kernel<T, VEC, decltype(rows)::value, decltype(known)::value>, count / shape.channels * plan.chunks, threads,
+      launch(channels_kernel<T, VEC, decltype(rows)::value, decltype(known)::value>, count / shape.channels * plan.chunks, threads,
              floats * static_cast<int>(sizeof(float)), stream, plan, from_image(x, image, sizeof(T)), from_image(y, image, sizeof(T)), profile);
     });
     return true;
   };
-  using Some = std::integral_constant<Known, Known::kNothing>;
-  using Exact = std::integral_constant<Known, Known::kHeight>;
+  using Some = Constant<kNothing>;
+  using Exact = Constant<kHeight>;
   const int64_t size = std::max(shape.height, shape.width);
   if (size > 56) return false;
   if (size <= 7) return shape.height == 7 ? run(Constant<7>{}, Exact{}) : run(Constant<14>{}, Some{});
@@ -126,7 +128,7 @@ bool run_resident_filter(const Shape& shape, const View& x, const View& y, const
     const int planes = 32 * kResidentWarps >> plan.shift, bytes = static_cast<int>(shape.width * sizeof(Wave4) + planes * kSlots * sizeof(float));
     in_images(shape, [&](int64_t image, int64_t count) {
       plan.planes = static_cast<unsigned>(count);
-      launch(resident_filter_kernel<T, VEC, SIZE, decltype(known)::value>, ceil_div(count, planes), 32 * kResidentWarps, bytes, stream, plan,
+      launch(resident_kernel<T, VEC, SIZE, decltype(known)::value>, ceil_div(count, planes), 32 * kResidentWarps, bytes, stream, plan,
              from_image(x, image, sizeof(T)), from_image(y, image, sizeof(T)), profile);
     });
     return true;
@@ -134,8 +136,8 @@ bool run_resident_filter(const Shape& shape, const View& x, const View& y, const
   const auto words = [&](int vec) { return words_in_rows(shape, x, sizeof(T), vec) && words_in_rows(shape, y, sizeof(T), vec); };
   const bool two = words(2), one = words(1) && shape.width <= 32;
   const auto exact = [&](int size) { return shape.height == size && shape.width == size && x.h == size && y.h == size; };
-  using Some = std::integral_constant<Known, Known::kNothing>;
-  using Exact = std::integral_constant<Known, Known::kRows>;
+  using Some = Constant<kNothing>;
+  using Exact = Constant<kRows>;
   if (two && exact(56)) return run(Constant<2>{}, Constant<56>{}, Exact{});
   if (two && exact(28)) return run(Constant<2>{}, Constant<28>{}, Exact{});
   if (two && exact(14)) return run(Constant<2>{}, Constant<14>{}, Exact{});
