@@ -19,7 +19,7 @@
 // of the copy's bandwidth.
 #pragma once
 
-#include "axial_walk_gradients.cuh"
+#include "axial_walk_planes.cuh"
 #include "mode_coefficients.cuh"
 #include "strips_plan.cuh"
 
@@ -260,11 +260,18 @@ void with_kernel(const Shape& shape, const Strips& plan, int size, std::initiali
   run(std::integral_constant<int, 0>{}, std::false_type{});
 }
 
-// Whether threads walk down the rows: convolution and gradients of the weights.
+// Whether threads walk down the rows.
 template <typename T>
 bool walks(const Shape& shape, int size, int64_t shared_limit) {
-  if constexpr (sizeof(T) == 8) return false;
-  else return shape.channels_last && size == kTaps && shared_limit >= std::max(convolution_walk<T>(shape).bytes, gradients_walk<T>(shape).bytes);
+  if (sizeof(T) == 8 || size != kTaps) return false;
+  return !shape.channels_last || shared_limit >= std::max(convolution_walk<T>(shape).bytes, gradients_walk<T>(shape).bytes);
+}
+
+// z of x, or with reversed weights the gradient of x of that of z.
+template <typename T>
+void launch_walks(const Shape& shape, const View& x, const View& z, const AxialWeights<float>& weights, bool reversed, void* stream) {
+  if (shape.channels_last) launch_walk<T>(shape, x, z, weights, reversed, stream);
+  else launch_planes<T>(shape, x, z, weights, reversed, stream);
 }
 
 // allocate(bytes): device memory that lives until the launches are done. A negative radius_squared asks for no coefficients.
@@ -272,7 +279,7 @@ template <typename T, typename Allocate>
 void run_axial_conv(const Shape& shape, const View& x, const View& z, const AxialWeights<Wide<T>>& weights, Wide<T>* coefficients,
                     int64_t radius_squared, int64_t shared_limit, Allocate allocate, void* stream) {
   if (walks<T>(shape, weights.size, shared_limit)) {
-    if constexpr (sizeof(T) < 8) launch_walk<T>(shape, x, z, weights, false, stream);
+    if constexpr (sizeof(T) < 8) launch_walks<T>(shape, x, z, weights, false, stream);
   } else {
     Strips plan = make_strips<T>("axial_conv", shape, weights.size / 2, -1, 1, 0, shared_limit);
     const View from = with_move(shape, plan, x, sizeof(T)), to = with_move(shape, plan, z, sizeof(T));
@@ -291,22 +298,21 @@ void run_axial_conv_backward(const Shape& shape, const View& grad, const View& x
                              const std::array<Wide<T>*, 4>& gradients, int64_t shared_limit, Allocate allocate, void* stream) {
   using W = Wide<T>;
   const int64_t size = weights.size, channels = shape.channels, columns = 2 * (size + 1) * channels;
-  const bool walk = walks<T>(shape, weights.size, shared_limit);
-  Strips plan{};
-  int64_t rows = shape.batch;
-  if constexpr (sizeof(T) < 8)
-    if (walk) rows *= gradients_walk<T>(shape).slices();
-  if (!walk) {
-    plan = make_strips<T>("axial_conv_backward", shape, size / 2, -1, 2, kSums, shared_limit);
-    rows *= plan.slices();
-  }
-  W* partial = static_cast<W*>(allocate(rows * columns * sizeof(W)));
-  if (walk) {
+  int64_t rows = 0;
+  W* partial = nullptr;
+  const auto allocate_rows = [&](int64_t count) {
+    rows = count;
+    return partial = static_cast<W*>(allocate(rows * columns * sizeof(W)));
+  };
+  if (walks<T>(shape, weights.size, shared_limit)) {
     if constexpr (sizeof(T) < 8) {
-      launch_gradients<T>(shape, grad, x, weights, partial, stream);
-      launch_walk<T>(shape, grad, x_grad, {weights.row, weights.column, nullptr, nullptr, 0, 0, weights.size}, true, stream);
+      if (shape.channels_last) launch_gradients<T>(shape, grad, x, weights, allocate_rows, stream);
+      else launch_plane_gradients<T>(shape, grad, x, weights, allocate_rows, stream);
+      launch_walks<T>(shape, grad, x_grad, {weights.row, weights.column, nullptr, nullptr, 0, 0, weights.size}, true, stream);
     }
   } else {
+    Strips plan = make_strips<T>("axial_conv_backward", shape, size / 2, -1, 2, kSums, shared_limit);
+    allocate_rows(shape.batch * plan.slices());
     const View from = with_move(shape, plan, grad, sizeof(T)), saved = with_move(shape, plan, x, sizeof(T)), to = with_move(shape, plan, x_grad, sizeof(T));
     with_kernel<T>(shape, plan, weights.size, {grad.data, x.data}, [&](auto taps, auto vector) {
       in_ranges(plan, 0, [&](int64_t blocks) {
