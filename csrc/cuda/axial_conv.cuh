@@ -18,7 +18,7 @@
 // a channel in fp32, are added by a last launch. No atomics. The coefficients are those of mode_coefficients, which reads z again.
 //
 // Bytes per element at k = 7: forward 1 read, 1 write; backward 3 reads, 1 write; halos of planes with several blocks come from L2.
-// Predicted for an H200, not measured, at 56 x 56: see axial_walk.cuh and its companions for issue slots per element.
+// Issue slots per element and predictions: axial_walk.cuh and its companions.
 #pragma once
 
 #include "axial_walk_planes.cuh"
@@ -240,7 +240,7 @@ __global__ void __launch_bounds__(kStripThreads, kBlocks<T>) axial_conv_backward
 // Whether threads walk down the rows.
 template <typename T>
 bool walks(const Shape& shape, int size, int64_t shared_limit) {
-  if (sizeof(T) == 8 || size != kTaps) return false;
+  if (sizeof(T) == 8 || size != kTaps || shape.batch * shape.channels > UINT32_MAX - kWalkThreads) return false;
   return !shape.channels_last || shared_limit >= std::max(convolution_walk<T>(shape).bytes, gradients_walk<T>(shape).bytes);
 }
 
@@ -286,7 +286,8 @@ void run_axial_conv_backward(const Shape& shape, const View& grad, const View& x
   } else {
     Strips plan = make_strips<T>("axial_conv_backward", shape, size / 2, -1, 2, kSums, shared_limit);
     allocate_rows(shape.batch * plan.slices());
-    const View from = with_move(shape, plan, grad, sizeof(T)), saved = with_move(shape, plan, x, sizeof(T)), to = with_move(shape, plan, x_grad, sizeof(T));
+    const View from = with_move(shape, plan, grad, sizeof(T)), saved = with_move(shape, plan, x, sizeof(T));
+    const View to = with_move(shape, plan, x_grad, sizeof(T));
     in_ranges(plan, 0, [&](int64_t blocks) {
       launch(axial_conv_backward_kernel<T>, blocks, plan.threads, plan.bytes, stream, plan, from, saved, to, weights, partial);
     });

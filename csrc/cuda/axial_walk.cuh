@@ -1,14 +1,16 @@
 // axial_conv with 7 taps in channels_last: threads walk down the rows.
 //
-// A unit is 32 channels of an image. A thread owns two adjacent channels, one word of memory, and COLUMNS adjacent columns of a slice
-// of the plane; 16 threads side by side share a column. Rows arrive in shared memory by 16-byte asynchronous copies, a few at a
+// A unit is 32 channels of an image. A thread owns two adjacent channels, one word of memory, and N adjacent columns of a slice of the
+// plane; 16 threads side by side share a column. Rows arrive in shared memory by 16-byte asynchronous copies, a few at a
 // time, while those before them are computed; columns outside the plane are zeros there, so that no element is tested.
 //
-// Convolution: a row of t is computed once. Six rows of z wait for further rows of t in registers: each row takes part in
-// seven sums, of which one is complete and leaves by words. Multiply-adds per element: 14, as many as there are taps.
+// A row of t is computed once. Six rows of z wait for further rows of t in registers: each row takes part in seven sums, of which one
+// is complete and leaves by words. Multiply-adds per element: 14, as many as there are taps.
 //
-// Gradients of the weights: the seven rows of g that meet t[i], and make u[i], are in registers; a row replaces the oldest.
-//   t, u, d row, d column: 28 multiply-adds per element. Sums of a thread are added over the slice in one order.
+// Issue slots per element of whole planes of 56 columns in bf16 (fp32), counted in the code for sm_90: 14 multiply-adds, 1.3 loads
+// from shared memory, 2.5 (0) conversions, 1 (0.5) to store, 3 for asynchronous copies, 5 for addresses and loops: 27 (26). Two
+// blocks of 7 warps on a multiprocessor. Predicted for an H200, not measured, 128 x 64 x 56 x 56: 24 us of issue slots and 26 (50) of
+// memory; 35 (55) us expected.
 #pragma once
 
 #include "axial_weights.cuh"
@@ -24,7 +26,7 @@ constexpr int kWalkHalo = kTaps / 2;
 struct Spread { int columns, rows; };              // of the copies of a unit's threads, each of which makes one
 
 struct Walk {
-  unsigned units, first_unit;                     // of this launch; memory holds fewer than 2^32
+  unsigned units, first_unit;                     // units of the tensor, first one of this launch
   int channels, chunks, height, width;            // chunks: units of an image
   int together;                                   // units of a block
   int groups;                                     // threads side by side in a row of a slice
@@ -220,10 +222,12 @@ __global__ void __launch_bounds__(kWalkThreads, 2)
   T* out = static_cast<T*>(z.data) + own.batch * z.b + channel * z.c + (own.column + own.group * N) * z.w + own.row * z.h;
   const int columns = own.columns - own.group * N;
   const auto store = [&](const float (&values)[N][2]) {
+    const Offset along = static_cast<Offset>(z.w);
+    T* to = out;
+    out += static_cast<Offset>(z.h);
 #pragma unroll
-    for (int v = 0; v < N; ++v) {
-      if (v >= columns) continue;
-      T* to = out + v * static_cast<Offset>(z.w);
+    for (int v = 0; v < N; ++v, to += along) {
+      if (v >= columns) break;
       if constexpr (WORDS) {
         Columns<T, 2> word;
         word.set(values[v]);
@@ -233,7 +237,6 @@ __global__ void __launch_bounds__(kWalkThreads, 2)
         if (channel + 1 < plan.channels) narrow(values[v][1], to[z.c]);
       }
     }
-    out += static_cast<Offset>(z.h);
   };
 #pragma unroll 1
   for (int band = 0; first + band * kBand < last; ++band) {
@@ -302,7 +305,8 @@ template <typename T, int COLUMNS>
 Walk make_walk(const Shape& shape) {
   constexpr int kGroups = kWalkThreads / kWalkPairs;
   Walk plan = make_walk(shape, kUnitChannels, COLUMNS, kGroups);
-  while (2 * plan.together * plan.groups <= kGroups && (plan.together * plan.groups % 2 == 1 || plan.together * plan.groups < kGroups / 2)) plan.together *= 2;
+  const auto groups = [&] { return plan.together * plan.groups; };
+  while (2 * groups() <= kGroups && (groups() % 2 == 1 || groups() < kGroups / 2)) plan.together *= 2;  // whole warps, 128 threads if possible
   plan.threads = plan.together * plan.groups * kWalkPairs;
   plan.pitch = walk_slot<T, COLUMNS>(plan.columns + 2 * kWalkHalo - 1) + kUnitChannels;
   plan.pitch_without_halo = walk_slot<T, COLUMNS>(plan.columns - 1) + kUnitChannels;
