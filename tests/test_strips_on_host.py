@@ -166,15 +166,19 @@ def test_planes_in_several_blocks(host: Host, shape: tuple[int, ...], layout: st
 
 
 WALKS = [
-    (2, 64, 9, 10), (1, 40, 7, 7), (2, 33, 8, 5), (1, 8, 70, 6), (1, 16, 5, 67), (5, 24, 2, 3), (1, 2, 12, 130), (1, 32, 66, 56),
+    ("channels_last", (2, 64, 9, 10)), ("channels_last", (1, 40, 7, 7)), ("channels_last", (2, 33, 8, 5)), ("channels_last", (1, 8, 70, 6)),
+    ("channels_last", (1, 16, 5, 67)), ("channels_last", (5, 24, 2, 3)), ("channels_last", (1, 2, 12, 130)),
+    ("channels_last", (1, 32, 66, 56)),
+    ("contiguous", (3, 5, 9, 12)), ("contiguous", (2, 9, 14, 14)), ("contiguous", (3, 20, 7, 7)), ("contiguous", (1, 2, 5, 600)),
+    ("contiguous", (1, 3, 4, 262)), ("contiguous", (1, 2, 3, 131)), ("contiguous", (1, 3, 130, 8)), ("contiguous", (2, 2, 71, 5)),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-@pytest.mark.parametrize("shape", WALKS, ids=str)
-def test_walks_down_the_rows(host: Host, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """channels_last with 7 taps: whole and broken chunks of channels, words and elements, several slices, several units of a block."""
-    x, grad = arrange(draw(*shape, dtype=dtype), "channels_last"), arrange(draw(*shape, dtype=dtype, seed=3), "channels_last")
+@pytest.mark.parametrize(("layout", "shape"), WALKS, ids=str)
+def test_walks_down_the_rows(host: Host, layout: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """7 taps: words and elements, whole and broken chunks of channels, several slices of a plane, several planes of a block."""
+    x, grad = arrange(draw(*shape, dtype=dtype), layout), arrange(draw(*shape, dtype=dtype, seed=3), layout)
     check_conv(host, x, 7, -1)
     check_conv_backward(host, grad, x, 7)
 

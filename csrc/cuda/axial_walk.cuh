@@ -1,14 +1,16 @@
 // axial_conv with 7 taps in channels_last: threads walk down the rows.
 //
-// A unit is 32 channels of an image. A thread owns two adjacent channels, one word of memory, and COLUMNS adjacent columns of a slice
-// of the plane; 16 threads side by side share a column. Rows arrive in shared memory by 16-byte asynchronous copies, a few at a
+// A unit is 32 channels of an image. A thread owns two adjacent channels, one word of memory, and N adjacent columns of a slice of the
+// plane; 16 threads side by side share a column. Rows arrive in shared memory by 16-byte asynchronous copies, a few at a
 // time, while those before them are computed; columns outside the plane are zeros there, so that no element is tested.
 //
-// Convolution: a row of t is computed once. Six rows of z wait for further rows of t in registers: each row takes part in
-// seven sums, of which one is complete and leaves by words. Multiply-adds per element: 14, as many as there are taps.
+// A row of t is computed once. Six rows of z wait for further rows of t in registers: each row takes part in seven sums, of which one
+// is complete and leaves by words. Multiply-adds per element: 14, as many as there are taps.
 //
-// Gradients of the weights: the seven rows of g that meet t[i], and make u[i], are in registers; a row replaces the oldest.
-//   t, u, d row, d column: 28 multiply-adds per element. Sums of a thread are added over the slice in one order.
+// Issue slots per element of whole planes of 56 columns in bf16 (fp32), counted in the code for sm_90: 14 multiply-adds, 1.3 loads
+// from shared memory, 2.5 (0) conversions, 1 (0.5) to store, 3 for asynchronous copies, 5 for addresses and loops: 27 (26). Two
+// blocks of 7 warps on a multiprocessor. Predicted for an H200, not measured, 128 x 64 x 56 x 56: 24 us of issue slots and 26 (50) of
+// memory; 35 (55) us expected.
 #pragma once
 
 #include "axial_weights.cuh"
@@ -24,7 +26,7 @@ constexpr int kWalkHalo = kTaps / 2;
 struct Spread { int columns, rows; };              // of the copies of a unit's threads, each of which makes one
 
 struct Walk {
-  unsigned units, first_unit;                     // of this launch; memory holds fewer than 2^32
+  unsigned units, first_unit;                     // units of the tensor, first one of this launch
   int channels, chunks, height, width;            // chunks: units of an image
   int together;                                   // units of a block
   int groups;                                     // threads side by side in a row of a slice
@@ -131,23 +133,70 @@ __device__ void load_pair(const T* from, float (&x)[2]) {
   word.get(x);
 }
 
-struct PairTaps {  // weights of two channels
-  float value[kTaps][2];
+template <int C>
+struct WalkTaps {  // weights of C channels
+  float value[kTaps][C];
 
   // Zeros where there is no second channel.
-  __device__ PairTaps(const Kernel<float>& kernel, int channel, int channels, bool reversed) {
+  __device__ WalkTaps(const Kernel<float>& kernel, int channel, int channels, bool reversed) {
 #pragma unroll
-    for (int c = 0; c < 2; ++c)
+    for (int c = 0; c < C; ++c)
 #pragma unroll
       for (int d = 0; d < kTaps; ++d)
         value[d][c] = channel + c < channels ? kernel.data[(channel + c) * kernel.c + (reversed ? kTaps - 1 - d : d) * kernel.k] : 0.f;
   }
 };
 
-__device__ inline void load_bias(const float* bias, int64_t step, int channel, int channels, float (&out)[2]) {
+template <int C>
+__device__ void load_bias(const float* bias, int64_t step, int channel, int channels, float (&out)[C]) {
 #pragma unroll
-  for (int c = 0; c < 2; ++c) out[c] = bias && channel + c < channels ? bias[(channel + c) * step] : 0.f;
+  for (int c = 0; c < C; ++c) out[c] = bias && channel + c < channels ? bias[(channel + c) * step] : 0.f;
 }
+
+template <int N, int C>
+struct ConvolutionWalk {  // N columns of C channels on the way down
+  WalkTaps<C> row, column;
+  float row_bias[C], column_bias[C];
+  float sums[kTaps - 1][N][C];  // rows i - 3 .. i + 2 of z before row i of t
+
+  __device__ ConvolutionWalk(const AxialWeights<float>& weights, int channel, int channels, bool reversed)
+      : row(weights.row, channel, channels, reversed), column(weights.column, channel, channels, reversed) {
+    load_bias(weights.row_bias, weights.row_bias_c, channel, channels, row_bias);
+    load_bias(weights.column_bias, weights.column_bias_c, channel, channels, column_bias);
+#pragma unroll
+    for (int o = 0; o < kTaps - 1; ++o)
+#pragma unroll
+      for (int v = 0; v < N; ++v)
+#pragma unroll
+        for (int c = 0; c < C; ++c) sums[o][v][c] = column_bias[c];
+  }
+
+  // Row i of x, three columns more on either side, completes row i - 3 of z.
+  __device__ void advance(const float (&x)[N + kTaps - 1][C], float (&z)[N][C]) {
+#pragma unroll
+    for (int v = 0; v < N; ++v)
+#pragma unroll
+      for (int c = 0; c < C; ++c) {
+        float t = row_bias[c];
+#pragma unroll
+        for (int d = 0; d < kTaps; ++d) t += row.value[d][c] * x[v + d][c];
+        z[v][c] = sums[0][v][c] + column.value[kTaps - 1][c] * t;
+#pragma unroll
+        for (int o = 1; o < kTaps - 1; ++o) sums[o - 1][v][c] = sums[o][v][c] + column.value[kTaps - 1 - o][c] * t;
+        sums[kTaps - 2][v][c] = column_bias[c] + column.value[0][c] * t;
+      }
+  }
+
+  // The same below the plane, where t is no more; z is sums[0] before.
+  __device__ void advance() {
+#pragma unroll
+    for (int o = 1; o < kTaps - 1; ++o)
+#pragma unroll
+      for (int v = 0; v < N; ++v)
+#pragma unroll
+        for (int c = 0; c < C; ++c) sums[o - 1][v][c] = sums[o][v][c];
+  }
+};
 
 constexpr int kWalkColumns = 4, kWalkStages = 3;
 template <typename T> constexpr int kWalkBand = 8 / sizeof(T);  // rows that arrive together
@@ -168,25 +217,17 @@ __global__ void __launch_bounds__(kWalkThreads, 2)
   };
 #pragma unroll 1
   for (int band = 0; band < kWalkStages - 1; ++band) load(band);
-  const int channel = own.channel + 2 * own.pair, safe = own.active ? channel : 0;
-  const PairTaps row(weights.row, safe, plan.channels, reversed), column(weights.column, safe, plan.channels, reversed);
-  float row_bias[2], column_bias[2];
-  load_bias(weights.row_bias, weights.row_bias_c, safe, plan.channels, row_bias);
-  load_bias(weights.column_bias, weights.column_bias_c, safe, plan.channels, column_bias);
-  float sums[kTaps - 1][N][2];  // rows i - 3 .. i + 2 of z before row i of t
-#pragma unroll
-  for (int o = 0; o < kTaps - 1; ++o)
-#pragma unroll
-    for (int v = 0; v < N; ++v)
-#pragma unroll
-      for (int c = 0; c < 2; ++c) sums[o][v][c] = column_bias[c];
+  const int channel = own.channel + 2 * own.pair;
+  ConvolutionWalk<N, 2> walk(weights, own.active ? channel : 0, plan.channels, reversed);
   T* out = static_cast<T*>(z.data) + own.batch * z.b + channel * z.c + (own.column + own.group * N) * z.w + own.row * z.h;
   const int columns = own.columns - own.group * N;
   const auto store = [&](const float (&values)[N][2]) {
+    const Offset along = static_cast<Offset>(z.w);
+    T* to = out;
+    out += static_cast<Offset>(z.h);
 #pragma unroll
-    for (int v = 0; v < N; ++v) {
-      if (v >= columns) continue;
-      T* to = out + v * static_cast<Offset>(z.w);
+    for (int v = 0; v < N; ++v, to += along) {
+      if (v >= columns) break;
       if constexpr (WORDS) {
         Columns<T, 2> word;
         word.set(values[v]);
@@ -196,7 +237,6 @@ __global__ void __launch_bounds__(kWalkThreads, 2)
         if (channel + 1 < plan.channels) narrow(values[v][1], to[z.c]);
       }
     }
-    out += static_cast<Offset>(z.h);
   };
 #pragma unroll 1
   for (int band = 0; first + band * kBand < last; ++band) {
@@ -207,44 +247,17 @@ __global__ void __launch_bounds__(kWalkThreads, 2)
     const T* from = in.of(plan, own, band % kWalkStages * kBand);
 #pragma unroll 1
     for (int i = first + band * kBand; i < min(first + (band + 1) * kBand, last); ++i, from += plan.pitch) {
-      float t[N][2], complete[N][2];
+      float window[N + kTaps - 1][2], complete[N][2];
 #pragma unroll
-      for (int v = 0; v < N; ++v)
-#pragma unroll
-        for (int c = 0; c < 2; ++c) t[v][c] = row_bias[c];
-#pragma unroll
-      for (int e = 0; e < N + kTaps - 1; ++e) {
-        float value[2];
-        load_pair(from + walk_slot<T, N>(e), value);
-#pragma unroll
-        for (int v = 0; v < N; ++v)
-#pragma unroll
-          for (int c = 0; c < 2; ++c)
-            if (e >= v && e - v < kTaps) t[v][c] += row.value[e - v][c] * value[c];
-      }
-#pragma unroll
-      for (int v = 0; v < N; ++v)
-#pragma unroll
-        for (int c = 0; c < 2; ++c) {
-          complete[v][c] = sums[0][v][c] + column.value[kTaps - 1][c] * t[v][c];
-#pragma unroll
-          for (int o = 1; o < kTaps - 1; ++o) sums[o - 1][v][c] = sums[o][v][c] + column.value[kTaps - 1 - o][c] * t[v][c];
-          sums[kTaps - 2][v][c] = column_bias[c] + column.value[0][c] * t[v][c];
-        }
+      for (int e = 0; e < N + kTaps - 1; ++e) load_pair(from + walk_slot<T, N>(e), window[e]);
+      walk.advance(window, complete);
       if (i - kWalkHalo >= own.row) store(complete);
     }
   }
   if (!own.active) return;
 #pragma unroll 1
-  for (int i = last; i < own.row + own.rows + kWalkHalo; ++i) {  // rows that end without t below the plane
-    if (i - kWalkHalo >= own.row) store(sums[0]);
-#pragma unroll
-    for (int o = 1; o < kTaps - 1; ++o)
-#pragma unroll
-      for (int v = 0; v < N; ++v)
-#pragma unroll
-        for (int c = 0; c < 2; ++c) sums[o - 1][v][c] = sums[o][v][c];
-  }
+  for (int i = last; i < own.row + own.rows + kWalkHalo; ++i, walk.advance())
+    if (i - kWalkHalo >= own.row) store(walk.sums[0]);
 }
 
 // Whether words of so many bytes in the channels of a tensor are whole and aligned, and offsets in a plane below 2^31.
@@ -268,25 +281,32 @@ void spread_copies(Walk& plan, bool words) {
   plan.spread_without_halo = spread(plan.columns);
 }
 
-// Slices of about equal extent: at most 64 rows and as many columns as the threads of a block can own.
-template <typename T, int COLUMNS>
-Walk make_walk(const Shape& shape) {
-  constexpr int64_t kRows = 64, kGroups = kWalkThreads / kWalkPairs;
+// Slices of about equal extent, of at most 64 rows and so many groups of columns.
+inline Walk make_walk(const Shape& shape, int64_t channels, int64_t columns, int64_t most_groups) {
+  constexpr int64_t kRows = 64;
   Walk plan{};
   plan.channels = static_cast<int>(shape.channels);
-  plan.chunks = static_cast<int>(ceil_div(shape.channels, kUnitChannels));
+  plan.chunks = static_cast<int>(ceil_div(shape.channels, channels));
   plan.units = static_cast<unsigned>(shape.batch * plan.chunks);
   plan.height = static_cast<int>(shape.height);
   plan.width = static_cast<int>(shape.width);
-  plan.slices_h = static_cast<int>(ceil_div(shape.height, kRows));
-  plan.rows = static_cast<int>(ceil_div(shape.height, plan.slices_h));
+  plan.rows = static_cast<int>(ceil_div(shape.height, ceil_div(shape.height, kRows)));
   plan.slices_h = static_cast<int>(ceil_div(shape.height, plan.rows));
-  const int64_t groups = ceil_div(shape.width, COLUMNS);
-  plan.groups = static_cast<int>(ceil_div(groups, ceil_div(groups, kGroups)));
-  plan.columns = plan.groups * COLUMNS;
+  const int64_t groups = ceil_div(shape.width, columns);
+  plan.groups = static_cast<int>(ceil_div(groups, ceil_div(groups, most_groups)));
+  plan.columns = plan.groups * static_cast<int>(columns);
   plan.slices_w = static_cast<int>(ceil_div(shape.width, plan.columns));
   plan.together = 1;
-  while (2 * plan.together * plan.groups <= kGroups && (plan.together * plan.groups % 2 == 1 || plan.together * plan.groups < kGroups / 2)) plan.together *= 2;
+  return plan;
+}
+
+// channels_last.
+template <typename T, int COLUMNS>
+Walk make_walk(const Shape& shape) {
+  constexpr int kGroups = kWalkThreads / kWalkPairs;
+  Walk plan = make_walk(shape, kUnitChannels, COLUMNS, kGroups);
+  const auto groups = [&] { return plan.together * plan.groups; };
+  while (2 * groups() <= kGroups && (groups() % 2 == 1 || groups() < kGroups / 2)) plan.together *= 2;  // whole warps, 128 threads if possible
   plan.threads = plan.together * plan.groups * kWalkPairs;
   plan.pitch = walk_slot<T, COLUMNS>(plan.columns + 2 * kWalkHalo - 1) + kUnitChannels;
   plan.pitch_without_halo = walk_slot<T, COLUMNS>(plan.columns - 1) + kUnitChannels;

@@ -1,4 +1,4 @@
-// Weights of axial_conv: where they are, and those of one channel in registers.
+// Weights of axial_conv and where they are.
 #pragma once
 
 #include "tile.cuh"
@@ -22,19 +22,8 @@ struct AxialWeights {
   int size;              // k
 };
 
-template <typename W, int K>
-struct Taps {  // weights of one channel in registers
-  W value[K];
-
-  __device__ Taps(const Kernel<W>& kernel, int channel, int, bool reversed) {
-#pragma unroll
-    for (int d = 0; d < K; ++d) value[d] = kernel.data[channel * kernel.c + (reversed ? K - 1 - d : d) * kernel.k];
-  }
-  __device__ W operator[](int d) const { return value[d]; }
-};
-
 template <typename W>
-struct Taps<W, 0> {  // or where they are
+struct Taps {  // weights of one channel, where they are
   const W* first;
   int64_t step;
 

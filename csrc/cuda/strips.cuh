@@ -165,21 +165,22 @@ struct Parts {  // tensors that lie behind one another in the rows of a matrix o
   int64_t sizes[4];
 };
 
-constexpr int kSumColumns = 32, kSumRows = 8;
+constexpr int kSumColumns = 32;
 
 // parts = sum over the rows of partial[rows][columns], in a fixed order and in fp64: few numbers, and no rounding is added.
-template <typename W>
-__global__ void __launch_bounds__(kSumColumns* kSumRows) sum_kernel(const W* partial, int64_t rows, int64_t columns, Parts<W> parts) {
-  __shared__ double sums[kSumRows][kSumColumns];
+template <typename W, int TEAMS>
+__global__ void __launch_bounds__(kSumColumns* TEAMS) sum_kernel(const W* partial, int64_t rows, int64_t columns, Parts<W> parts) {
+  __shared__ double sums[TEAMS][kSumColumns];
   const int lane = threadIdx.x % kSumColumns, team = threadIdx.x / kSumColumns;
   int64_t column = static_cast<int64_t>(blockIdx.x) * kSumColumns + lane;
   double sum = 0;
   if (column < columns)
-    for (int64_t row = team; row < rows; row += kSumRows) sum += partial[row * columns + column];
+#pragma unroll 4
+    for (int64_t row = team; row < rows; row += TEAMS) sum += partial[row * columns + column];
   sums[team][lane] = sum;
   __syncthreads();
   if (team > 0 || column >= columns) return;
-  for (int k = 1; k < kSumRows; ++k) sum += sums[k][lane];
+  for (int k = 1; k < TEAMS; ++k) sum += sums[k][lane];
 #pragma unroll
   for (int part = 0; part < 4; ++part) {
     if (column >= 0 && column < parts.sizes[part]) parts.data[part][column] = static_cast<W>(sum);

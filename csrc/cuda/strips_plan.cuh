@@ -106,7 +106,11 @@ void in_ranges(Strips& plan, int64_t bytes_per_plane, Run run) {
 
 template <typename W>
 void sum_partial(const W* partial, int64_t rows, int64_t columns, const Parts<W>& parts, void* stream) {
-  launch(sum_kernel<W>, ceil_div(columns, kSumColumns), kSumColumns * kSumRows, 0, stream, partial, rows, columns, parts);
+  const auto run = [&](auto teams) {
+    launch(sum_kernel<W, decltype(teams)::value>, ceil_div(columns, kSumColumns), kSumColumns * teams, 0, stream, partial, rows, columns, parts);
+  };
+  if (rows < 64) run(std::integral_constant<int, 8>{});
+  else run(std::integral_constant<int, 32>{});
 }
 
 // Launches with coefficients (B, C, A_H, A_W) as a result: where a plane has several blocks, their partial ones are summed afterwards.
