@@ -73,14 +73,14 @@ struct Walker {  // what a thread owns
 // Rows of a slice in shared memory with HALO columns on either side, for the threads of a unit. WORDS: 16 bytes at a time, offsets
 // in a plane below 2^31.
 template <typename T, int COLUMNS, int HALO, bool WORDS>
-struct Rows {
+struct SliceRows {
   using Offset = std::conditional_t<WORDS, int, int64_t>;
   static constexpr int kWord = WORDS ? 16 / sizeof(T) : 2, kWords = kUnitChannels / kWord;  // elements of a word, words of a column
   const T* from;        // the thread's word of slot 0 in row 0
   T* tile;
   unsigned copies;      // a byte each: first slot that the thread copies, end of the slots inside the plane, first row
 
-  __device__ Rows(const Walk& plan, const Walker<COLUMNS>& own, const View& view, T* to) : tile(to) {
+  __device__ SliceRows(const Walk& plan, const Walker<COLUMNS>& own, const View& view, T* to) : tile(to) {
     const int word = own.thread % kWords * kWord, place = own.thread / kWords, begin = max(HALO - own.column, 0);
     const Spread spread = HALO ? plan.spread : plan.spread_without_halo;
     const int end = min(slots(plan), plan.width - own.column + HALO);
@@ -210,7 +210,7 @@ __global__ void __launch_bounds__(kWalkThreads, 2)
   DYNAMIC_SHARED(memory);
   const Walker<N> own(plan);
   const int first = max(own.row - kWalkHalo, 0), last = min(own.row + own.rows + kWalkHalo, plan.height);
-  const Rows<T, N, kWalkHalo, WORDS> in(plan, own, x, reinterpret_cast<T*>(own.memory(plan, memory)));
+  const SliceRows<T, N, kWalkHalo, WORDS> in(plan, own, x, reinterpret_cast<T*>(own.memory(plan, memory)));
   const auto load = [&](int band) {
     in.load(plan, own, x, first + band * kBand, kBand, first, last, band % kWalkStages * kBand);
     copies_commit();

@@ -73,8 +73,8 @@ __global__ void __launch_bounds__(kWalkThreads, WORDS ? 2 : 1)
   const Walker<N> own(plan);
   T* const tile = reinterpret_cast<T*>(own.memory(plan, memory));
   const int begin = own.row - kWalkHalo, end = own.row + own.rows + kWalkHalo;  // rows of g; x follows three rows behind
-  const Rows<T, N, 0, WORDS> of_grad(plan, own, grad, tile);
-  const Rows<T, N, kWalkHalo, WORDS> of_x(plan, own, x, tile + plan.stage_rows * plan.pitch_without_halo);
+  const SliceRows<T, N, 0, WORDS> of_grad(plan, own, grad, tile);
+  const SliceRows<T, N, kWalkHalo, WORDS> of_x(plan, own, x, tile + plan.stage_rows * plan.pitch_without_halo);
   const auto load = [&](int band) {
     const int first = begin + band * kBand, at = band % kGradientStages * kBand;
     of_grad.load(plan, own, grad, first, kBand, max(begin, 0), min(end, plan.height), at);
