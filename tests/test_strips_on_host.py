@@ -183,6 +183,18 @@ def test_walks_down_the_rows(host: Host, layout: str, shape: tuple[int, ...], dt
     check_conv_backward(host, grad, x, 7)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_sums_of_many_columns_round_little(host: Host, layout: str, dtype: torch.dtype) -> None:
+    """A GPU's own sums are trees: those of weights and biases have to be as accurate without the help of a sequential yardstick."""
+    x, grad = (arrange(draw(1, 2, 64, 61, dtype=dtype, seed=seed) + 1, layout) for seed in (0, 3))
+    inputs = [grad, x, *parameters(2, 7, dtype)[:3]]
+    exact = reference.axial_conv_backward(*widened(inputs, torch.float64))
+    for ours, truth in zip(host.axial_conv_backward(*inputs)[1:], exact[1:], strict=True):
+        unit = torch.finfo(torch.float32).eps * truth.abs().max()
+        assert (ours - truth).abs().max() <= unit
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_wide_planes(host: Host, layout: str, dtype: torch.dtype) -> None:

@@ -123,9 +123,9 @@ __global__ void __launch_bounds__(kWalkThreads, WORDS ? 2 : 1)
     const int k = at / kUnitChannels, c = at % kUnitChannels;
     if (own.channel + c >= plan.channels) continue;
     const float* from = sums + (2 * k + c % 2) * threads + c / 2;
-    float sum = 0;
+    double sum = 0;  // few numbers, and no rounding is added
     for (int group = 0; group < plan.groups; ++group) sum += from[group * kWalkPairs];
-    out[place_of_gradient(k, own.channel + c, plan.channels)] = sum;
+    out[place_of_gradient(k, own.channel + c, plan.channels)] = static_cast<float>(sum);
   }
 }
 

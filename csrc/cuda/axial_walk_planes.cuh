@@ -149,12 +149,12 @@ __global__ void __launch_bounds__(kPlaneThreads, 4)
     const int k = at / plan.together, place = at - k * plan.together;
     if (first + place >= plan.units) continue;
     const float* of_plane = sums + k * kPlaneThreads + place * plan.groups;
-    float sum = 0;
+    double sum = 0;  // few numbers, and no rounding is added
     for (int group = 0; group < groups; ++group) sum += of_plane[group];
     const unsigned batch = (first + place) / plan.channels;
     const int channel = static_cast<int>(first + place - batch * plan.channels);
     float* const out = partial + (static_cast<int64_t>(batch) * plan.slices() + own.slice) * kGradients * plan.channels;
-    out[place_of_gradient(k, channel, plan.channels)] = sum;
+    out[place_of_gradient(k, channel, plan.channels)] = static_cast<float>(sum);
   }
 }
 
