@@ -351,7 +351,7 @@ def _mix(coefficients: Tensor, weight: Tensor, base: Tensor, gain: Tensor, table
     v, scaled = torch.empty((B, K, C), dtype=base.dtype, device=base.device), torch.empty_like(weight)
     _mix_kernel[triton.cdiv(B * K, 32), triton.cdiv(C, 64)](
         coefficients, v, weight, scaled, base, gain, table.place, table.shell, B, C, K, prod(functions), base.stride(0), *gain.stride(),
-        BR=32, BO=64, BC=64, PRECISION=PRECISION, num_warps=4, **_OPTIONS,
+        BR=32, BO=64, BC=64, PRECISION=PRECISION, num_warps=8, **_OPTIONS,
     )  # fmt: skip
     return v, scaled
 
