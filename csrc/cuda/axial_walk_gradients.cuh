@@ -7,7 +7,7 @@
 //
 // Issue slots per element in bf16, counted in the code for sm_90: 28 multiply-adds, 2 additions, 2.5 loads from shared memory, 5
 // conversions, 8 for asynchronous copies, 8 for addresses, predicates and loops: 53 (fp32: no conversions, 4 loads). Predicted for an
-// H200, not measured, 128 x 64 x 56 x 56: 46 us of issue slots, 60 us expected.
+// H200, 128 x 64 x 56 x 56: 46 us of issue slots, 60 us expected. Measured: 75; with the gradient of x 126 (fp32 164).
 #pragma once
 
 #include "axial_walk.cuh"
