@@ -110,11 +110,7 @@ def parser() -> Parser:
     made.add_argument("--compile", action="store_true", help="models: measure torch.compile too; --full does")
     made.add_argument("--batch", type=batches, default=[], metavar="N[,N]", help="models: images at once (those of the form)")
     made.add_argument(
-        "--filter",
-        type=lambda text: text.split(","),
-        default=[""],
-        metavar="TEXT[,TEXT]",
-        help="only rows whose name contains one; see --list",
+        "--filter", action="append", default=[], metavar="TEXT", help="only rows whose name contains this, or one of several; see --list"
     )
     made.add_argument(
         "--out", type=Path, default=Path(__file__).parent / "out", metavar="DIR", help="where JSON and figures go (benchmarks/out)"
@@ -190,10 +186,11 @@ def main(arguments: list[str] | None = None) -> int:
             command.error(f"--dtype: {given.device} cannot compute in {dtype}: {why}")
     sections: dict[str, Section] = {name: importlib.import_module(f".{name}", __package__) for name in what if name != "report"}
     rows = {
-        name: [row for row in section.rows(options) if any(text in row.name for text in given.filter)] for name, section in sections.items()
+        name: [row for row in section.rows(options) if any(text in row.name for text in given.filter or [""])]
+        for name, section in sections.items()
     }
     if sections and not any(rows.values()):
-        command.error(f"--filter: no row contains {','.join(given.filter)!r}; --list prints their names")
+        command.error(f"--filter: no row contains {' or '.join(given.filter)!r}; --list prints their names")
     if given.list:
         print("\n".join(row.name for name in sections for row in rows[name]))
         return 0
