@@ -1,0 +1,88 @@
+"""The way of a block through the operators on a GPU, with fake CUDA tensors: no GPU is needed, and no kernel runs."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+pytest.importorskip("timm")
+from spanet.model import Block
+from spanet_kernels import composed
+
+# what is kept of shapes and constants for a device would be fake afterwards
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the real thing is tested")
+
+SHAPE = (4, 64, 28, 28)
+COPIES = ("copy_", "clone", "_to_copy")
+
+
+class Log(TorchDispatchMode):
+    """Counts our operators, and the copies of tensors as large as an image."""
+
+    def __init__(self):
+        super().__init__()
+        self.ours, self.copies = Counter(), Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        namespace, name, *_ = str(function).split(".")
+        if namespace == "spanet_kernels":
+            self.ours[name] += 1
+        elif name in COPIES and any(isinstance(arg, torch.Tensor) and arg.numel() >= math.prod(SHAPE[1:]) for arg in args):
+            self.copies[name] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def image(dtype):
+    return torch.empty(SHAPE, device="cuda", dtype=dtype).contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_inference_in_16_bits_is_our_kernels_alone(compiled):
+    """Norms in front and residuals behind are part of the products; nothing as large as an image is copied."""
+    block, mode, graph = Block(64, 0.0, True, {}), FakeTensorMode(allow_non_fake_inputs=True), Counter()
+
+    def backend(module, _):
+        graph.update(str(node.target) for node in module.graph.nodes if node.op == "call_function")
+        return module.forward
+
+    with mode, torch.no_grad():
+        for module in block.modules():
+            for name, parameter in list(module._parameters.items()):
+                if parameter is not None:
+                    module._parameters[name] = torch.nn.Parameter(mode.from_tensor(parameter.detach().bfloat16()).to("cuda"))
+        x = image(torch.bfloat16)
+        if compiled:
+            y = torch.compile(block, fullgraph=True, backend=backend)(x)
+            found = Counter({name.split(".")[1]: count for name, count in graph.items() if name.startswith("spanet_kernels.")})
+            assert not any("group_norm" in name or "contiguous" in name for name in graph)
+        else:
+            with Log() as log:
+                y = block(x)
+            found = log.ours
+            assert not log.copies
+        assert y.is_contiguous(memory_format=torch.channels_last)
+    assert found == {"image_moments": 2, "pointwise_pair": 3, "axial_conv": 1, "spectral_gate": 1}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "gate"), [(torch.bfloat16, "spectral_gate_backward"), (torch.float32, "radial_filter_backward")], ids=["bf16", "fp32"]
+)
+def test_training_copies_no_image(dtype, gate):
+    """The mixer's gradients: in 16 bits by the fused gate, in fp32 by products of the library."""
+    with FakeTensorMode(), torch.no_grad():
+        x = image(dtype)
+        weight, vector = torch.empty(64, 64, device="cuda", dtype=dtype), torch.empty(64, device="cuda", dtype=dtype)
+        taps, wide, gain = (torch.empty(size, device="cuda") for size in ((64, 7), 64, (4, 64)))
+        args = weight, vector, taps, wide, taps, wide, weight, vector, wide, gain, weight, vector
+        with Log() as log:
+            out, *kept = composed.spectral_mixer(x, *args, 4, True)
+            grads = composed.spectral_mixer_backward(out, x, *kept, *(arg for i, arg in enumerate(args) if i not in (1, 11)), 4, True)
+        assert [grad.shape for grad in grads] == [x.shape, *(arg.shape for arg in args)]
+        assert grads[0].is_contiguous(memory_format=torch.channels_last)
+    assert log.ours[gate] == 1
+    assert not log.copies
