@@ -57,7 +57,7 @@ class CpuClock:
         return seconds
 
 
-WAIT = 400_000  # cycles of a GPU, a fifth of a millisecond
+WAIT = 800_000  # cycles of a GPU, two fifths of a millisecond: a backward pass through Python takes longer to enqueue than a fifth
 
 
 class CudaClock:

@@ -4,7 +4,7 @@
 // Predicted for an H200, issue slots per element of 56 x 56 in 16 bits: loads and addresses 1, unpacking 1, sums 3.5,
 // cosines 0.5, modes 1: 7, and as many for each of two operands; 14 are there while the 2 bytes arrive. Measured on an H200, us, both
 // reductions of radial_filter_backward together, bf16 (fp32), contiguous: 48 (61) for (128, 64, 56, 56), where a copy takes 26 (49);
-// 55 (39), 27 (31) and 87 (55) at 28, 14 and 7: too slow for what is read, not yet explained.
+// 55 (39), 27 (31) and 87 (55) at 28, 14 and 7: too much for what is read; some of it can be the host's.
 #pragma once
 
 #include "resident.cuh"
