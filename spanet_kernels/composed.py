@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -181,8 +181,16 @@ def spectral_mixer(
     out = _whole(x, modes.memory_format(x))
     with_context = keep and keeps_context(x)
     all_t, all_context = (_whole(x, torch.channels_last) if keeps else None for keeps in (keep, with_context))
+
+    def paired(part: slice, *args: Any, **kwargs: Any) -> Tensor:
+        """`pair` of a part, into its place."""
+        to = torch.empty_like(x[part], memory_format=modes.memory_format(x)) if out is None else out[part]
+        pair(to, *args, **kwargs)
+        return to if out is None else out
+
     for part in parts(x, PART):
         around = branch.of(part)
+        outer = around._replace(norm_weight=None)
         if around.norm_weight is not None and pair_serves(x[part], None, in_weight):
             t = torch.empty_like(x[part], memory_format=torch.channels_last)
             pair(t, x[part], None, None, in_weight, in_bias, branch=around._replace(residual=None, scale=None))
@@ -196,19 +204,15 @@ def spectral_mixer(
             context = _pointwise(filtered, applied, bias)
             all_context = _placed(all_context, part, context)
             out = _placed(out, part, _pointwise_like(z.mul_(context), out_weight, out_bias, x))
-        elif (around.residual is not None or not z.is_cuda) and pair_serves(z, None if z.is_cuda else weight, out_weight):
-            to = torch.empty_like(x[part], memory_format=modes.memory_format(x)) if out is None else out[part]
-            outer = around._replace(norm_weight=None)
-            if z.is_cuda:
-                y = _ops.spectral_gate(z, coefficients, weight, bias, base, gain, radius_squared)
-                pair(to, y, None, None, out_weight, out_bias, branch=outer)
-            else:
-                filtered, applied = _filtered(z, weight, base, gain, radius_squared)
-                pair(to, filtered, applied, bias, out_weight, out_bias, z, outer)
-            out = to if out is None else out
+        elif not z.is_cuda and pair_serves(z, weight, out_weight):
+            filtered, applied = _filtered(z, weight, base, gain, radius_squared)
+            out = paired(part, filtered, applied, bias, out_weight, out_bias, z, outer)
         else:
-            y = _ops.spectral_gate(z, coefficients if z.is_cuda else None, weight, bias, base, gain, radius_squared)
-            out = _placed(out, part, around.added(_pointwise_like(y, out_weight, out_bias, x)))
+            y = _ops.spectral_gate(z, coefficients if takes_coefficients(z) else None, weight, bias, base, gain, radius_squared)
+            if z.is_cuda and outer.is_there and pair_serves(y, None, out_weight):
+                out = paired(part, y, None, None, out_weight, out_bias, branch=outer)
+            else:
+                out = _placed(out, part, outer.added(_pointwise_like(y, out_weight, out_bias, x)))
     assert out is not None
     nothing = x.new_empty(0), base.new_empty(0)
     if not keep or all_t is None:

@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(kStripThreads, kBlocks<T>)
   __syncthreads();
   if (task.active) convolve(Operand<T>(plan, loaded, task, tile + shift, weights.size), task.row, row, row_bias, column, strip);
   __syncthreads();
-  store_strip<T, false>(plan, task, column_of(plan, loaded, task, tile + shift), strip);
+  store_strip<T>(plan, task, column_of(plan, loaded, task, tile + shift), strip);
   __syncthreads();
   store_own(plan, own, loaded, z, tile, shift);
 }
@@ -232,7 +232,7 @@ __global__ void __launch_bounds__(kStripThreads, kBlocks<T>) axial_conv_backward
   W strip[kStrip][kGroup] = {};
   if (task.active) convolve(out, task.row, row_reversed, W(0), column_reversed, strip);
   __syncthreads();
-  store_strip<T, false>(plan, task, column_of(plan, loaded, task, tile + shift), strip);
+  store_strip<T>(plan, task, column_of(plan, loaded, task, tile + shift), strip);
   __syncthreads();
   store_own(plan, own, loaded, x_grad, tile, shift);
 }

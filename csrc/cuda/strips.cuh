@@ -109,29 +109,15 @@ __device__ void load_strip(const Strips& plan, const Task& task, const T* column
       for (int v = 0; v < kGroup; ++v) x[r][v] = 0;
 }
 
-// Writes the strip, which is 0 beyond the plane from then on and holds the values as stored.
-template <typename T, bool VECTOR, typename W = Wide<T>>
-__device__ void store_strip(const Strips& plan, const Task& task, T* column, W (&x)[kStrip][kGroup]) {
+// Writes the strip, as far as the plane has it.
+template <typename T, typename W = Wide<T>>
+__device__ void store_strip(const Strips& plan, const Task& task, T* column, const W (&x)[kStrip][kGroup]) {
 #pragma unroll
   for (int r = 0; r < kStrip; ++r) {
     T* to = column + (task.row + r) * plan.row_pitch;
-    const bool row = task.active && r < task.rows;
-    if constexpr (VECTOR) {
-      Columns<T, kGroup> words;
-      words.set(x[r]);
-      if (row) words.store(to);
-      words.get(x[r]);
-    }
 #pragma unroll
-    for (int v = 0; v < kGroup; ++v) {
-      if constexpr (!VECTOR) {
-        T stored;
-        narrow(x[r][v], stored);
-        if (row && v < task.columns) to[v * plan.column_pitch] = stored;
-        x[r][v] = widen(stored);
-      }
-      if (!row || v >= task.columns) x[r][v] = 0;
-    }
+    for (int v = 0; v < kGroup; ++v)
+      if (task.active && r < task.rows && v < task.columns) narrow(x[r][v], to[v * plan.column_pitch]);
   }
 }
 

@@ -13,13 +13,12 @@ from ..products import Branch
 from .autograd import by_composition
 
 _norm = torch.ops.spanet_kernels.image_norm.default
-IN_GRAPHS = False
 _gradient = torch.ops.spanet_kernels.image_norm_backward.default
 
 
 def normalised(branch: Branch, x: Tensor) -> Tensor:
     """norm(x) of a branch, in the layout of x; graphs of torch.compile, which fuses it, and CPUs leave it to PyTorch."""
-    if branch.norm_weight is None or not x.is_cuda or (torch.compiler.is_compiling() and not IN_GRAPHS):
+    if branch.norm_weight is None or not x.is_cuda or torch.compiler.is_compiling():
         return branch.normalised(x)
     y: Tensor = _call(x, branch.norm_weight, branch.norm_bias, branch.eps)[0]
     return y

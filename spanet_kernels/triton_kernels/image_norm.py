@@ -8,8 +8,7 @@ For image b of L = C N elements, n = (x - mean) / deviation: y = weight o n + bi
     backward    _norm_sums: sums of grad and grad o n by parts and channels     _norm_gradient: x_grad
 
 Every sum has an order that depends on the shape of one image alone, no atomics. Bytes per element: 2 reads, 1 write; backward 4 reads,
-1 write.
-PyTorch's GroupNorm on a GPU takes and gives NCHW: of channels_last it makes copies, this does not.
+1 write. PyTorch's GroupNorm on a GPU takes and gives NCHW: of channels_last it makes copies, this does not.
 """
 
 # Kernels have no types of their own, a launch gives them.
@@ -107,20 +106,9 @@ def image_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Ten
     grid = B, triton.cdiv(N, PIXELS), triton.cdiv(C, CHANNELS)
     with torch.cuda.device_of(x):
         _normalise_kernel[grid](
-            x,
-            y,
-            parts,
-            moments,
-            weight,
-            bias,
-            N,
-            C,
-            parts.shape[1],
-            1 / (C * N),
-            eps,
-            BP=triton.next_power_of_2(parts.shape[1]),
-            **_tiles(x),
-        )
+            x, y, parts, moments, weight, bias, N, C, parts.shape[1], 1 / (C * N), eps,
+            BP=triton.next_power_of_2(parts.shape[1]), **_tiles(x),
+        )  # fmt: skip
     return y, moments
 
 

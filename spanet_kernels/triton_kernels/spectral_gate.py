@@ -377,21 +377,9 @@ def spectral_gate(
     with torch.cuda.device_of(z):
         v, scaled = _mix(coefficients, weight, base, gain, table)
         _gate_kernel[choice.programs(B, C, H * W)](
-            z,
-            y,
-            scaled,
-            v,
-            table.phi,
-            bias,
-            H * W,
-            C,
-            len(table.place),
-            **choice.tile,
-            KP=table.phi.shape[1],
-            PRECISION=PRECISION,
-            **access(z),
-            **choice.launch,
-        )
+            z, y, scaled, v, table.phi, bias, H * W, C, len(table.place), **choice.tile, KP=table.phi.shape[1], PRECISION=PRECISION,
+            **access(z), **choice.launch,
+        )  # fmt: skip
     return y
 
 
