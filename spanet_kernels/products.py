@@ -1,12 +1,16 @@
 """Matrix products over the channels of every position: ours for pairs of them, on a CPU oneDNN's, elsewhere PyTorch's.
 
 oneDNN adds the bias and applies the GELU where it writes the product; PyTorch's `linear` on a CPU writes the bias first and adds to it.
+x86 without AMX and Intel's AVX512_BF16 multiply bf16 at half the speed of float32: there a product of bf16 is one of float32, and what
+multiplies a part of the images several times does so in float32 from its first product to its last (`multiplied_in`, `place`).
 Of a pair (`pointwise_pair`) what stands between the two products stays in the cache: it would be as large as everything else together.
 Nothing here is differentiable.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -22,16 +26,45 @@ if _DTYPES and torch.ops.mkldnn._is_mkldnn_bf16_supported():
 
 PAIR_CHANNELS = 32  # every number of channels is a multiple of it where `pointwise_pair` serves
 PAIR_POSITIONS = 96  # of a thread at least: `pointwise_pair` shares out positions, oneDNN channels too
+_WIDENED = {torch.bfloat16} if cpu_capability() in ("avx2", "avx512") else set()
 _PAIR_DTYPES = {torch.float32, torch.bfloat16} if cpu_capability() != "plain" else set()
 
 
 def linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
     """rows W^T + b, (..., C) to (..., D), and its exact GELU if asked for."""
+    if widens(rows):
+        return linear(rows.float(), weight.float(), None if bias is None else bias.float(), gelu).to(rows.dtype)
     if onednn_serves(rows) and rows.is_contiguous():
         y: Tensor = torch.ops.mkldnn._linear_pointwise.default(rows, weight, bias, "gelu" if gelu else "none", [], "none")
         return y
     y = functional.linear(rows, weight, bias)
     return functional.gelu(y) if gelu else y
+
+
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """The product of two matrices, in their dtype."""
+    return (left.float() @ right.float()).to(left.dtype) if widens(left) else left @ right
+
+
+def widens(x: Tensor) -> bool:
+    """Whether products of it are faster in float32, conversions included."""
+    return x.device.type == "cpu" and x.dtype in _WIDENED
+
+
+def multiplied_in(x: Tensor) -> torch.dtype:
+    """The dtype to multiply x in."""
+    return torch.float32 if widens(x) else x.dtype
+
+
+@contextlib.contextmanager
+def place(y: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
+    """y to write in the dtype: itself, or memory that is rounded to it at the end."""
+    if y.dtype == dtype:
+        yield y
+    else:
+        written = torch.empty_like(y, dtype=dtype)
+        yield written
+        y.copy_(written)
 
 
 def onednn_serves(x: Tensor) -> bool:
@@ -88,7 +121,7 @@ def image(rows: Tensor, shape: torch.Size) -> Tensor:
 def write(y: Tensor, rows_: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
     """y (B, D, H, W), in any layout, = rows W^T + b."""
     if not modes.channels_last(y):
-        y.copy_(image(rows_ @ weight.mT if bias is None else linear(rows_, weight, bias), y.shape))
+        y.copy_(image(product(rows_, weight.mT) if bias is None else linear(rows_, weight, bias), y.shape))
     elif bias is None:
         torch.mm(rows_, weight.mT, out=rows(y))
     else:
@@ -102,13 +135,14 @@ def column_sums(rows: Tensor) -> Tensor:
 
 
 def parts(x: Tensor, size: int) -> list[slice]:
-    """The images to take at a time: on a CPU parts of equal numbers of images, each of at most `size` bytes or one image.
+    """The images to take at a time: on a CPU parts of equal numbers of images, each of at most `size` bytes, as it is multiplied, or one
+    image.
 
     All at once in a graph, which serves any number of images.
     """
     if torch.compiler.is_compiling():
         return [slice(0, len(x))]
-    count = min(len(x), -(-x.nbytes // size)) if x.device.type == "cpu" else 1
+    count = min(len(x), -(-x.numel() * multiplied_in(x).itemsize // size)) if x.device.type == "cpu" else 1
     step = -(-len(x) // max(count, 1))
     return [slice(start, start + step) for start in range(0, len(x), step or 1)] or [slice(0, 0)]
 

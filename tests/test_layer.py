@@ -118,6 +118,21 @@ def test_gradient_error_rule(function, shape, radius, dtype, layout):
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("widened", [set(), {torch.bfloat16}], ids=["as it is", "widened"])
+@pytest.mark.parametrize("kept_channels", [1, 1000])
+def test_bf16_is_multiplied_as_it_is_or_in_float32(kept_channels, widened, layout, monkeypatch):
+    monkeypatch.setattr(products, "_WIDENED", widened)
+    monkeypatch.setattr(composed, "KEPT_CHANNELS", kept_channels)
+    for function, case in itertools.product(("gate", "mixer"), SHAPES[1:3]):
+        test_gradient_error_rule(function, *case, torch.bfloat16, layout)
+    test_gradient_error_rule("gate", *SHAPES[-1], torch.bfloat16, layout)
+    if widened:  # sums over parts are float32 then
+        monkeypatch.setattr(composed, "PART", 1)
+        monkeypatch.setattr(composed, "BACKWARD_PART", 1)
+        test_gradient_error_rule("mixer", *SHAPES[1], torch.bfloat16, layout)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("radius", [1, None])
 @pytest.mark.parametrize("function", ["conv", "gate", "mixer"])
 def test_derivatives_of_every_kind(function, radius, layout):

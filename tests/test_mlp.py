@@ -57,6 +57,14 @@ def test_values_and_gradients(dtype, layout, bias):
         assert_as_accurate(ours, theirs, truth, units=2, alike=True)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("widened", [set(), {torch.bfloat16}], ids=["as it is", "widened"])
+def test_bf16_is_multiplied_as_it_is_or_in_float32(widened, layout, monkeypatch):
+    monkeypatch.setattr(products, "_WIDENED", widened)
+    for bias in (True, False):
+        test_values_and_gradients(torch.bfloat16, layout, bias)
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_derivatives_of_every_kind(layout):
     args = [arg.detach().requires_grad_() for arg in sample(torch.float64, layout, (2, 3, 2, 3), 5, 4)]

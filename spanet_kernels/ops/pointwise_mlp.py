@@ -10,7 +10,21 @@ from torch.nn import functional
 
 from .. import modes
 from ..composed import exact
-from ..products import Branch, column_sums, linear, onednn_serves, pair, pair_serves, parts, rows, summed, write
+from ..products import (
+    Branch,
+    column_sums,
+    linear,
+    multiplied_in,
+    onednn_serves,
+    pair,
+    pair_serves,
+    parts,
+    place,
+    product,
+    rows,
+    summed,
+    write,
+)
 from .autograd import infers, is_eager
 from .checks import autocast_dtype, check_branch, check_input, check_parameter
 from .image_norm import normalised
@@ -120,10 +134,14 @@ def _by_parts(x: Tensor, weight_in: Tensor, bias_in: Tensor | None, weight_out: 
         torch.empty((len(x), len(weight), *x.shape[2:]), dtype=x.dtype, device=x.device, memory_format=layout)
         for weight, layout in ((weight_out, modes.memory_format(x)), (weight_in, torch.channels_last))
     )
+    wide = multiplied_in(x)
+    weight_in, weight_out = weight_in.to(wide), weight_out.to(wide)
+    bias_in, bias_out = (None if bias is None else bias.to(wide) for bias in (bias_in, bias_out))
     in_product, in_gelu = _places(bias_in)
     for part in parts(h, PART):
-        write(h[part], rows(x[part]), weight_in, in_product)
-        write(y[part], _gelu(rows(h[part]), in_gelu, None)[0], weight_out, bias_out)
+        with place(h[part], wide) as h_part, place(y[part], wide) as y_part:
+            write(h_part, rows(x[part]).to(wide), weight_in, in_product)
+            write(y_part, _gelu(rows(h_part), in_gelu, None)[0], weight_out, bias_out)
     return y, h
 
 
@@ -141,14 +159,17 @@ def _gradients_by_parts(
     """Gradients to x (nothing if it needs none), weight_in, bias_in, weight_out and bias_out; h as `_by_parts` returns it."""
     x_grad = torch.empty_like(x, memory_format=modes.memory_format(x)) if needs_x else x
     sums: list[Tensor] = []
-    _, in_gelu = _places(bias_in)
+    wide = multiplied_in(x)
+    weight_in, weight_out = weight_in.to(wide), weight_out.to(wide)
+    _, in_gelu = _places(None if bias_in is None else bias_in.to(wide))
     for part in parts(h, PART):
-        g, hidden, x_part = rows(grad[part]), rows(h[part]), rows(x[part])
-        h_grad = g @ weight_out  # of gelu(h), then of h
+        g, hidden, x_part = (rows(image[part]).to(wide) for image in (grad, h, x))
+        h_grad = product(g, weight_out)  # of gelu(h), then of h
         a, bias_grad = _gelu(hidden, in_gelu, h_grad)
         if needs_x:
-            write(x_grad[part], h_grad, weight_in.mT)
-        sums = summed(sums, [h_grad.mT @ x_part, bias_grad, g.mT @ a, column_sums(g)], part.stop >= len(x))
+            with place(x_grad[part], wide) as x_grad_part:
+                write(x_grad_part, h_grad, weight_in.mT)
+        sums = summed(sums, [product(h_grad.mT, x_part), bias_grad, product(g.mT, a), column_sums(g)], part.stop >= len(x))
     weight_in_grad, bias_in_grad, weight_out_grad, bias_out_grad = (total.to(x.dtype) for total in sums)
     return x_grad, weight_in_grad[:, :, None, None], bias_in_grad, weight_out_grad[:, :, None, None], bias_out_grad
 
