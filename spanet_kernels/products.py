@@ -31,9 +31,10 @@ _PAIR_DTYPES = {torch.float32, torch.bfloat16} if cpu_capability() != "plain" el
 
 
 def linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
-    """rows W^T + b, (..., C) to (..., D), and its exact GELU if asked for."""
+    """rows W^T + b, (..., C) to (..., D), and its exact GELU if asked for, in the dtype of the rows."""
     if widens(rows):
-        return linear(rows.float(), weight.float(), None if bias is None else bias.float(), gelu).to(rows.dtype)
+        return linear(rows.float(), weight, bias, gelu).to(rows.dtype)
+    weight, bias = weight.to(rows.dtype), None if bias is None else bias.to(rows.dtype)
     if onednn_serves(rows) and rows.is_contiguous():
         y: Tensor = torch.ops.mkldnn._linear_pointwise.default(rows, weight, bias, "gelu" if gelu else "none", [], "none")
         return y
@@ -42,8 +43,8 @@ def linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool 
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:
-    """The product of two matrices, in their dtype."""
-    return (left.float() @ right.float()).to(left.dtype) if widens(left) else left @ right
+    """The product of two matrices, in the dtype of the left one."""
+    return product(left.float(), right).to(left.dtype) if widens(left) else left @ right.to(left.dtype)
 
 
 def widens(x: Tensor) -> bool:
@@ -119,13 +120,13 @@ def image(rows: Tensor, shape: torch.Size) -> Tensor:
 
 
 def write(y: Tensor, rows_: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
-    """y (B, D, H, W), in any layout, = rows W^T + b."""
+    """y (B, D, H, W), in any layout, = rows W^T + b, all but the weights of one dtype."""
     if not modes.channels_last(y):
         y.copy_(image(product(rows_, weight.mT) if bias is None else linear(rows_, weight, bias), y.shape))
     elif bias is None:
-        torch.mm(rows_, weight.mT, out=rows(y))
+        torch.mm(rows_, weight.mT.to(y.dtype), out=rows(y))
     else:
-        torch.addmm(bias, rows_, weight.mT, out=rows(y))
+        torch.addmm(bias, rows_, weight.mT.to(y.dtype), out=rows(y))
 
 
 def column_sums(rows: Tensor) -> Tensor:
