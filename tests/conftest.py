@@ -7,9 +7,11 @@ hypothesis.settings.register_profile("default", deadline=None, database=None, pr
 hypothesis.settings.load_profile("default")
 
 # one worker takes a whole file, so that what its fixtures compile is compiled once; with short files last, workers end together
-LONGEST = ("test_sanitizers", "test_cuda_on_host", "test_strips_on_host", "test_numerics", "test_nvcc", "test_triton_compile", "test_layer")
+LONGEST = ["sanitizers", "numerics", "training", "layer", "cuda_on_host", "triton_compile"]
+LONGEST += ["strips_on_host", "triton_interpreter", "axial_conv"]
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+    places = {f"test_{name}": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
