@@ -1,4 +1,4 @@
-"""What tests share: hypothesis keeps no clock and no database; a file whose fixtures take long to make runs in one worker."""
+"""What tests share: hypothesis keeps no clock and no database; the files that take longest are the first to start."""
 
 import hypothesis
 import pytest
@@ -6,10 +6,12 @@ import pytest
 hypothesis.settings.register_profile("default", deadline=None, database=None, print_blob=True)
 hypothesis.settings.load_profile("default")
 
-WHOLE = {"test_cuda_on_host", "test_sanitizers", "test_strips_on_host", "test_training", "test_triton_compile", "test_triton_interpreter"}
+# one worker takes a whole file, so that what its fixtures compile is compiled once; with short files last, workers end together
+LONGEST = ["sanitizers", "numerics", "training", "layer", "cuda_on_host", "triton_compile"]
+LONGEST += ["strips_on_host", "triton_interpreter", "axial_conv"]
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if item.path.stem in WHOLE:
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+    places = {f"test_{name}": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
