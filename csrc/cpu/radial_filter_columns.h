@@ -258,32 +258,33 @@ void backward_planes(const Modes<T>& m, Planes<const IO> grad, Planes<const IO> 
   }
 }
 
-// The same for the modes of Disc<R2>; the planes of a step are those of a channel in PARTS images.
+// The same for the modes of Disc<R2>. A few channels take turns in every image: their planes lie one behind the other.
 template <int R2, int NV, class T, class X>
 void backward_disc(const Modes<T>& m, Planes<const X> grad, Planes<const X> x, double* sums, int64_t images, int64_t channels,
                    int64_t begin, int64_t end) {
   constexpr int PARTS = parts_of<NV>;
   using Z = Coefficients<R2, NV, T>;
-  constexpr int64_t modes = Disc<R2>::modes, vl = lanes_of<T>;
+  constexpr int64_t modes = Disc<R2>::modes, vl = lanes_of<T>, steps = 8;
   const int64_t last = NV > 0 ? m.columns.n - vl : m.columns.n;
-  for (int64_t c = begin; c < end; ++c) {
-    double products[Z::vectors * vl] = {};
-    for (int64_t b = 0; b < images; b += PARTS) {
-      const bool pair = PARTS == 2 && b + 1 < images;
-      const X* g = grad.data + b * grad.b + c * grad.c;
-      const X* f = x.data + b * x.b + c * x.c;
-      const Step<NV, T> grad_step{last, true, pair ? grad.b : 0}, x_step{last, true, pair ? x.b : 0};
-      Z of_grad, of_x;
-      disc_coefficients(m, g, grad.h, grad_step, Vec<T>{}, of_grad);
-      disc_coefficients(m, f, x.h, x_step, disc_dot(m, g, grad.h, grad_step, f, x.h, x_step), of_x);
-      // the number behind the coefficients is <grad, x> itself; of a plane without another one beside it the second copy is left out
-      for (int64_t part = 0; part < PARTS; ++part) of_grad.of(modes, part) = 1;
-      if (PARTS == 2 && !pair)
-        for (int64_t k = 0; k <= modes; ++k) of_grad.of(k, 1) = 0;
-      for (int64_t i = 0; i < Z::vectors * vl; ++i) products[i] += double(of_grad.number(i)) * double(of_x.number(i));
-    }
-    for (int64_t k = 0; k <= modes; ++k)
-      for (int64_t part = 0; part < PARTS; ++part) sums[k * channels + c] += products[k * PARTS + part];
+  for (int64_t first = begin; first < end; first += steps * PARTS) {
+    const int64_t few = end - first < steps * PARTS ? end - first : steps * PARTS;
+    double products[steps][Z::vectors * vl] = {};
+    for (int64_t b = 0; b < images; ++b)
+      for (int64_t c = 0; c < few; c += PARTS) {
+        // a plane without another one beside it is its own second
+        const bool pair = PARTS == 2 && c + 1 < few;
+        const X* g = grad.data + b * grad.b + (first + c) * grad.c;
+        const X* f = x.data + b * x.b + (first + c) * x.c;
+        const Step<NV, T> grad_step{last, true, pair ? grad.c : 0}, x_step{last, true, pair ? x.c : 0};
+        Z of_grad, of_x;
+        // the number behind the coefficients is <grad, x> itself, once
+        disc_coefficients(m, g, grad.h, grad_step, Vec<T>{} + T(PARTS) / vl, of_grad);
+        disc_coefficients(m, f, x.h, x_step, disc_dot(m, g, grad.h, grad_step, f, x.h, x_step), of_x);
+        double* to = products[c / PARTS];
+        for (int64_t i = 0; i < Z::vectors * vl; ++i) to[i] += double(of_grad.number(i)) * double(of_x.number(i));
+      }
+    for (int64_t c = 0; c < few; ++c)
+      for (int64_t k = 0; k <= modes; ++k) sums[k * channels + first + c] = products[c / PARTS][k * PARTS + c % PARTS];
   }
 }
 
