@@ -75,19 +75,20 @@ void lanes_coefficients(const Modes<T>& m, const IO* x, Planes<const IO> p, int6
 }
 
 // Units [begin, end): chunks of the channels of one image. between and WRITE as in over_columns; here z is (A_H, A_W, wide).
-// prepare(part, wide, base, gains) fills base (wide) and gains (like z), zeros before, whenever the chunk is another one.
+// prepare(part, wide, base, gains) fills base (wide) and gains (like z), zeros before, whenever the chunk is another one;
+// if all channels have the same profile, whenever it has another number of lanes.
 template <bool WRITE, class T, class IO, class Prepare, class Between>
 void over_lanes(const Modes<T>& m, Planes<const IO> x, Planes<IO> y, int64_t channels, int64_t chunk, int64_t begin, int64_t end,
-                Prepare prepare, Between between) {
+                bool same, Prepare prepare, Between between) {
   const int64_t columns = m.columns.count(), chunks = chunks_of(channels, chunk);
   LanesScratch<T> s(m, channels, chunk, widened<T, IO>);
-  int64_t prepared = -1;
+  Chunk prepared{-1, 0};
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t b = unit / chunks;
     const Chunk part = chunk_of(channels, chunk, unit % chunks);
     const int64_t wide = part.lanes < lanes_of<T> ? lanes_of<T> : part.lanes, row = columns * wide;
-    if (prepared != part.first) {
-      prepared = part.first;
+    if (prepared.lanes != part.lanes || (!same && prepared.first != part.first)) {
+      prepared = part;
       for (int64_t i = 0; i < m.rows.count() * row; ++i) s.gains[i] = T(0);
       prepare(part, wide, s.base, s.gains);
     }
@@ -118,7 +119,7 @@ template <class T, class IO>
 void filter_lanes(const Modes<T>& m, Planes<const IO> x, Planes<IO> y, const Profile<T>& p, int64_t channels, int64_t chunk, int64_t begin,
                   int64_t end) {
   over_lanes<true>(
-      m, x, y, channels, chunk, begin, end,
+      m, x, y, channels, chunk, begin, end, p.base_stride == 0 && p.gain_channel == 0,
       [&](Chunk part, int64_t wide, T* base, T* gains) {
         for (int64_t l = 0; l < part.lanes; ++l) base[l] = p.base[(part.first + l) * p.base_stride];
         for (int64_t k = 0; k < m.inside; ++k) {
@@ -136,7 +137,7 @@ void filter_lanes(const Modes<T>& m, Planes<const IO> x, Planes<IO> y, const Pro
 template <class T, class IO>
 void mode_coefficients_lanes(const Modes<T>& m, Planes<const IO> x, T* out, int64_t channels, int64_t chunk, int64_t begin, int64_t end) {
   over_lanes<false>(
-      m, x, Planes<IO>{}, channels, chunk, begin, end, [](Chunk, int64_t, T*, T*) {},
+      m, x, Planes<IO>{}, channels, chunk, begin, end, true, [](Chunk, int64_t, T*, T*) {},
       [&](int64_t b, Chunk part, int64_t wide, T* z, const T*) {
         for (int64_t k = 0; k < m.inside; ++k) {
           const T* from = z + (m.mode[k].row * m.columns.count() + m.mode[k].column) * wide;
