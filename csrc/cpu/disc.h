@@ -134,7 +134,7 @@ template <class T, class F> bool for_disc(const Modes<T>& m, F f) {
   if (w < vl) return with(std::integral_constant<int, 0>());
   if (vectors == 1) return with(std::integral_constant<int, 1>());
   if (vectors == 2) return with(std::integral_constant<int, 2>());
-  if constexpr (max_vectors >= 4) {
+  if constexpr (max_vectors<T> >= 4) {
     if (vectors == 3) return with(std::integral_constant<int, 3>());
     if (vectors == 4) return with(std::integral_constant<int, 4>());
   }

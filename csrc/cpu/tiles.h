@@ -18,7 +18,8 @@ namespace {
 // The loops over a tile must be gone before the compiler decides what lives in registers.
 #define UNROLL _Pragma("GCC unroll 8")
 
-constexpr int max_vectors = SIMD_BYTES == 64 ? 4 : 2;
+// Longer steps in fp64 would not be worth their compilation.
+template <class T> constexpr int max_vectors = SIMD_BYTES == 64 && sizeof(T) == 4 ? 4 : 2;
 
 // A step of NV vectors that starts at some lane. In memory its last vector is moved back to end with the lanes: at(v).
 // In scratch laid out in slots every vector has a place of its own, slot(v), so that what is loaded there is what was
@@ -143,7 +144,7 @@ void reduce(const Axis<T>& axis, const IO* x, int64_t stride, int64_t lanes, boo
   constexpr std::integral_constant<int, 3> three;
   int64_t s = axis.ns < 2 ? axis.ns : 2, c = s + 1;
   const auto block = [&](int64_t first, auto constant, auto nc, auto ns) {
-    for_lanes<T, constant() ? max_vectors : max_vectors / 2>(lanes, [&](auto nv, int64_t l, int64_t last) {
+    for_lanes<T, constant() ? max_vectors<T> : max_vectors<T> / 2>(lanes, [&](auto nv, int64_t l, int64_t last) {
       const Step<nv(), T> step{last, slots};
       reduce_tile<nc(), ns(), constant()>(axis, axis.table + first, axis.nc + (constant() ? 0 : s) - first, x + l, stride, step,
                                           v + first * v_stride + l, v + (axis.nc + (constant() ? 0 : s)) * v_stride + l, v_stride);
@@ -289,7 +290,7 @@ template <Out OUT, class T, class IO, class Y>
 void expand(const Axis<T>& axis, const T* t, int64_t t_stride, int64_t lanes, bool slots, const Rows<T, IO, Y>& all) {
   const bool few = axis.nc == axis.ns + 1 && axis.ns <= 2;
   if (few) {
-    for_lanes<T, max_vectors>(lanes, [&](auto nv, int64_t l, int64_t last) {
+    for_lanes<T, max_vectors<T>>(lanes, [&](auto nv, int64_t l, int64_t last) {
       const Step<nv(), T> step{last, slots};
       if (axis.ns == 0) expand_few<1, 0, OUT>(axis, t + l, t_stride, step, all + l);
       else if (axis.ns == 1) expand_few<2, 1, OUT>(axis, t + l, t_stride, step, all + l);
@@ -297,7 +298,7 @@ void expand(const Axis<T>& axis, const T* t, int64_t t_stride, int64_t lanes, bo
     });
     return;
   }
-  for_lanes<T, max_vectors / 2>(lanes, [&](auto nv, int64_t l, int64_t last) {
+  for_lanes<T, max_vectors<T> / 2>(lanes, [&](auto nv, int64_t l, int64_t last) {
     constexpr int block = 2;
     const Step<nv(), T> step{last, slots};
     const int64_t n = axis.n, pairs = axis.pairs();
@@ -348,7 +349,7 @@ SIMD_INLINE void product_tile(int64_t k, const T* a, int64_t lda, const T* b, in
 template <class T> void product(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc) {
   for (int64_t row = 0; row < m;) {
     const int64_t left = m - row, rows = left > 5 ? (left >= 10 ? 5 : left / 2) : left;
-    for_lanes<T, max_vectors / 2>(n, [&](auto nv, int64_t l, int64_t) {
+    for_lanes<T, max_vectors<T> / 2>(n, [&](auto nv, int64_t l, int64_t) {
       const auto tile = [&](auto mr) { product_tile<mr(), Step<nv(), T>::vectors>(k, a + row * lda, lda, b + l, ldb, c + row * ldc + l, ldc); };
       if (rows == 1) tile(std::integral_constant<int, 1>());
       else if (rows == 2) tile(std::integral_constant<int, 2>());

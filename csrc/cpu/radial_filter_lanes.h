@@ -1,0 +1,185 @@
+// The lanes cut of radial_filter_kernel.cpp: planes in channels_last, chunks of adjacent channels of an image side by side.
+// Included once by a file that is compiled per instruction set.
+#pragma once
+
+#include "cpu/runs.h"
+
+namespace spanet {
+namespace SIMD_NAME {
+namespace {
+
+struct Chunk {
+  int64_t first, lanes;
+};
+
+// Chunk number i of the channels.
+inline Chunk chunk_of(int64_t channels, int64_t chunk, int64_t i) {
+  const int64_t first = i * chunk;
+  return {first, i == chunks_of(channels, chunk) - 1 ? channels - first : chunk};
+}
+
+// What the lanes cut works in, for up to 2 chunks of lanes and at least one vector of them; lanes beyond the chunk's are zeros.
+// u, z and the copies of a few rows have two sides, for the gradients; row is one that is still to be narrowed.
+template <class T> struct LanesScratch {
+  LanesScratch(const Modes<T>& m, int64_t channels, int64_t chunk, bool widens)
+      : most(channels < 2 * chunk ? (channels < lanes_of<T> ? lanes_of<T> : channels) : 2 * chunk),
+        modes(m.rows.count() * m.columns.count()), few_rows(m.columns.n < 64 ? 64 / m.columns.n : 1),
+        copied(widens ? few_rows * m.columns.n * most : 0),
+        scratch((2 * m.rows.n * m.columns.count() + 3 * modes + 3 * (widens ? few_rows * m.columns.n : 0) + 8) * line_up(most) + 256) {
+    for (T*& part : u) part = scratch.take(m.rows.n * m.columns.count() * most);
+    gains = scratch.zeros(modes * most);
+    for (T*& part : z) part = scratch.zeros(modes * most);
+    for (T*& part : copies) part = scratch.take(copied);
+    row = scratch.take(copied);
+    base = scratch.zeros(most);
+    partial = scratch.take(most);
+    dots = reinterpret_cast<double*>(scratch.take(2 * most));
+  }
+  int64_t most, modes;
+  int64_t few_rows;  // they are still in the first-level cache, and in dot products over them T rounds little
+  int64_t copied;
+  Scratch<T> scratch;
+  T *u[2], *gains, *base, *partial, *z[2], *copies[2], *row;
+  double* dots;
+};
+
+// Rows of pixels of adjacent lanes.
+template <class X> struct PixelRows {
+  const X* data;
+  int64_t h, w;
+};
+
+// Rows of w pixels of `lanes` adjacent channels from x on: where they lie, or widened copies.
+template <class T, class IO>
+PixelRows<Read<T, IO>> adjacent_lanes(const IO* x, Planes<const IO> p, int64_t rows, int64_t w, int64_t lanes, [[maybe_unused]] T* copies) {
+  if constexpr (widened<T, IO>) {
+    const bool together = p.w == lanes;
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t j = 0; j < (together ? 1 : w); ++j)
+        read_run(x + i * p.h + j * p.w, together ? w * lanes : lanes, copies + (i * w + j) * lanes);
+    return {copies, w * lanes, lanes};
+  } else {
+    return {x, p.h, p.w};
+  }
+}
+
+// z (A_H, A_W, wide) of the planes side by side in `lanes` adjacent elements.
+template <class T, class IO>
+void lanes_coefficients(const Modes<T>& m, const IO* x, Planes<const IO> p, int64_t lanes, int64_t wide, LanesScratch<T>& s) {
+  const int64_t row = m.columns.count() * wide;
+  for (int64_t i = 0; i < m.rows.n; ++i) {
+    const auto from = adjacent_lanes<T>(x + i * p.h, p, 1, m.columns.n, lanes, s.copies[0]);
+    reduce(m.columns, from.data, from.w, lanes, false, s.u[0] + i * row, wide);
+  }
+  reduce(m.rows, s.u[0], row, row, false, s.z[0], row);
+}
+
+// Units [begin, end): chunks of the channels of one image. between and WRITE as in over_columns; here z is (A_H, A_W, wide).
+// prepare(part, wide, base, gains) fills base (wide) and gains (like z), zeros before, whenever the chunk is another one;
+// if all channels have the same profile, whenever it has another number of lanes.
+template <bool WRITE, class T, class IO, class Prepare, class Between>
+void over_lanes(const Modes<T>& m, Planes<const IO> x, Planes<IO> y, int64_t channels, int64_t chunk, int64_t begin, int64_t end,
+                bool same, Prepare prepare, Between between) {
+  const int64_t columns = m.columns.count(), chunks = chunks_of(channels, chunk);
+  LanesScratch<T> s(m, channels, chunk, widened<T, IO>);
+  Chunk prepared{-1, 0};
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t b = unit / chunks;
+    const Chunk part = chunk_of(channels, chunk, unit % chunks);
+    const int64_t wide = part.lanes < lanes_of<T> ? lanes_of<T> : part.lanes, row = columns * wide;
+    if (prepared.lanes != part.lanes || (!same && prepared.first != part.first)) {
+      prepared = part;
+      for (int64_t i = 0; i < m.rows.count() * row; ++i) s.gains[i] = T(0);
+      prepare(part, wide, s.base, s.gains);
+    }
+    const IO* from = x.data + b * x.b + part.first * x.c;
+    lanes_coefficients(m, from, x, part.lanes, wide, s);
+    between(b, part, wide, s.z[0], s.gains);
+    if constexpr (WRITE) {
+      expand<Out::sum>(m.rows, s.z[0], row, row, false, Rows<T, T, T>{s.base, s.u[0], 0, s.u[0], row});
+      IO* to = y.data + b * y.b + part.first * y.c;
+      for (int64_t i = 0; i < m.rows.n; ++i) {
+        const auto in = adjacent_lanes<T>(from + i * x.h, x, 1, m.columns.n, part.lanes, s.copies[0]);
+        const auto expand_row = [&](auto* out, int64_t stride) {
+          const Rows<T, Read<T, IO>, std::remove_pointer_t<decltype(out)>> rows{s.base, in.data, in.w, out, stride};
+          expand<Out::scaled>(m.columns, s.u[0] + i * row, wide, part.lanes, false, rows);
+        };
+        if constexpr (widened<T, IO>) {
+          expand_row(s.row, part.lanes);
+          for (int64_t j = 0; j < m.columns.n; ++j) write_run(s.row + j * part.lanes, to + i * y.h + j * y.w, part.lanes, false);
+        } else {
+          expand_row(to + i * y.h, y.w);
+        }
+      }
+    }
+  }
+}
+
+template <class T, class IO>
+void filter_lanes(const Modes<T>& m, Planes<const IO> x, Planes<IO> y, const Profile<T>& p, int64_t channels, int64_t chunk, int64_t begin,
+                  int64_t end) {
+  over_lanes<true>(
+      m, x, y, channels, chunk, begin, end, p.base_stride == 0 && p.gain_channel == 0,
+      [&](Chunk part, int64_t wide, T* base, T* gains) {
+        for (int64_t l = 0; l < part.lanes; ++l) base[l] = p.base[(part.first + l) * p.base_stride];
+        for (int64_t k = 0; k < m.inside; ++k) {
+          const Mode& mode = m.mode[k];
+          T* to = gains + (mode.row * m.columns.count() + mode.column) * wide;
+          const T* gain = p.gain + mode.index * p.gain_shell + part.first * p.gain_channel;
+          for (int64_t l = 0; l < part.lanes; ++l) to[l] = T(mode.scale * gain[l * p.gain_channel]);
+        }
+      },
+      [&](int64_t, Chunk, int64_t wide, T* z, const T* gains) {
+        for (int64_t i = 0; i < m.rows.count() * m.columns.count() * wide; ++i) z[i] *= gains[i];
+      });
+}
+
+template <class T, class IO>
+void mode_coefficients_lanes(const Modes<T>& m, Planes<const IO> x, T* out, int64_t channels, int64_t chunk, int64_t begin, int64_t end) {
+  over_lanes<false>(
+      m, x, Planes<IO>{}, channels, chunk, begin, end, true, [](Chunk, int64_t, T*, T*) {},
+      [&](int64_t b, Chunk part, int64_t wide, T* z, const T*) {
+        for (int64_t k = 0; k < m.inside; ++k) {
+          const T* from = z + (m.mode[k].row * m.columns.count() + m.mode[k].column) * wide;
+          T* to = out + (b * channels + part.first) * m.inside + m.mode[k].index;
+          for (int64_t l = 0; l < part.lanes; ++l) to[l * m.inside] = T(from[l] * m.mode[k].scale);
+        }
+      });
+}
+
+template <class T, class IO>
+void backward_lanes(const Modes<T>& m, Planes<const IO> grad, Planes<const IO> x, double* sums, int64_t images, int64_t blocks,
+                    int64_t channels, int64_t chunk, int64_t begin, int64_t end) {
+  const int64_t h = m.rows.n, w = m.columns.n, chunks = chunks_of(channels, chunk);
+  LanesScratch<T> s(m, channels, chunk, widened<T, IO>);
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t block = unit / chunks;
+    const Chunk part = chunk_of(channels, chunk, unit % chunks);
+    const int64_t lanes = part.lanes, wide = lanes < lanes_of<T> ? lanes_of<T> : lanes, row = m.columns.count() * wide;
+    double* to = sums + block * (m.inside + 1) * channels + part.first;
+    for (int64_t l = 0; l < lanes; ++l) s.dots[l] = 0;
+    for (int64_t b = block * images / blocks; b < (block + 1) * images / blocks; ++b) {
+      const IO* g = grad.data + b * grad.b + part.first * grad.c;
+      const IO* f = x.data + b * x.b + part.first * x.c;
+      for (int64_t first = 0; first < h; first += s.few_rows) {
+        const int64_t rows = h - first < s.few_rows ? h - first : s.few_rows;
+        const PixelRows<Read<T, IO>> from[2] = {adjacent_lanes<T>(g + first * grad.h, grad, rows, w, lanes, s.copies[0]),
+                                                adjacent_lanes<T>(f + first * x.h, x, rows, w, lanes, s.copies[1])};
+        for (int64_t i = 0; i < rows; ++i)
+          for (int side = 0; side < 2; ++side)
+            reduce(m.columns, from[side].data + i * from[side].h, from[side].w, lanes, false, s.u[side] + (first + i) * row, wide);
+        add_dots(from[0].data, from[0].h, from[0].w, from[1].data, from[1].h, from[1].w, rows, w, lanes, s.partial, s.dots);
+      }
+      for (int side = 0; side < 2; ++side) reduce(m.rows, s.u[side], row, row, false, s.z[side], row);
+      for (int64_t k = 0; k < m.inside; ++k) {
+        const int64_t at = m.mode[k].row * row + m.mode[k].column * wide;
+        for (int64_t l = 0; l < lanes; ++l) to[k * channels + l] += double(s.z[0][at + l]) * double(s.z[1][at + l]);
+      }
+    }
+    for (int64_t l = 0; l < lanes; ++l) to[m.inside * channels + l] += s.dots[l];
+  }
+}
+
+}  // namespace
+}  // namespace SIMD_NAME
+}  // namespace spanet

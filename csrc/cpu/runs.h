@@ -1,0 +1,89 @@
+// Working memory of a thread, and runs of elements on their way from memory to T and back.
+// Included once by a file that is compiled per instruction set, like simd.h.
+#pragma once
+
+#include "cpu/tiles.h"
+
+namespace spanet {
+namespace SIMD_NAME {
+namespace {
+
+// Parts of the thread's working memory, handed out one after the other, each on a cache line of its own.
+template <class T> struct Scratch {
+  explicit Scratch(int64_t elements) : next(static_cast<T*>(thread_scratch(elements * sizeof(T)))) {}
+  T* take(int64_t elements) {
+    T* part = next;
+    next += line_up(elements);
+    return part;
+  }
+  T* zeros(int64_t elements) {
+    T* part = take(elements);
+    for (int64_t i = 0; i < line_up(elements); ++i) part[i] = T(0);
+    return part;
+  }
+  T* next;
+};
+
+// What the filter's kernels read elements as. bf16 is bf16 whichever way it is rounded; what is rare, fp16 and with plain vectors every
+// 16-bit element, is widened on the way in and narrowed on the way out, so that no kernel is compiled for it.
+template <class T, class IO> struct ReadAs {
+  using Type = T;
+};
+#if SIMD_BYTES >= 32
+template <> struct ReadAs<float, Bf16> {
+  using Type = Bf16;
+};
+template <> struct ReadAs<float, NativeBf16> {
+  using Type = Bf16;
+};
+#endif
+template <class T, class IO> using Read = typename ReadAs<T, IO>::Type;
+template <class T, class IO> constexpr bool widened = sizeof(Read<T, IO>) != sizeof(IO);
+
+template <class T, class IO> Planes<const Read<T, IO>> as_read(Planes<const IO> p) { return {p.data, p.b, p.c, p.h, p.w}; }
+
+// n elements of memory to T.
+template <class T, class IO> void read_run(const IO* from, int64_t n, T* to) {
+  for_lanes<T, 4>(n, [&](auto nv, int64_t l, int64_t last) {
+    const Step<nv(), T> step{last, false};
+    UNROLL
+    for (int v = 0; v < step.vectors; ++v) step.write(to + l + step.at(v), step.read(from + l + step.at(v)), 0);
+  });
+}
+
+// n elements of scratch, which has room for a vector more, to memory in whole aligned vectors, past the caches if `stream`.
+template <class T, class IO> void write_run(const T* from, IO* to, int64_t n, bool stream) {
+  constexpr int64_t vl = lanes_of<T>, line = vl * vectors_of_line<T, IO>;
+  const auto write_part = [&](int64_t i, int64_t end) {
+    for (; i < end; i += vl) store_part<T>(to + i, load<T>(from + i), end - i < vl ? end - i : vl);
+  };
+  const int64_t ahead = (SIMD_BYTES - reinterpret_cast<uintptr_t>(to) % SIMD_BYTES) % SIMD_BYTES / sizeof(IO);
+  int64_t i = ahead < n ? ahead : n;
+  write_part(0, i);
+  for (; i + line <= n; i += line) store_line<T>(from + i, to + i, stream);
+  write_part(i, n);
+}
+
+// total[l] += sum over h x w places of <a, b>, lane by lane; partial sums in T, totals in fp64.
+template <class T, class X>
+void add_dots(const X* a, int64_t a_h, int64_t a_w, const X* b, int64_t b_h, int64_t b_w, int64_t h, int64_t w, int64_t lanes, T* partial,
+              double* total) {
+  for_lanes<T, 2>(lanes, [&](auto nv, int64_t l, int64_t last) {
+    const Step<nv(), T> step{last, false};
+    Vec<T> sum[step.vectors] = {};
+    for (int64_t i = 0; i < h; ++i)
+      for (int64_t j = 0; j < w; ++j)
+        UNROLL
+        for (int v = 0; v < step.vectors; ++v) {
+          const int64_t at = l + step.at(v);
+          sum[v] += step.read(a + i * a_h + j * a_w + at) * step.read(b + i * b_h + j * b_w + at);
+        }
+    UNROLL
+    for (int v = 0; v < step.vectors; ++v) step.write(partial + l + step.at(v), sum[v], 0);
+  });
+  for (int64_t l = 0; l < lanes; ++l) total[l] += partial[l];
+}
+
+}  // namespace
+}  // namespace SIMD_NAME
+}  // namespace spanet
