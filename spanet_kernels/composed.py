@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import modes
-from .products import Branch, column_sums, image, linear, multiplied_in, pair, pair_serves, parts, place, product, rows, summed, write
+from .products import Branch, column_sums, image, linear, pair, pair_serves, parts, product, rows, summed, write
 
 PART = 2 * 2**20  # bytes of a tensor of the images that a CPU takes at a time; in the backward pass, with more of them in use:
 BACKWARD_PART = 7 * 2**18
@@ -142,10 +142,9 @@ def keeps_context(x: Tensor) -> bool:
     return not x.is_cuda and x.shape[1] >= KEPT_CHANNELS
 
 
-def _whole(x: Tensor, memory_format: torch.memory_format, dtype: torch.dtype) -> Tensor | None:
-    """Memory for the results, in the dtype, of all parts of x; of a single part with that dtype the result is the whole."""
-    several = len(parts(x, PART)) > 1 or dtype != x.dtype
-    return torch.empty_like(x, memory_format=memory_format) if several else None
+def _whole(x: Tensor, memory_format: torch.memory_format) -> Tensor | None:
+    """Memory for the results of all parts of x; of a single part the result is the whole."""
+    return torch.empty_like(x, memory_format=memory_format) if len(parts(x, PART)) > 1 else None
 
 
 def _placed(whole: Tensor | None, part: slice, value: Tensor) -> Tensor:
@@ -180,19 +179,14 @@ def spectral_mixer(
     With a branch, the residual branch that the mixer makes; x and its residual are then dense, and in one dtype with all the weights.
     """
     wanted = radius_squared if takes_coefficients(x) else -1
-    wide = multiplied_in(x) if keep else x.dtype  # without gradients `pair` multiplies, and widens what it must
-    out = _whole(x, modes.memory_format(x), wide)
+    out = _whole(x, modes.memory_format(x))
     with_context = keep and keeps_context(x)
-    all_t, all_context = (_whole(x, torch.channels_last, wide) if keeps else None for keeps in (keep, with_context))
-    in_weight, in_bias, weight, bias, out_weight, out_bias = (
-        parameter.to(wide) for parameter in (in_weight, in_bias, weight, bias, out_weight, out_bias)
-    )
+    all_t, all_context = (_whole(x, torch.channels_last) if keeps else None for keeps in (keep, with_context))
 
     def paired(part: slice, *args: Any, **kwargs: Any) -> Tensor:
         """`pair` of a part, into its place."""
         to = torch.empty_like(x[part], memory_format=modes.memory_format(x)) if out is None else out[part]
-        with place(to, wide) as written:
-            pair(written, *args, **kwargs)
+        pair(to, *args, **kwargs)
         return to if out is None else out
 
     for part in parts(x, PART):
@@ -202,7 +196,7 @@ def spectral_mixer(
             t = torch.empty_like(x[part], memory_format=torch.channels_last)
             pair(t, x[part], None, None, in_weight, in_bias, branch=around._replace(residual=None, scale=None))
         else:
-            t = _pointwise(around.normalised(x[part].to(wide)), in_weight, in_bias)
+            t = _pointwise(around.normalised(x[part]), in_weight, in_bias)
         z, coefficients = _ops.axial_conv(t, row_weight, row_bias, column_weight, column_bias, wanted)
         if keep:
             all_t = _placed(all_t, part, t)
@@ -251,26 +245,23 @@ def spectral_mixer_backward(
 ) -> tuple[Tensor, ...]:
     """Gradients of `spectral_mixer` to x and, in its order, to every weight, bias, base and gain; what was not kept is computed again."""
     x_grad = torch.empty_like(x, memory_format=modes.memory_format(x))
-    wide = multiplied_in(x)
-    in_weight, weight, bias, out_weight = (parameter.to(wide) for parameter in (in_weight, weight, bias, out_weight))
     gate_args = weight, bias, base, gain, radius_squared
     sums: list[Tensor] = []
     # as many positions as channels at least are worth a sum of products of channels
-    for part in parts(x, max(BACKWARD_PART, x.shape[1] ** 2 * wide.itemsize)):
-        g, t_part = rows(grad[part]).to(wide), t[part].to(wide)
+    for part in parts(x, max(BACKWARD_PART, x.shape[1] ** 2 * x.element_size())):
+        g, t_part = rows(grad[part]), t[part]
         if takes_coefficients(t):
             y_grad, y = image(product(g, out_weight), z.shape), _ops.spectral_gate(z, coefficients, *gate_args)
             gate = [*_ops.spectral_gate_backward(y_grad, z, coefficients, *gate_args, profile_learns), product(g.mT, rows(y))]
         else:
             # GPUs kept z, which is whole there, a CPU the context or nothing
             again = [z if t.is_cuda else _ops.axial_conv(t_part, row_weight, row_bias, column_weight, column_bias, -1)[0]]
-            context = rows(z[part]).to(wide) if not t.is_cuda and z.numel() else None
+            context = rows(z[part]) if not t.is_cuda and z.numel() else None
             gate = _gate_gradients(g, again.pop(), *gate_args, profile_learns, out_weight, context)
         t_grad, *conv = _ops.axial_conv_backward(gate.pop(0), t_part, row_weight, row_bias, column_weight)
         t_grad = rows(t_grad)
-        with place(x_grad[part], wide) as x_grad_part:
-            write(x_grad_part, t_grad, in_weight.mT)
-        grads = [product(t_grad.mT, rows(x[part]).to(wide)), column_sums(t_grad), *conv, *gate, column_sums(g)]
+        write(x_grad[part], t_grad, in_weight.mT)
+        grads = [product(t_grad.mT, rows(x[part])), column_sums(t_grad), *conv, *gate, column_sums(g)]
         sums = summed(sums, grads, part.stop >= len(x))
         del t_grad, grads
     dtypes = [x.dtype] * 2 + [base.dtype] * 4 + [x.dtype] * 2 + [base.dtype] * 2 + [x.dtype] * 2

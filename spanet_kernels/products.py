@@ -1,8 +1,8 @@
 """Matrix products over the channels of every position: ours for pairs of them, on a CPU oneDNN's, elsewhere PyTorch's.
 
 oneDNN adds the bias and applies the GELU where it writes the product; PyTorch's `linear` on a CPU writes the bias first and adds to it.
-x86 without AMX and Intel's AVX512_BF16 multiply bf16 at half the speed of float32: there a product of bf16 is one of float32, and what
-multiplies a part of the images several times does so in float32 from its first product to its last (`multiplied_in`, `place`).
+x86 without AMX and Intel's AVX512_BF16 multiply bf16 at half the speed of float32: there a product of bf16 is one of float32, and the
+MLP, whose hidden channels are many, is float32 from its first product to its last (`multiplied_in`, `place`).
 Of a pair (`pointwise_pair`) what stands between the two products stays in the cache: it would be as large as everything else together.
 Nothing here is differentiable.
 """
@@ -121,7 +121,7 @@ def image(rows: Tensor, shape: torch.Size) -> Tensor:
 
 def write(y: Tensor, rows_: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
     """y (B, D, H, W), in any layout, = rows W^T + b, all but the weights of one dtype."""
-    if not modes.channels_last(y):
+    if not modes.channels_last(y) or widens(y):
         y.copy_(image(product(rows_, weight.mT) if bias is None else linear(rows_, weight, bias), y.shape))
     elif bias is None:
         torch.mm(rows_, weight.mT.to(y.dtype), out=rows(y))
@@ -136,7 +136,7 @@ def column_sums(rows: Tensor) -> Tensor:
 
 
 def parts(x: Tensor, size: int) -> list[slice]:
-    """The images to take at a time: on a CPU parts of equal numbers of images, each of at most `size` bytes, as it is multiplied, or one
+    """The images to take at a time: on a CPU parts of equal numbers of images, each of at most `size` bytes, as they are multiplied, or one
     image.
 
     All at once in a graph, which serves any number of images.
