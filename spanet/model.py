@@ -286,7 +286,9 @@ class SPANet(nn.Module, PyTorchModelHubMixin, library_name="spanet", license="ap
     def _embed(self, x: Tensor) -> Tensor:
         if min(x.shape[-2:]) < 3:
             raise ValueError(f"SPANet: the input must have at least 3 x 3 pixels, got {x.shape[-2]} x {x.shape[-1]}")
-        return cast(Tensor, self.patch_embed(x))
+        x = self.patch_embed(x)
+        # Inductor's convolutions on a CPU are channels_last whatever x is; what takes their results need not be given copies then
+        return x.contiguous(memory_format=torch.channels_last) if torch.compiler.is_compiling() and x.device.type == "cpu" else x
 
     def _run(self, layer: nn.Module, x: Tensor) -> Tensor:
         if self.grad_checkpointing and isinstance(layer, nn.Sequential):
