@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import modes
-from .products import Branch, column_sums, image, linear, pair, pair_serves, parts, product, rows, summed, write
+from .products import Branch, column_sums, image, linear, multiplied_in, pair, pair_serves, parts, product, rows, summed, write
 
 PART = 2 * 2**20  # bytes of a tensor of the images that a CPU takes at a time; in the backward pass, with more of them in use:
 BACKWARD_PART = 7 * 2**18
@@ -248,7 +248,7 @@ def spectral_mixer_backward(
     gate_args = weight, bias, base, gain, radius_squared
     sums: list[Tensor] = []
     # as many positions as channels at least are worth a sum of products of channels
-    for part in parts(x, max(BACKWARD_PART, x.shape[1] ** 2 * x.element_size())):
+    for part in parts(x, max(BACKWARD_PART, x.shape[1] ** 2 * multiplied_in(x).itemsize)):
         g, t_part = rows(grad[part]), t[part]
         if takes_coefficients(t):
             y_grad, y = image(product(g, out_weight), z.shape), _ops.spectral_gate(z, coefficients, *gate_args)
