@@ -18,7 +18,8 @@ from torch import Tensor
 
 from spanet_kernels import reference
 
-from .radial_filter import _OPTIONS, _multiple
+from .launch import cdiv, launch
+from .radial_filter import _multiple
 
 ROWS, COLUMNS = 64, 64  # of a tile
 PROGRAMS = 1024  # enough for any GPU
@@ -41,9 +42,9 @@ def _sums_kernel(x, parts, R, C, share, BR: tl.constexpr, BC: tl.constexpr, V: t
 
 def shares(rows: int, groups: int) -> tuple[int, int]:
     """Programs beside one another over the rows, for `groups` of columns, and the rows of each, whole tiles."""
-    tiles = triton.cdiv(rows, ROWS)
-    share = triton.cdiv(tiles, min(tiles, max(PROGRAMS // groups, 1)))
-    return triton.cdiv(tiles, share), share * ROWS
+    tiles = cdiv(rows, ROWS)
+    share = cdiv(tiles, min(tiles, max(PROGRAMS // groups, 1)))
+    return cdiv(tiles, share), share * ROWS
 
 
 def column_sums(x: Tensor) -> Tensor:
@@ -53,9 +54,8 @@ def column_sums(x: Tensor) -> Tensor:
     x = x.contiguous()
     R, C = x.shape
     rows, columns = (128, 16) if R <= FEW else (ROWS, COLUMNS)
-    groups = triton.cdiv(C, columns)
+    groups = cdiv(C, columns)
     parts, share = (1, R) if R <= FEW else shares(R, groups)
     out = torch.empty((parts, C), dtype=torch.float32, device=x.device)
-    with torch.cuda.device_of(x):
-        _sums_kernel[parts, groups](x, out, R, C, share, BR=rows, BC=columns, V=gcd(C, 16 // x.element_size()), num_warps=4, **_OPTIONS)
+    launch(_sums_kernel, (parts, groups), x, out, R, C, share, BR=rows, BC=columns, V=gcd(C, 16 // x.element_size()), num_warps=4)
     return out[0] if parts == 1 else column_sums(out)

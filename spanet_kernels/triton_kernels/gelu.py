@@ -22,7 +22,8 @@ from torch import Tensor
 from spanet_kernels import reference
 
 from .column_sums import COLUMNS, ROWS, column_sums, shares
-from .radial_filter import _OPTIONS, _multiple
+from .launch import cdiv, launch
+from .radial_filter import _multiple
 
 
 @triton.jit
@@ -65,13 +66,13 @@ def gelu(x: Tensor, bias: Tensor | None, grad: Tensor | None) -> tuple[Tensor, T
     if x.dtype == torch.float64 or x.numel() == 0 or not x.is_contiguous() or not (grad is None or grad.is_contiguous()):
         return reference.gelu(x, bias, grad)
     R, C = x.shape
-    groups = triton.cdiv(C, COLUMNS)
+    groups = cdiv(C, COLUMNS)
     programs, share = shares(R, groups)
     y = torch.empty_like(x)
     parts = torch.empty((0, C) if grad is None else (programs, C), dtype=torch.float32, device=x.device)
     bias = None if bias is None else bias.contiguous()
-    with torch.cuda.device_of(x):
-        _gelu_kernel[programs, groups](
-            x, bias, grad, y, parts, R, C, share, BR=ROWS, BC=COLUMNS, V=gcd(C, 16 // x.element_size()), num_warps=8, **_OPTIONS
-        )
+    launch(
+        _gelu_kernel, (programs, groups),
+        x, bias, grad, y, parts, R, C, share, BR=ROWS, BC=COLUMNS, V=gcd(C, 16 // x.element_size()), num_warps=8,
+    )  # fmt: skip
     return y, x.new_empty(0, dtype=torch.float32) if grad is None else column_sums(parts)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from spanet_kernels import modes, reference
 
-from .radial_filter import _OPTIONS
+from .launch import cdiv, launch, next_power_of_2
 
 BLOCK = 4096  # elements that a program of _moments takes at a time
 MOST_PARTS = 16  # of an image
@@ -72,10 +72,9 @@ def wide(x: Tensor, *shape: int) -> Tensor:
 def moments_of(x: Tensor) -> Tensor:
     """(B, P, 3) sums of the parts of dense images."""
     elements = x[0].numel()
-    share = triton.cdiv(triton.cdiv(elements, BLOCK), MOST_PARTS) * BLOCK
-    parts = wide(x, len(x), triton.cdiv(elements, share), 3)
-    with torch.cuda.device_of(x):
-        _moments_kernel[tuple(parts.shape[:2])](x, parts, elements, share, BLOCK=BLOCK, num_warps=8, **_OPTIONS)
+    share = cdiv(cdiv(elements, BLOCK), MOST_PARTS) * BLOCK
+    parts = wide(x, len(x), cdiv(elements, share), 3)
+    launch(_moments_kernel, tuple(parts.shape[:2]), x, parts, elements, share, BLOCK=BLOCK, num_warps=8)
     return parts
 
 
@@ -85,6 +84,5 @@ def image_moments(x: Tensor, eps: float) -> Tensor:
         return reference.image_moments(x, eps)
     parts, moments = moments_of(modes.like(x, x)), wide(x, len(x), 2)
     count = parts.shape[1]
-    with torch.cuda.device_of(x):
-        _finish_kernel[len(x),](parts, moments, count, 1 / x[0].numel(), eps, BP=triton.next_power_of_2(count), num_warps=1, **_OPTIONS)
+    launch(_finish_kernel, (len(x),), parts, moments, count, 1 / x[0].numel(), eps, BP=next_power_of_2(count), num_warps=1)
     return moments

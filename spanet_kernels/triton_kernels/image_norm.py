@@ -25,7 +25,7 @@ from spanet_kernels import modes, reference
 
 from .column_sums import column_sums
 from .image_moments import mean_and_scale, moments_of, serves, wide
-from .radial_filter import _OPTIONS
+from .launch import cdiv, launch, next_power_of_2
 from .spectral_gate import _plane, access
 
 PIXELS, CHANNELS = 64, 64  # of a tile
@@ -103,12 +103,12 @@ def image_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Ten
     N = H * W
     x, weight, bias = modes.like(x, x), weight.contiguous(), bias.contiguous()
     y, moments, parts = torch.empty_like(x), wide(x, B, 2), moments_of(x)
-    grid = B, triton.cdiv(N, PIXELS), triton.cdiv(C, CHANNELS)
-    with torch.cuda.device_of(x):
-        _normalise_kernel[grid](
-            x, y, parts, moments, weight, bias, N, C, parts.shape[1], 1 / (C * N), eps,
-            BP=triton.next_power_of_2(parts.shape[1]), **_tiles(x),
-        )  # fmt: skip
+    grid = B, cdiv(N, PIXELS), cdiv(C, CHANNELS)
+    launch(
+        _normalise_kernel, grid,
+        x, y, parts, moments, weight, bias, N, C, parts.shape[1], 1 / (C * N), eps,
+        BP=next_power_of_2(parts.shape[1]), **_tiles(x),
+    )  # fmt: skip
     return y, moments
 
 
@@ -120,18 +120,18 @@ def image_norm_backward(grad: Tensor, x: Tensor, moments: Tensor, weight: Tensor
     N = H * W
     x, weight = modes.like(x, x), weight.contiguous()
     grad = modes.like(grad, x)
-    groups, share = triton.cdiv(C, CHANNELS), triton.cdiv(triton.cdiv(N, PIXELS), PIECES) * PIXELS
-    T = triton.cdiv(N, share)
+    groups, share = cdiv(C, CHANNELS), cdiv(cdiv(N, PIXELS), PIECES) * PIXELS
+    T = cdiv(N, share)
     channels, image = wide(x, B * T, 2 * C), wide(x, B, T * groups, 2)
     x_grad, tiles = torch.empty_like(x), _tiles(x)
-    with torch.cuda.device_of(x):
-        _norm_sums_kernel[B, T, groups](grad, x, moments, weight, channels, image, N, C, share, **dict(tiles, num_warps=8))
-        _norm_gradient_kernel[B, triton.cdiv(N, PIXELS), groups](
-            grad, x, x_grad, moments, image, weight, N, C, T * groups, 1 / (C * N), BP=triton.next_power_of_2(T * groups), **tiles
-        )
+    launch(_norm_sums_kernel, (B, T, groups), grad, x, moments, weight, channels, image, N, C, share, **dict(tiles, num_warps=8))
+    launch(
+        _norm_gradient_kernel, (B, cdiv(N, PIXELS), groups),
+        grad, x, x_grad, moments, image, weight, N, C, T * groups, 1 / (C * N), BP=next_power_of_2(T * groups), **tiles,
+    )  # fmt: skip
     weight_grad, bias_grad = column_sums(channels).to(weight.dtype).view(2, C)
     return x_grad, weight_grad, bias_grad
 
 
 def _tiles(x: Tensor) -> dict[str, object]:
-    return dict(access(x), BN=PIXELS, BC=CHANNELS, num_warps=4, **_OPTIONS)
+    return dict(access(x), BN=PIXELS, BC=CHANNELS, num_warps=4)

@@ -27,7 +27,8 @@ from torch import Tensor
 from spanet_kernels import reference
 
 from .gelu import normal
-from .radial_filter import _OPTIONS, _multiple
+from .launch import cdiv, launch
+from .radial_filter import _multiple
 from .spectral_gate import AMD, PRECISION
 from .tiles import tile
 
@@ -80,7 +81,7 @@ def plan(channels: int, out: int) -> dict[str, Any]:
     """Tile, warps and stages of a product, whatever the number of its rows."""
     br, bd, bc, warps, stages = tile("pointwise", channels, out) or (64, 128 if out % 128 == 0 else 64, 64, 4, 2 if AMD else 3)
     divisors = dict(VC=gcd(channels, 8), VD=gcd(out, 8))
-    return dict(BR=br, BD=bd, BC=bc, **divisors, num_warps=warps, num_stages=stages if channels > bc else 1, **_OPTIONS)
+    return dict(BR=br, BD=bd, BC=bc, **divisors, num_warps=warps, num_stages=stages if channels > bc else 1)
 
 
 def pointwise(
@@ -90,8 +91,8 @@ def pointwise(
     B, C, H, W = x.shape
     D, R = weight.shape[0], B * H * W
     choice = plan(C, D)
-    programs = triton.cdiv(R, choice["BR"]) * triton.cdiv(D, choice["BD"])
-    _pointwise_kernel[programs,](x, y, weight, bias, *norm, *added, R, H * W, C, D, GELU=gelu, PRECISION=PRECISION, **choice)
+    programs = cdiv(R, choice["BR"]) * cdiv(D, choice["BD"])
+    launch(_pointwise_kernel, (programs,), x, y, weight, bias, *norm, *added, R, H * W, C, D, GELU=gelu, PRECISION=PRECISION, **choice)
 
 
 def pointwise_pair(
@@ -118,9 +119,8 @@ def pointwise_pair(
         )
         return
     norm = moments, norm_weight, norm_bias
-    with torch.cuda.device_of(x):
-        if weight_in is not None:
-            hidden = torch.empty((len(x), len(weight_in), *x.shape[2:]), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-            pointwise(hidden, x, weight_in, bias_in, norm, None, None, gelu=True)
-            x, norm = hidden, (None, None, None)
-        pointwise(y, x, weight_out, bias_out, norm, residual, residual_scale, gelu=False)
+    if weight_in is not None:
+        hidden = torch.empty((len(x), len(weight_in), *x.shape[2:]), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+        pointwise(hidden, x, weight_in, bias_in, norm, None, None, gelu=True)
+        x, norm = hidden, (None, None, None)
+    pointwise(y, x, weight_out, bias_out, norm, residual, residual_scale, gelu=False)

@@ -33,6 +33,8 @@ from torch import Tensor
 
 from spanet_kernels import modes
 
+from .launch import cdiv, launch, next_power_of_2
+
 
 @triton.jit
 def _multiple(n, V: tl.constexpr):
@@ -256,10 +258,6 @@ def _shell_kernel(z, base_grad, gain_grad, order, start, B, C, M, S, BB: tl.cons
     tl.store(base_grad + c, total, mask=(c < C) & (s == S))
 
 
-# with 255 registers allowed, ptxas no longer spills a few bytes to fit one more block on a multiprocessor
-_OPTIONS: dict[str, Any] = dict(enable_fp_fusion=True) if torch.version.hip else dict(enable_fp_fusion=True, maxnreg=255)
-
-
 class Plan(NamedTuple):
     """Kernel and launch choice for a shape: whole planes on chip or not, and the compile-time constants."""
 
@@ -272,22 +270,22 @@ class Plan(NamedTuple):
 def plan(channels: int, height: int, width: int, radius_squared: int, itemsize: int, channels_last: bool, backward: bool) -> Plan:
     """Launch choice from the shape of one image alone, so that no result depends on the batch size."""
     a_h, a_w = modes.functions(height, radius_squared), modes.functions(width, radius_squared)
-    bh, bw, bk = (triton.next_power_of_2(n) for n in (height, width, a_w))
+    bh, bw, bk = (next_power_of_2(n) for n in (height, width, a_w))
     words = 2 if itemsize == 8 else 1
     registers = (2 * bh + bk) * bw * words  # of one channel: the plane, the result or the gradient, and Phi_W
     # channels_last wants at least one 32-byte sector per pixel
     bc = max(32 // itemsize, min(32, 8192 // words // (bh * bw))) if channels_last else max(1, 2048 // (bh * bw))
-    bc = min(bc, triton.next_power_of_2(channels))
-    warps = triton.next_power_of_2(triton.cdiv(bc * registers, 32 * 136))  # 136 of 255 registers per thread: no spills
+    bc = min(bc, next_power_of_2(channels))
+    warps = next_power_of_2(cdiv(bc * registers, 32 * 136))  # 136 of 255 registers per thread: no spills
     unroll = a_h if a_h <= 5 else 1
     if warps <= 8:
         return Plan(True, warps, dict(A_H=a_h, BC=bc, BH=bh, BW=bw, BK=bk, UNROLL=unroll))
     # the sums of five functions over a tile, or of five for x and five for grad, are at most 80 registers per thread
     tile = 2048 // words // (2 if backward else 1)
-    bc = min(64 // itemsize if channels_last else 1, triton.next_power_of_2(channels))
+    bc = min(64 // itemsize if channels_last else 1, next_power_of_2(channels))
     bh = min(bh, max(1, tile // bc // min(bw, 32 if channels_last else 128)))
     bw = min(bw, tile // bc // bh)
-    f = triton.cdiv(a_h, triton.cdiv(a_h, 5))
+    f = cdiv(a_h, cdiv(a_h, 5))
     constants = dict(A_H=a_h, BC=bc, BH=bh, BW=bw, BK=min(bk, 4), F=f)
     return Plan(False, 4, constants) if backward else Plan(False, 8, dict(constants, UNROLL=unroll))
 
@@ -333,11 +331,11 @@ def radial_filter(x: Tensor, base: Tensor, gain: Tensor, radius_squared: int) ->
         u = torch.empty((B, C, phi_h.shape[0], W), dtype=base.dtype, device=x.device, memory_format=layout)
         scratch, strides = (z, u), (*strides, *u.stride())
     kernel = _plane_kernel if choice.on_chip else _stream_kernel
-    with torch.cuda.device_of(x):
-        kernel[(B * triton.cdiv(C, choice.constants["BC"]),)](
-            x, y, *scratch, *tables, C, H, W, phi_w.shape[0], gain.shape[0], *strides, base.stride(0), *gain.stride(),
-            **choice.constants, **access(channels_last, x, y), num_warps=choice.num_warps, **_OPTIONS,
-        )  # fmt: skip
+    launch(
+        kernel, (B * cdiv(C, choice.constants["BC"]),),
+        x, y, *scratch, *tables, C, H, W, phi_w.shape[0], gain.shape[0], *strides, base.stride(0), *gain.stride(),
+        **choice.constants, **access(channels_last, x, y), num_warps=choice.num_warps,
+    )  # fmt: skip
     return y
 
 
@@ -355,13 +353,14 @@ def radial_filter_backward(grad: Tensor, x: Tensor, radius_squared: int) -> tupl
     count = phi_h.shape[0] * phi_w.shape[0]
     z = torch.empty((1 if choice.on_chip else 2, B, count + 1, C), dtype=dtype, device=x.device)
     kernel = _plane_backward_kernel if choice.on_chip else _stream_backward_kernel
-    with torch.cuda.device_of(x):
-        kernel[(B * triton.cdiv(C, choice.constants["BC"]),)](
-            grad, x, *z, phi_h, phi_w, C, H, W, phi_w.shape[0], *grad.stride(), *x.stride(),
-            **choice.constants, **access(channels_last, grad, x), num_warps=choice.num_warps, **_OPTIONS,
-        )  # fmt: skip
-        _shell_kernel[((shells + 1) * triton.cdiv(C, 8),)](
-            z, base_grad, gain_grad, *_modes_by_shell(H, W, radius_squared, x.device), B, C, count, shells,
-            BB=128, BC=8, num_warps=4, **_OPTIONS,
-        )  # fmt: skip
+    launch(
+        kernel, (B * cdiv(C, choice.constants["BC"]),),
+        grad, x, *z, phi_h, phi_w, C, H, W, phi_w.shape[0], *grad.stride(), *x.stride(),
+        **choice.constants, **access(channels_last, grad, x), num_warps=choice.num_warps,
+    )  # fmt: skip
+    launch(
+        _shell_kernel, ((shells + 1) * cdiv(C, 8),),
+        z, base_grad, gain_grad, *_modes_by_shell(H, W, radius_squared, x.device), B, C, count, shells,
+        BB=128, BC=8, num_warps=4,
+    )  # fmt: skip
     return base_grad, gain_grad

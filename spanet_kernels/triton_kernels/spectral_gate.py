@@ -50,7 +50,8 @@ from torch import Tensor
 
 from spanet_kernels import composed, modes
 
-from .radial_filter import _OPTIONS, _multiple, _shell_kernel
+from .launch import cdiv, launch, next_power_of_2
+from .radial_filter import _multiple, _shell_kernel
 from .tiles import tile
 
 MAX_MODES = 32
@@ -312,21 +313,21 @@ class Plan(NamedTuple):
     launch: dict[str, Any]
 
     def programs(self, images: int, channels: int, pixels: int) -> tuple[int]:
-        return (images * triton.cdiv(pixels, self.tile["BN"]) * triton.cdiv(channels, self.tile["BO"]),)
+        return (images * cdiv(pixels, self.tile["BN"]) * cdiv(channels, self.tile["BO"]),)
 
 
 @functools.lru_cache(maxsize=1024)
 def plan(channels: int, pixels: int, backward: bool) -> Plan:
     """From the shape of one image alone, so that no result depends on the batch size."""
-    most_pixels, most_channels = (max(16, triton.next_power_of_2(size)) for size in (pixels, channels))
+    most_pixels, most_channels = (max(16, next_power_of_2(size)) for size in (pixels, channels))
     if found := tile("gate_backward" if backward else "gate", channels, pixels):
         bn, bo, bc, warps, stages = found
     else:
         # channels in tiles of 128 where that pads no more than tiles of 64
-        bn, bo, bc = 64 if backward else 128, 128 if triton.cdiv(channels, 64) % 2 == 0 else 64, 64
+        bn, bo, bc = 64 if backward else 128, 128 if cdiv(channels, 64) % 2 == 0 else 64, 64
         warps, stages = 8 if min(bn, most_pixels) * bo >= 8192 else 4, 2 if AMD else 3
     sizes = dict(BN=min(bn, most_pixels), BO=min(bo, most_channels), BC=min(bc, most_channels))
-    return Plan(sizes, dict(num_warps=warps, num_stages=stages, **_OPTIONS))
+    return Plan(sizes, dict(num_warps=warps, num_stages=stages))
 
 
 AMD = torch.version.hip is not None
@@ -348,9 +349,10 @@ def _mix(coefficients: Tensor, weight: Tensor, base: Tensor, gain: Tensor, table
     B, C, *functions = coefficients.shape
     K = len(table.place)
     v, scaled = torch.empty((B, K, C), dtype=base.dtype, device=base.device), torch.empty_like(weight)
-    _mix_kernel[triton.cdiv(B * K, 32), triton.cdiv(C, 64)](
+    launch(
+        _mix_kernel, (cdiv(B * K, 32), cdiv(C, 64)),
         coefficients, v, weight, scaled, base, gain, table.place, table.shell, B, C, K, prod(functions), base.stride(0), *gain.stride(),
-        BR=32, BO=64, BC=64, PRECISION=PRECISION, num_warps=8, **_OPTIONS,
+        BR=32, BO=64, BC=64, PRECISION=PRECISION, num_warps=8,
     )  # fmt: skip
     return v, scaled
 
@@ -374,12 +376,12 @@ def spectral_gate(
     table, coefficients, gain = _modes_of(z, coefficients, base, gain, radius_squared)
     z, weight, bias, choice = modes.like(z, z), weight.contiguous(), bias.contiguous(), plan(C, H * W, backward=False)
     y = torch.empty_like(z)
-    with torch.cuda.device_of(z):
-        v, scaled = _mix(coefficients, weight, base, gain, table)
-        _gate_kernel[choice.programs(B, C, H * W)](
-            z, y, scaled, v, table.phi, bias, H * W, C, len(table.place), **choice.tile, KP=table.phi.shape[1], PRECISION=PRECISION,
-            **access(z), **choice.launch,
-        )  # fmt: skip
+    v, scaled = _mix(coefficients, weight, base, gain, table)
+    launch(
+        _gate_kernel, choice.programs(B, C, H * W),
+        z, y, scaled, v, table.phi, bias, H * W, C, len(table.place), **choice.tile, KP=table.phi.shape[1], PRECISION=PRECISION,
+        **access(z), **choice.launch,
+    )  # fmt: skip
     return y
 
 
@@ -403,9 +405,9 @@ def spectral_gate_backward(
     grad, z, weight, bias = modes.like(grad, z), modes.like(z, z), weight.contiguous(), bias.contiguous()
     choice = plan(C, H * W, backward=True)
     N, K, S, M = H * W, len(table.place), gain.shape[0], coefficients[0, 0].numel()
-    tiles, side, step = triton.cdiv(N, choice.tile["BN"]), min(64, choice.tile["BO"]), min(choice.tile["BN"], choice.tile["BC"])
-    groups = triton.cdiv(C, side)
-    splits = min(triton.cdiv(256, groups * groups), B * triton.cdiv(N, step))  # enough programs for any GPU
+    tiles, side, step = cdiv(N, choice.tile["BN"]), min(64, choice.tile["BO"]), min(choice.tile["BN"], choice.tile["BC"])
+    groups = cdiv(C, side)
+    splits = min(cdiv(256, groups * groups), B * cdiv(N, step))  # enough programs for any GPU
 
     def wide(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=base.dtype, device=base.device)
@@ -413,22 +415,23 @@ def spectral_gate_backward(
     z_grad, c, parts, chat, products = torch.empty_like(z), torch.empty_like(z), wide(B, tiles, K, C), wide(B, K, C), wide(B, K + 1, C)
     weight_parts, base_parts, bias_grad, gain_grad = wide(splits, C, C), wide(splits * groups, C), wide(C), wide(S, C)
     planes = dict(choice.tile, KP=table.phi.shape[1], PRECISION=PRECISION, **access(z), **choice.launch)
-    small = dict(num_warps=4, **_OPTIONS)
-    with torch.cuda.device_of(z):
-        v, scaled = _mix(coefficients, weight, base, gain, table)
-        _context_kernel[choice.programs(B, C, N)](grad, z, z_grad, c, parts, scaled, v, table.phi, bias, N, C, K, **planes)
-        _fold_kernel[B * triton.cdiv(K * C, 64),](parts, chat, tiles, K * C, BT=16, BM=64, **small)
-        _mix_backward_kernel[triton.cdiv(B * K, 32), triton.cdiv(C, 64)](
-            chat, coefficients, v, products, weight, gain, table.place, table.shell, B, C, K, M, *gain.stride(), sqrt(N),
-            BR=32, BO=32, BC=64, PRECISION=PRECISION, **small,
-        )  # fmt: skip
-        _gradient_kernel[choice.programs(B, C, N)](c, z_grad, scaled, v, table.phi, N, C, K, **planes)
-        _outer_kernel[splits, groups, groups](
-            c, z, chat, coefficients, weight_parts, base_parts, weight, base, gain, table.place, table.shell, B, N, C, K, M,
-            base.stride(0), *gain.stride(), BN=step, BO=side, BC=side, BR=16, PRECISION=PRECISION, **access(z), **choice.launch,
-        )  # fmt: skip
-        _shell_kernel[(S + 1) * triton.cdiv(C, 8),](
-            products, bias_grad, gain_grad, table.order, table.start, B, C, K, S, BB=128, BC=8, **small
-        )
+    v, scaled = _mix(coefficients, weight, base, gain, table)
+    launch(_context_kernel, choice.programs(B, C, N), grad, z, z_grad, c, parts, scaled, v, table.phi, bias, N, C, K, **planes)
+    launch(_fold_kernel, (B * cdiv(K * C, 64),), parts, chat, tiles, K * C, BT=16, BM=64, num_warps=4)
+    launch(
+        _mix_backward_kernel, (cdiv(B * K, 32), cdiv(C, 64)),
+        chat, coefficients, v, products, weight, gain, table.place, table.shell, B, C, K, M, *gain.stride(), sqrt(N),
+        BR=32, BO=32, BC=64, PRECISION=PRECISION, num_warps=4,
+    )  # fmt: skip
+    launch(_gradient_kernel, choice.programs(B, C, N), c, z_grad, scaled, v, table.phi, N, C, K, **planes)
+    launch(
+        _outer_kernel, (splits, groups, groups),
+        c, z, chat, coefficients, weight_parts, base_parts, weight, base, gain, table.place, table.shell, B, N, C, K, M,
+        base.stride(0), *gain.stride(), BN=step, BO=side, BC=side, BR=16, PRECISION=PRECISION, **access(z), **choice.launch,
+    )  # fmt: skip
+    launch(
+        _shell_kernel, ((S + 1) * cdiv(C, 8),),
+        products, bias_grad, gain_grad, table.order, table.start, B, C, K, S, BB=128, BC=8, num_warps=4,
+    )  # fmt: skip
     profile_grads = (base_parts.sum(0), gain_grad[:shells]) if profile_learns else (base.new_empty(0), gain.new_empty(0))
     return z_grad, weight_parts.sum(0).to(weight.dtype), bias_grad.to(bias.dtype), *profile_grads
