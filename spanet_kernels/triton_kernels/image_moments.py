@@ -62,7 +62,7 @@ def _finish_kernel(parts, moments, P, inverse, eps, BP: tl.constexpr):
 
 
 def serves(x: Tensor) -> bool:
-    return x.dtype != torch.float64 and x.numel() > 0 and x[0].numel() < 2**31
+    return x.dtype != torch.float64 and x.numel() > 0 and x.numel() // x.shape[0] < 2**31
 
 
 def wide(x: Tensor, *shape: int) -> Tensor:
@@ -71,7 +71,7 @@ def wide(x: Tensor, *shape: int) -> Tensor:
 
 def moments_of(x: Tensor) -> Tensor:
     """(B, P, 3) sums of the parts of dense images."""
-    elements = x[0].numel()
+    elements = x.numel() // x.shape[0]
     share = cdiv(cdiv(elements, BLOCK), MOST_PARTS) * BLOCK
     parts = wide(x, len(x), cdiv(elements, share), 3)
     launch(_moments_kernel, tuple(parts.shape[:2]), x, parts, elements, share, BLOCK=BLOCK, num_warps=8)
@@ -84,5 +84,5 @@ def image_moments(x: Tensor, eps: float) -> Tensor:
         return reference.image_moments(x, eps)
     parts, moments = moments_of(modes.like(x, x)), wide(x, len(x), 2)
     count = parts.shape[1]
-    launch(_finish_kernel, (len(x),), parts, moments, count, 1 / x[0].numel(), eps, BP=next_power_of_2(count), num_warps=1)
+    launch(_finish_kernel, (len(x),), parts, moments, count, x.shape[0] / x.numel(), eps, BP=next_power_of_2(count), num_warps=1)
     return moments

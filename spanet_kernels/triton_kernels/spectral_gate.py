@@ -337,7 +337,7 @@ def access(z: Tensor) -> dict[str, Any]:
     """How tiles address planes like z: V neighbours on the fastest axis are one aligned access; INDEX holds any offset in an image."""
     channels_last = modes.channels_last(z)
     fastest = z.shape[1] if channels_last else z.shape[2] * z.shape[3]
-    index = tl.int32 if z[0].numel() < 2**31 else tl.int64
+    index = tl.int32 if z.numel() // z.shape[0] < 2**31 else tl.int64
     return dict(V=gcd(fastest, 16 // z.element_size()), CHANNELS_LAST=channels_last, INDEX=index)
 
 
