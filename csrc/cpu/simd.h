@@ -104,6 +104,8 @@ template <class T, class IO> SIMD_INLINE Vec<T> load(const IO* p) {
     Words at;
     for (int l = 0; l < 32; ++l) at[l] = uint16_t(l / 2);
     return (Vec<T>)_mm512_maskz_permutexvar_epi16(0xaaaaaaaau, (__m512i)at, halves);
+#elif SIMD_BYTES == 32
+    return (Vec<T>)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
 #else
     using S = Simd<float>;
     const S::U wide = __builtin_convertvector(load_raw<S::U16>(p), S::U) << 16;
@@ -130,6 +132,31 @@ template <int bytes> SIMD_INLINE __m256i first_elements(int64_t n) {
 }
 #endif
 
+#if SIMD_BYTES == 32
+// n <= 8 half words and zeros, from accesses of eight, four and two bytes that overlap; and the way back. Put together in registers: a
+// load of what several stores have just written waits for all of them.
+SIMD_INLINE __m128i first_halves(const uint16_t* p, int64_t n) {
+  if (n >= 4) {
+    const uint64_t last = load_raw<uint64_t>(p + n - 4);
+    return _mm_set_epi64x(n == 4 ? 0 : last >> (8 - n) * 16, load_raw<uint64_t>(p));
+  }
+  const uint64_t two = n >= 2 ? load_raw<uint32_t>(p) : 0;
+  return _mm_set_epi64x(0, n & 1 ? two | uint64_t{p[n - 1]} << (n - 1) * 16 : two);
+}
+SIMD_INLINE void store_first_halves(uint16_t* p, __m128i halves, int64_t n) {
+  const uint64_t low = _mm_cvtsi128_si64(halves);
+  if (n >= 4) {
+    const uint64_t high = _mm_extract_epi64(halves, 1);
+    const uint64_t last = n == 4 ? low : n == 8 ? high : low >> (n - 4) * 16 | high << (8 - n) * 16;
+    std::memcpy(p, &low, 8);
+    std::memcpy(p + n - 4, &last, 8);
+    return;
+  }
+  if (n >= 2) std::memcpy(p, &low, 4);
+  if (n & 1) p[n - 1] = uint16_t(low >> (n - 1) * 16);
+}
+#endif
+
 // The first n lanes from memory, zeros in the others; nothing beyond them is touched.
 template <class T, class IO> SIMD_INLINE Vec<T> load_part(const IO* p, int64_t n) {
 #if SIMD_BYTES == 64
@@ -141,6 +168,10 @@ template <class T, class IO> SIMD_INLINE Vec<T> load_part(const IO* p, int64_t n
 #if SIMD_BYTES == 32
   if constexpr (sizeof(IO) == 8) return (Vec<T>)_mm256_maskload_pd(p, first_elements<8>(n));
   else if constexpr (sizeof(IO) == 4) return (Vec<T>)_mm256_maskload_ps(p, first_elements<4>(n));
+  else {
+    const __m128i part = first_halves((const uint16_t*)p, n);
+    return load<T>((const IO*)&part);
+  }
 #endif
   IO part[lanes_of<T>] = {};
   for (int64_t l = 0; l < n; ++l) part[l] = p[l];
@@ -187,15 +218,20 @@ template <class IO, class T> SIMD_INLINE auto narrow(Vec<T> v) {
   if constexpr (std::is_same_v<IO, T>) {
     return v;
   } else if constexpr (is_bf16<IO>) {
-    Simd<float>::U16 halves;
+    [[maybe_unused]] Simd<float>::U16 halves;
 #if SIMD_BYTES == 64
     if (std::is_same_v<IO, NativeBf16> && !has_denormals(v)) {
       asm("vcvtneps2bf16 %1, %0" : "=v"(halves) : "v"(v));
       return halves;
     }
 #endif
+#if SIMD_BYTES == 32
+    const __m256i bits = (__m256i)(bf16_bits(v) >> 16);
+    return _mm_packus_epi32(_mm256_castsi256_si128(bits), _mm256_extracti128_si256(bits, 1));
+#else
     halves = __builtin_convertvector(bf16_bits(v) >> 16, Simd<float>::U16);
     return halves;
+#endif
   } else {
 #if SIMD_BYTES == 64
     return _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -228,6 +264,7 @@ template <class T, class IO> SIMD_INLINE void store_part(IO* p, Vec<T> v, int64_
 #if SIMD_BYTES == 32
   if constexpr (sizeof(IO) == 8) return _mm256_maskstore_pd(p, first_elements<8>(n), (__m256d)v);
   else if constexpr (sizeof(IO) == 4) return _mm256_maskstore_ps(p, first_elements<4>(n), (__m256)v);
+  else return store_first_halves((uint16_t*)p, (__m128i)narrow<IO, T>(v), n);
 #endif
   IO part[lanes_of<T>];
   store<T>(part, v);
@@ -322,9 +359,19 @@ template <class T, class IO> SIMD_INLINE void store_line(const T* from, IO* to, 
   if (!done)
 #endif
   {
-    for (int64_t v = 0; v < vectors_of_line<T, IO>; ++v) {
-      const auto bits = narrow<IO, T>(load<T>(from + v * lanes_of<T>));
-      std::memcpy((char*)&line + v * sizeof bits, &bits, sizeof bits);
+    const auto bits = narrow<IO, T>(load<T>(from));
+    if constexpr (sizeof bits == sizeof line) {
+      line = (Bytes)bits;
+    } else {  // put together in registers: a load of what two stores have just written waits for both
+      const auto more = narrow<IO, T>(load<T>(from + lanes_of<T>));
+#if SIMD_BYTES == 64
+      line = (Bytes)_mm512_inserti64x4(_mm512_castsi256_si512((__m256i)bits), (__m256i)more, 1);
+#elif SIMD_BYTES == 32
+      line = (Bytes)_mm256_set_m128i((__m128i)more, (__m128i)bits);
+#else
+      std::memcpy(&line, &bits, sizeof bits);
+      std::memcpy((char*)&line + sizeof bits, &more, sizeof more);
+#endif
     }
   }
 #if SIMD_BYTES == 64
