@@ -112,7 +112,8 @@ class Build(build_ext):
             flags = "-O1 -std=c++20 -Xcompiler -fPIC,-fvisibility=hidden --threads 0 -DUSE_CUDA"
             architectures = gencode(os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHITECTURES)
             lines.append(rule("nvcc", f"{cuda_compiler} {flags} {architectures} {stable} -I{csrc}"))
-            cuda = [library("_cuda", cuda_compiler, torch_library, [(f"cuda/{op}.cu", "nvcc") for op in CUDA_KERNELS])]
+            objects = [(f"cuda/{op}.cu", "nvcc") for op in CUDA_KERNELS] + [(f"cuda/{op}.cpp", "nvcc") for op in CUDA_KERNELS]
+            cuda = [library("_cuda", cuda_compiler, torch_library, objects)]
         objects = [(f"cpu/{op}_kernel.cpp", simd) for op in CPU_KERNELS for simd in reversed(SIMD)]
         objects += [("library.cpp", "cxx"), *((f"cpu/{op}.cpp", "cxx") for op in CPU_KERNELS)]
         cpu = [library("_native", compiler, "", [("native.cpp", "native")]), library("_cpu", compiler, torch_library, objects)]
