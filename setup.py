@@ -37,6 +37,19 @@ def nvcc() -> str | None:
     return shutil.which("nvcc", path=f"{home}/bin") if home else shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 
 
+def wanted_nvcc() -> str | None:
+    """nvcc, or None where the CUDA kernels are to be left out."""
+    wanted, compiler = os.environ.get("SPANET_KERNELS_CUDA", "auto"), nvcc()
+    if wanted not in ("auto", "0", "1"):
+        raise ValueError(f"SPANET_KERNELS_CUDA must be auto, 0 or 1, got {wanted!r}")
+    if wanted == "1" and compiler is None:
+        raise RuntimeError("SPANET_KERNELS_CUDA=1 but no nvcc was found: set CUDA_HOME or PATH")
+    if wanted == "0" or compiler is None:
+        print("spanet_kernels: CUDA kernels left out:", "SPANET_KERNELS_CUDA=0" if wanted == "0" else "no nvcc found")
+        return None
+    return compiler
+
+
 def gencode(architectures: str) -> str:
     """Machine code for each, assembled from the PTX of the lowest: no kernel asks for more, and the compiler runs once."""
     items = architectures.replace(",", ";").replace(" ", ";").split(";")
@@ -59,71 +72,62 @@ def rule(name: str, compile_command: str) -> str:
     return f"rule {name}\n  command = {compile_command} -MMD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc\n"
 
 
-def link_rule(command: str) -> str:
-    return f"rule link\n  command = {command} -shared $in -o $out $libraries\n"
-
-
 class Build(build_ext):
-    """Compiles with the C++ compiler and nvcc through ninja; nothing is probed but the presence of nvcc."""
-
-    def ninja(self, name: str, output: Path, rules: list[str], objects: list[tuple[str, str]], libraries: str = "") -> None:
-        """Compile (source, rule) pairs and link them into output."""
-        folder = (ROOT / self.build_temp / name).resolve()
-        folder.mkdir(parents=True, exist_ok=True)
-        output.parent.mkdir(parents=True, exist_ok=True)
-        built = [(f"{Path(source).stem}.{rule}.o", rule, (ROOT / "csrc" / source).resolve()) for source, rule in objects]
-        lines = [*rules, *(f"build {target}: {rule} {source}" for target, rule, source in built)]
-        lines.append(f"build {output.resolve()}: link {' '.join(target for target, _, _ in built)}\n  libraries = {libraries}\n")
-        (folder / "build.ninja").write_text("\n".join(lines))
-        subprocess.run([sys.executable, "-m", "ninja", "-C", str(folder)], check=True)
+    """Compiles with the C++ compiler and nvcc, everything in one run of ninja; nothing is probed but the presence of nvcc."""
 
     def get_ext_filename(self, fullname: str) -> str:
         """The operator libraries serve every Python: no version in their names."""
         return super().get_ext_filename(fullname) if fullname.endswith("_native") else f"{fullname.replace('.', '/')}.so"
 
-    def build_extension(self, ext: Extension) -> None:
+    def build_extensions(self) -> None:
         import torch
 
-        path = Path(self.get_ext_fullpath(ext.name))
-        name = ext.name.rpartition(".")[2]
-        torch_folder = Path(torch.__file__).parent
-        csrc = f"-I{(ROOT / 'csrc').resolve()}"
-        stable = f"-DTORCH_TARGET_VERSION=0x020a000000000000 -DTORCH_STABLE_ONLY -isystem {torch_folder / 'include'} {csrc}"
-        libraries = f"-L{torch_folder / 'lib'} -ltorch_cpu"
-        compiler = os.environ.get("CXX", "g++")
-        cxx = f"{compiler} -O3 -std=c++20 -fPIC -fvisibility=hidden -ffp-contract=fast -Wall -Wextra -Wno-psabi"
-        if name == "_cpu":
-            rules = [link_rule(compiler), rule("cxx", f"{cxx} {stable}")]
-            rules += [rule(simd, f"{cxx} {csrc} -DSIMD_NAME={simd} {flags}") for simd, flags in SIMD.items()]
-            objects = [("library.cpp", "cxx"), *((f"cpu/{op}.cpp", "cxx") for op in CPU_KERNELS)]
-            objects += [(f"cpu/{op}_kernel.cpp", simd) for op in CPU_KERNELS for simd in SIMD]
-            self.ninja(name, path, rules, objects, libraries)
-        elif name == "_native":
-            include = f"-isystem {pybind11_include(torch_folder)} -isystem {sysconfig.get_path('include')}"
-            build = f"-DBUILD_TORCH='\"{torch.__version__}\"' {include}"
-            self.ninja(name, path, [link_rule(compiler), rule("cxx", f"{cxx} {build} {csrc}")], [("native.cpp", "cxx")])
-        else:
-            self.build_cuda(path, stable, libraries)
+        torch_folder, csrc = Path(torch.__file__).parent, ROOT.resolve() / "csrc"
+        stable = f"-DTORCH_TARGET_VERSION=0x020a000000000000 -DTORCH_STABLE_ONLY -isystem {torch_folder / 'include'}"
+        torch_library = f"-L{torch_folder / 'lib'} -ltorch_cpu"
+        compiler, cuda_compiler = os.environ.get("CXX", "g++"), wanted_nvcc()
+        cxx = f"{compiler} -std=c++20 -fPIC -fvisibility=hidden -ffp-contract=fast -Wall -Wextra -Wno-psabi -I{csrc}"
+        python = f"-isystem {pybind11_include(torch_folder)} -isystem {sysconfig.get_path('include')}"
+        lines = [
+            "rule link\n  command = $linker -shared $in -o $out $libraries\n",
+            rule("cxx", f"{cxx} -O3 {stable}"),
+            rule("native", f"{cxx} -O1 {python} -DBUILD_TORCH='\"{torch.__version__}\"'"),
+            *(rule(simd, f"{cxx} -O3 -DSIMD_NAME={simd} {flags}") for simd, flags in SIMD.items()),
+        ]
 
-    def build_cuda(self, output: Path, stable: str, libraries: str) -> None:
-        wanted, compiler = os.environ.get("SPANET_KERNELS_CUDA", "auto"), nvcc()
-        if wanted not in ("auto", "0", "1"):
-            raise ValueError(f"SPANET_KERNELS_CUDA must be auto, 0 or 1, got {wanted!r}")
-        if wanted == "0" or (wanted == "auto" and compiler is None):
-            print("spanet_kernels: CUDA kernels left out:", "SPANET_KERNELS_CUDA=0" if wanted == "0" else "no nvcc found")
+        def library(name: str, linker: str, libraries: str, objects: list[tuple[str, str]]) -> str:
+            """The file that objects, pairs of source and rule, are linked into."""
+            output = Path(self.get_ext_fullpath(f"spanet_kernels.{name}")).resolve()
+            output.parent.mkdir(parents=True, exist_ok=True)
+            built = [(f"{source}.{rule}.o", rule, csrc / source) for source, rule in objects]
+            lines.extend(f"build {target}: {rule} {source}" for target, rule, source in built)
+            inputs = " ".join(target for target, _, _ in built)
+            lines.append(f"build {output}: link {inputs}\n  linker = {linker}\n  libraries = {libraries}\n")
+            return str(output)
+
+        # ninja starts in the order of its file: what takes longest comes first
+        cuda = []
+        if cuda_compiler:
+            # -O1 is for the host; kernels are optimised by default
+            flags = "-O1 -std=c++20 -Xcompiler -fPIC,-fvisibility=hidden --threads 0 -DUSE_CUDA"
+            architectures = gencode(os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHITECTURES)
+            lines.append(rule("nvcc", f"{cuda_compiler} {flags} {architectures} {stable} -I{csrc}"))
+            objects = [(f"cuda/{op}.cu", "nvcc") for op in CUDA_KERNELS] + [(f"cuda/{op}.cpp", "nvcc") for op in CUDA_KERNELS]
+            cuda = [library("_cuda", cuda_compiler, torch_library, objects)]
+        objects = [(f"cpu/{op}_kernel.cpp", simd) for op in CPU_KERNELS for simd in reversed(SIMD)]
+        objects += [("library.cpp", "cxx"), *((f"cpu/{op}.cpp", "cxx") for op in CPU_KERNELS)]
+        cpu = [library("_native", compiler, "", [("native.cpp", "native")]), library("_cpu", compiler, torch_library, objects)]
+
+        folder = Path(self.build_temp).resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "build.ninja").write_text("\n".join(lines))
+        ninja = [sys.executable, "-m", "ninja", "-C", str(folder), "-k", "0"]
+        if subprocess.run([*ninja, *cuda, *cpu]).returncode == 0:
             return
-        if compiler is None:
-            raise RuntimeError("SPANET_KERNELS_CUDA=1 but no nvcc was found: set CUDA_HOME or PATH")
-        architectures = gencode(os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHITECTURES)
-        flags = f"-O1 -std=c++20 -Xcompiler -fPIC,-fvisibility=hidden --threads 0 -DUSE_CUDA {architectures}"
-        # -O1 is for the host; kernels are optimised by default
-        try:
-            rules = [link_rule(compiler), rule("nvcc", f"{compiler} {flags} {stable}")]
-            self.ninja("_cuda", output, rules, [(f"cuda/{op}.cu", "nvcc") for op in CUDA_KERNELS], libraries)
-        except subprocess.CalledProcessError:
-            if wanted == "1":
-                raise
-            print("spanet_kernels: CUDA kernels left out: nvcc failed, see above; SPANET_KERNELS_CUDA=1 makes this an error")
+        if not cuda or os.environ.get("SPANET_KERNELS_CUDA") == "1":
+            raise RuntimeError("the build failed, see above")
+        subprocess.run([*ninja, *cpu], check=True)
+        print("spanet_kernels: CUDA kernels left out: nvcc failed, see above; SPANET_KERNELS_CUDA=1 makes this an error")
 
 
 def extension(name: str) -> Extension:

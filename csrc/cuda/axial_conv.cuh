@@ -22,7 +22,6 @@
 #pragma once
 
 #include "axial_walk_planes.cuh"
-#include "mode_coefficients.cuh"
 #include "strips_plan.cuh"
 
 namespace spanet {
@@ -251,49 +250,49 @@ void launch_walks(const Shape& shape, const View& x, const View& z, const AxialW
   else launch_planes<T>(shape, x, z, weights, reversed, stream);
 }
 
-// allocate(bytes): device memory that lives until the launches are done. A negative radius_squared asks for no coefficients.
-template <typename T, typename Allocate>
-void run_axial_conv(const Shape& shape, const View& x, const View& z, const AxialWeights<Wide<T>>& weights, Wide<T>* coefficients,
-                    int64_t radius_squared, int64_t shared_limit, Allocate allocate, void* stream) {
-  if (walks<T>(shape, weights.size, shared_limit)) {
-    if constexpr (sizeof(T) < 8) launch_walks<T>(shape, x, z, weights, false, stream);
+template <typename T>
+void AxialConv<T>::forward(const Shape& shape, const View& x, const View& z, const AxialWeights<Wide<T>>& weights, Wide<T>* coefficients,
+                           int64_t radius_squared, Device& device) {
+  if (walks<T>(shape, weights.size, device.shared_limit)) {
+    if constexpr (sizeof(T) < 8) launch_walks<T>(shape, x, z, weights, false, device.stream);
   } else {
-    Strips plan = make_strips<T>("axial_conv", shape, weights.size / 2, -1, 1, 0, shared_limit);
+    Strips plan = make_strips<T>("axial_conv", shape, weights.size / 2, -1, 1, 0, device.shared_limit);
     const View from = with_move(shape, plan, x, sizeof(T)), to = with_move(shape, plan, z, sizeof(T));
-    in_ranges(plan, 0, [&](int64_t blocks) { launch(axial_conv_kernel<T>, blocks, plan.threads, plan.bytes, stream, plan, from, to, weights); });
+    in_ranges(plan, 0, [&](int64_t blocks) {
+      launch(axial_conv_kernel<T>, blocks, plan.threads, plan.bytes, device.stream, plan, from, to, weights);
+    });
   }
-  if (radius_squared >= 0) run_mode_coefficients<T>(shape, z, coefficients, radius_squared, shared_limit, allocate, stream);
+  if (radius_squared >= 0) ModeCoefficients<T>::forward(shape, z, coefficients, radius_squared, device);
 }
 
-// gradients: of row_weight, row_bias, column_weight, column_bias.
-template <typename T, typename Allocate>
-void run_axial_conv_backward(const Shape& shape, const View& grad, const View& x, const View& x_grad, const AxialWeights<Wide<T>>& weights,
-                             const std::array<Wide<T>*, 4>& gradients, int64_t shared_limit, Allocate allocate, void* stream) {
+template <typename T>
+void AxialConv<T>::backward(const Shape& shape, const View& grad, const View& x, const View& x_grad, const AxialWeights<Wide<T>>& weights,
+                            const std::array<Wide<T>*, 4>& gradients, Device& device) {
   using W = Wide<T>;
   const int64_t size = weights.size, channels = shape.channels, columns = 2 * (size + 1) * channels;
   int64_t rows = 0;
   W* partial = nullptr;
   const auto allocate_rows = [&](int64_t count) {
     rows = count;
-    return partial = static_cast<W*>(allocate(rows * columns * sizeof(W)));
+    return partial = static_cast<W*>(device.allocate(rows * columns * sizeof(W)));
   };
-  if (walks<T>(shape, weights.size, shared_limit)) {
+  if (walks<T>(shape, weights.size, device.shared_limit)) {
     if constexpr (sizeof(T) < 8) {
-      if (shape.channels_last) launch_gradients<T>(shape, grad, x, weights, allocate_rows, stream);
-      else launch_plane_gradients<T>(shape, grad, x, weights, allocate_rows, stream);
-      launch_walks<T>(shape, grad, x_grad, {weights.row, weights.column, nullptr, nullptr, 0, 0, weights.size}, true, stream);
+      if (shape.channels_last) launch_gradients<T>(shape, grad, x, weights, allocate_rows, device.stream);
+      else launch_plane_gradients<T>(shape, grad, x, weights, allocate_rows, device.stream);
+      launch_walks<T>(shape, grad, x_grad, {weights.row, weights.column, nullptr, nullptr, 0, 0, weights.size}, true, device.stream);
     }
   } else {
-    Strips plan = make_strips<T>("axial_conv_backward", shape, size / 2, -1, 2, kSums, shared_limit);
+    Strips plan = make_strips<T>("axial_conv_backward", shape, size / 2, -1, 2, kSums, device.shared_limit);
     allocate_rows(shape.batch * plan.slices());
     const View from = with_move(shape, plan, grad, sizeof(T)), saved = with_move(shape, plan, x, sizeof(T));
     const View to = with_move(shape, plan, x_grad, sizeof(T));
     in_ranges(plan, 0, [&](int64_t blocks) {
-      launch(axial_conv_backward_kernel<T>, blocks, plan.threads, plan.bytes, stream, plan, from, saved, to, weights, partial);
+      launch(axial_conv_backward_kernel<T>, blocks, plan.threads, plan.bytes, device.stream, plan, from, saved, to, weights, partial);
     });
   }
   const Parts<W> parts{{gradients[0], gradients[1], gradients[2], gradients[3]}, {channels * size, channels, channels * size, channels}};
-  sum_partial(static_cast<const W*>(partial), rows, columns, parts, stream);
+  sum_partial(static_cast<const W*>(partial), rows, columns, parts, device.stream);
 }
 
 }  // namespace spanet

@@ -8,21 +8,6 @@ namespace spanet {
 constexpr int kTaps = 7;  // taps at a time
 
 template <typename W>
-struct Kernel {  // (C, k) weights of one axis
-  const W* data;
-  int64_t c, k;
-};
-
-template <typename W>
-struct AxialWeights {
-  Kernel<W> row, column;
-  const W* row_bias;     // (C,), null for zeros
-  const W* column_bias;
-  int64_t row_bias_c, column_bias_c;
-  int size;              // k
-};
-
-template <typename W>
 struct Taps {  // weights of one channel, where they are
   const W* first;
   int64_t step;

@@ -107,10 +107,9 @@ __global__ void __launch_bounds__(kLargeThreads)
   }
 }
 
-// False where another kernel has to do it. coefficients(out): run_mode_coefficients of x.
-template <typename T, typename Allocate, typename Coefficients>
-bool run_large_filter(const Shape& shape, const View& x, const View& y, const Profile<float>& profile, int64_t radius_squared, Allocate allocate,
-                      void* stream, Coefficients coefficients) {
+// False where another kernel has to do it.
+template <typename T>
+bool run_large_filter(const Shape& shape, const View& x, const View& y, const Profile<float>& profile, int64_t radius_squared, Device& device) {
   const int64_t limit = spectrum_limit(shape, radius_squared), rows = functions(shape.height, limit), columns = functions(shape.width, limit);
   const auto fits = [&](int vec) {
     const auto suits = [&](const View& view) {
@@ -137,16 +136,16 @@ bool run_large_filter(const Shape& shape, const View& x, const View& y, const Pr
   plan.channels_last = shape.channels_last;
   const double areas = static_cast<double>(small.height * small.width) / static_cast<double>(shape.height * shape.width);
   for (int k = 0; k < kSlots; ++k) plan.amplitude[k] = static_cast<float>(std::sqrt(known.weight[k] * areas));
-  auto* of_planes = static_cast<float*>(allocate(plan.planes * rows * columns * sizeof(float)));
-  auto* z = static_cast<float*>(allocate(plan.planes * kSlots * sizeof(float)));
-  coefficients(of_planes, limit);
-  launch(gains_kernel, ceil_div(plan.planes * kSlots, kLargeThreads), kLargeThreads, 0, stream, plan, static_cast<const float*>(of_planes), profile,
+  auto* of_planes = static_cast<float*>(device.allocate(plan.planes * rows * columns * sizeof(float)));
+  auto* z = static_cast<float*>(device.allocate(plan.planes * kSlots * sizeof(float)));
+  ModeCoefficients<T>::forward(shape, x, of_planes, limit, device);
+  launch(gains_kernel, ceil_div(plan.planes * kSlots, kLargeThreads), kLargeThreads, 0, device.stream, plan, static_cast<const float*>(of_planes), profile,
          z);
   const int64_t of_image = (shape.channels_last ? 1 : shape.channels), blocks = int64_t{plan.slices} * plan.chunks;
   const int64_t images = std::max<int64_t>(1, kMaxBlocks / (blocks * of_image));
   for (int64_t image = 0; image < shape.batch; image += images) {
     const auto run = [&](auto kernel) {
-      launch(kernel, std::min(images, shape.batch - image) * of_image * blocks, kLargeThreads, 0, stream, plan, from_image(x, image, sizeof(T)),
+      launch(kernel, std::min(images, shape.batch - image) * of_image * blocks, kLargeThreads, 0, device.stream, plan, from_image(x, image, sizeof(T)),
              from_image(y, image, sizeof(T)), profile.base, profile.base_c, static_cast<const float*>(z + image * shape.channels * kSlots));
     };
     if (vec == 2) run(large_kernel<T, 2>);

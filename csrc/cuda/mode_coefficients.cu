@@ -1,27 +1,11 @@
-// Operator mode_coefficients on NVIDIA GPUs: tensor in, launches out (see mode_coefficients.cuh).
+// The launches of mode_coefficients for every dtype.
 #include "mode_coefficients.cuh"
-#include "tensors.cuh"
 
-namespace {
+namespace spanet {
 
-using namespace spanet;
+template struct ModeCoefficients<double>;
+template struct ModeCoefficients<float>;
+template struct ModeCoefficients<__half>;
+template struct ModeCoefficients<__nv_bfloat16>;
 
-Tensor mode_coefficients_cuda(const Tensor& x, int64_t radius_squared) {
-  const Shape shape = shape_of("mode_coefficients", x);
-  const int64_t rows = functions(shape.height, radius_squared), columns = functions(shape.width, radius_squared);
-  Tensor out = torch::stable::new_empty(x, {shape.batch, shape.channels, rows, columns}, wide_type(x.scalar_type()));
-  if (out.numel() == 0) return out;
-  Call call("mode_coefficients", x);
-  dispatch("mode_coefficients", x.scalar_type(), [&](auto element) {
-    using T = decltype(element);
-    run_mode_coefficients<T>(shape, view_of(x), static_cast<Wide<T>*>(out.data_ptr()), radius_squared, call.shared_limit, call.allocator(),
-                             call.stream);
-  });
-  return out;
-}
-
-}  // namespace
-
-STABLE_TORCH_LIBRARY_IMPL(spanet_kernels, CUDA, m) {
-  m.impl("mode_coefficients", TORCH_BOX(&mode_coefficients_cuda));
-}
+}  // namespace spanet

@@ -32,17 +32,15 @@ __global__ void __launch_bounds__(kStripThreads, kBlocks<T>) mode_coefficients_k
   strip_coefficients(plan, own, task, strip, memory, out);
 }
 
-// allocate(bytes): device memory that lives until the launches are done.
-template <typename T, typename Allocate>
-void run_mode_coefficients(const Shape& shape, const View& x, Wide<T>* coefficients, int64_t radius_squared, int64_t shared_limit, Allocate allocate,
-                           void* stream) {
+template <typename T>
+void ModeCoefficients<T>::forward(const Shape& shape, const View& x, Wide<T>* coefficients, int64_t radius_squared, Device& device) {
   if constexpr (sizeof(T) < 8)
-    if (run_resident_coefficients<T>(shape, x, coefficients, radius_squared, stream)) return;
-  Strips plan = make_strips<T>("mode_coefficients", shape, 0, radius_squared, 1, kWaves * kGroup, shared_limit);
+    if (run_resident_coefficients<T>(shape, x, coefficients, radius_squared, device.stream)) return;
+  Strips plan = make_strips<T>("mode_coefficients", shape, 0, radius_squared, 1, kWaves * kGroup, device.shared_limit);
   const View from = with_move(shape, plan, x, sizeof(T));
   const auto run = [&](auto kernel) {
-    with_coefficients(plan, coefficients, allocate, stream,
-                      [&](int64_t blocks, Wide<T>* out) { launch(kernel, blocks, plan.threads, plan.bytes, stream, plan, from, out); });
+    with_coefficients(plan, coefficients, device,
+                      [&](int64_t blocks, Wide<T>* out) { launch(kernel, blocks, plan.threads, plan.bytes, device.stream, plan, from, out); });
   };
   if constexpr (sizeof(T) < 8)
     if (vectors<T>(shape, plan, {x.data})) return run(mode_coefficients_kernel<T, true>);

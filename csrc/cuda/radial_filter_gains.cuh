@@ -65,13 +65,6 @@ __device__ int64_t partial_index(const Plan& plan, int64_t plane, int slice, int
   return (((plane * plan.slices() + slice) * plan.blocks_h + block_h) * plan.blocks_w + block_w) * kFunctions<FB> * kFunctions<FB>;
 }
 
-template <typename W>
-struct Profile {  // base (C,) and gain (S, C)
-  const W* base;
-  const W* gain;
-  int64_t base_c, gain_s, gain_c;
-};
-
 // z[p][a][b] = weight x gain, times the coefficient summed over slices if there is a workspace of partial ones.
 // The last number of row a = 0 is free: it holds base, or 1 where a further block adds to the tile.
 template <int FB, typename W>

@@ -10,7 +10,7 @@
 #include "moves.cuh"
 #include "radial_filter_reduce.cuh"
 #include "large_filter.cuh"
-#include "mode_coefficients.cuh"
+#include "resident_modes_plan.cuh"
 
 namespace spanet {
 
@@ -97,15 +97,14 @@ Plan make_plan(const Shape& shape, int64_t radius_squared, int vec, int tiles, b
 }
 
 // Shells of the plan: small tables travel with the launch, larger ones are computed on the device.
-template <typename Allocate>
-void attach_shells(Plan& plan, int64_t count, Allocate allocate, void* stream) {
+inline void attach_shells(Plan& plan, int64_t count, Device& device) {
   if (count <= kSmallShells) {
     const auto table = shell_table(count - 1);
     std::copy(table.begin(), table.end(), plan.small_shells);
     return;
   }
-  auto* table = static_cast<int32_t*>(allocate(count * sizeof(int32_t)));
-  launch(shell_kernel, 1, kShellThreads, 0, stream, table, count);
+  auto* table = static_cast<int32_t*>(device.allocate(count * sizeof(int32_t)));
+  launch(shell_kernel, 1, kShellThreads, 0, device.stream, table, count);
   plan.shell_of = table;
 }
 
@@ -114,32 +113,30 @@ template <int FB> int64_t partial_size(const Plan& plan) {
   return int64_t{plan.slices()} * plan.blocks_h * plan.blocks_w * kFunctions<FB> * kFunctions<FB>;
 }
 
-// allocate(bytes): device memory that lives until the launches are done.
-template <typename T, typename Allocate>
-void run_filter(const Shape& shape, View x, View y, const Profile<Wide<T>>& profile, int64_t radius_squared, int64_t shared_limit, Allocate allocate,
-                void* stream) {
+template <typename T>
+void RadialFilter<T>::forward(const Shape& shape, View x, View y, const Profile<Wide<T>>& profile, int64_t radius_squared, Device& device) {
   using W = Wide<T>;
   if constexpr (sizeof(T) < 8)
-    if (run_resident_filter<T>(shape, x, y, profile, radius_squared, stream)) return;
+    if (run_resident_filter<T>(shape, x, y, profile, radius_squared, device.stream)) return;
   const int vec = vector_columns(shape, sizeof(T), {x.data, y.data});
   const int64_t limit = spectrum_limit(shape, radius_squared), frequency = integer_root(limit);
   const auto whole = [&](auto vec_constant, auto fb) {
     constexpr int VEC = decltype(vec_constant)::value, FB = decltype(fb)::value;
-    Plan plan = make_plan<T, FB>(shape, radius_squared, VEC, 1, true, shared_limit);
+    Plan plan = make_plan<T, FB>(shape, radius_squared, VEC, 1, true, device.shared_limit);
     if (plan.threads == 0) return false;
-    attach_shells(plan, limit + 1, allocate, stream);
+    attach_shells(plan, limit + 1, device);
     x.move = movement(shape, plan, x, sizeof(T));
     y.move = movement(shape, plan, y, sizeof(T));
     for (; plan.first_tile < plan.tiles; plan.first_tile += kMaxBlocks)
-      launch(filter_kernel<T, VEC, FB>, std::min(plan.tiles - plan.first_tile, kMaxBlocks), plan.threads, plan.bytes, stream, plan, x, y, profile,
+      launch(filter_kernel<T, VEC, FB>, std::min(plan.tiles - plan.first_tile, kMaxBlocks), plan.threads, plan.bytes, device.stream, plan, x, y, profile,
              static_cast<const W*>(nullptr));
     return true;
   };
   const auto sliced = [&](auto vec_constant) {
     constexpr int VEC = decltype(vec_constant)::value, FB = kSlicedBlock;
-    Plan plan = make_plan<T, FB>(shape, radius_squared, VEC, 1, false, shared_limit);
+    Plan plan = make_plan<T, FB>(shape, radius_squared, VEC, 1, false, device.shared_limit);
     if (plan.threads == 0) throw std::runtime_error("radial_filter: this device has too little shared memory");
-    attach_shells(plan, limit + 1, allocate, stream);
+    attach_shells(plan, limit + 1, device);
     x.move = movement(shape, plan, x, sizeof(T));
     y.move = movement(shape, plan, y, sizeof(T));
     // images (channels_last) or tiles at a time, so that the workspace stays small
@@ -147,13 +144,13 @@ void run_filter(const Shape& shape, View x, View y, const Profile<Wide<T>>& prof
     const int64_t unit_planes = shape.channels_last ? shape.channels : plan.planes, unit_bytes = unit_planes * partial_size<FB>(plan) * sizeof(W);
     const int64_t most = std::min(kWorkspaceBytes / unit_bytes, kMaxBlocks / (unit * plan.slices()));
     const int64_t units = std::clamp<int64_t>(most, 1, ceil_div(plan.tiles, unit));
-    auto* partial = static_cast<W*>(allocate(units * unit_bytes));
+    auto* partial = static_cast<W*>(device.allocate(units * unit_bytes));
     for (int64_t first = 0; first * unit < plan.tiles; first += units) {
       plan.first_tile = first * unit;
       plan.first_plane = first * unit_planes;
       const int64_t blocks = std::min(units * unit, plan.tiles - plan.first_tile) * plan.slices();
-      launch(reduce_kernel<T, VEC, FB>, blocks, plan.threads, plan.bytes, stream, plan, x, View{}, Workspace<W>{partial, nullptr, nullptr});
-      launch(filter_kernel<T, VEC, FB>, blocks, plan.threads, plan.bytes, stream, plan, x, y, profile, static_cast<const W*>(partial));
+      launch(reduce_kernel<T, VEC, FB>, blocks, plan.threads, plan.bytes, device.stream, plan, x, View{}, Workspace<W>{partial, nullptr, nullptr});
+      launch(filter_kernel<T, VEC, FB>, blocks, plan.threads, plan.bytes, device.stream, plan, x, y, profile, static_cast<const W*>(partial));
     }
   };
   constexpr bool kVectors = sizeof(T) < 8;
@@ -164,10 +161,7 @@ void run_filter(const Shape& shape, View x, View y, const Profile<Wide<T>>& prof
   }
   if (frequency <= 2 && vec != 4 && whole(Constant<1>{}, Constant<2>{})) return;
   if constexpr (sizeof(T) < 8) {
-    const auto coefficients = [&](float* out, int64_t radius_squared) {
-      run_mode_coefficients<T>(shape, x, out, radius_squared, shared_limit, allocate, stream);
-    };
-    if (run_large_filter<T>(shape, x, y, profile, radius_squared, allocate, stream, coefficients)) return;
+    if (run_large_filter<T>(shape, x, y, profile, radius_squared, device)) return;
   }
   if constexpr (kVectors) {
     if (frequency <= kSlicedBlock && vec == 4 && whole(Constant<4>{}, Constant<kSlicedBlock>{})) return;
@@ -177,32 +171,32 @@ void run_filter(const Shape& shape, View x, View y, const Profile<Wide<T>>& prof
   sliced(Constant<1>{});
 }
 
-template <typename T, typename Allocate>
-void run_backward(const Shape& shape, View grad, View x, Wide<T>* base_grad, Wide<T>* gain_grad, int64_t radius_squared, int64_t shared_limit,
-                  Allocate allocate, void* stream) {
+template <typename T>
+void RadialFilter<T>::backward(const Shape& shape, View grad, View x, Wide<T>* base_grad, Wide<T>* gain_grad, int64_t radius_squared,
+                               Device& device) {
   using W = Wide<T>;
   constexpr int FB = kSlicedBlock;
   if constexpr (sizeof(T) < 8)
-    if (run_resident_backward<T>(shape, grad, x, base_grad, gain_grad, radius_squared, allocate, stream)) return;
+    if (run_resident_backward<T>(shape, grad, x, base_grad, gain_grad, radius_squared, device)) return;
   const int64_t limit = spectrum_limit(shape, radius_squared);
   const auto reduce = [&](auto vec_constant) {
     constexpr int VEC = decltype(vec_constant)::value;
-    Plan plan = make_plan<T, FB>(shape, radius_squared, VEC, 2, true, shared_limit);
-    if (plan.threads == 0) plan = make_plan<T, FB>(shape, radius_squared, VEC, 2, false, shared_limit);
+    Plan plan = make_plan<T, FB>(shape, radius_squared, VEC, 2, true, device.shared_limit);
+    if (plan.threads == 0) plan = make_plan<T, FB>(shape, radius_squared, VEC, 2, false, device.shared_limit);
     if (plan.threads == 0) throw std::runtime_error("radial_filter_backward: this device has too little shared memory");
-    attach_shells(plan, limit + 1, allocate, stream);
+    attach_shells(plan, limit + 1, device);
     x.move = movement(shape, plan, x, sizeof(T));
     grad.move = movement(shape, plan, grad, sizeof(T));
     const int64_t planes = shape.batch * shape.channels, coefficients = planes * partial_size<FB>(plan);
-    auto* memory = static_cast<W*>(allocate((2 * coefficients + planes * plan.slices()) * sizeof(W)));
+    auto* memory = static_cast<W*>(device.allocate((2 * coefficients + planes * plan.slices()) * sizeof(W)));
     const Workspace<W> workspace{memory, memory + coefficients, memory + 2 * coefficients};
     for (; plan.first_tile < plan.tiles; plan.first_tile += kMaxBlocks / plan.slices())
       launch(reduce_kernel<T, VEC, FB>, std::min(plan.tiles - plan.first_tile, kMaxBlocks / plan.slices()) * plan.slices(), plan.threads, plan.bytes,
-             stream, plan, x, grad, workspace);
+             device.stream, plan, x, grad, workspace);
     constexpr int kThreads = 128, kWarps = kThreads / 32;
     const int64_t tasks = limit + 2, blocks = ceil_div(tasks * shape.channels, kWarps);
     if (blocks > kMaxBlocks / kWarps) throw std::runtime_error("radial_filter_backward: too many channels and shells for one launch");
-    launch(gradient_kernel<FB, W>, blocks, kThreads, 0, stream, plan, workspace, static_cast<unsigned>(tasks), base_grad, gain_grad);
+    launch(gradient_kernel<FB, W>, blocks, kThreads, 0, device.stream, plan, workspace, static_cast<unsigned>(tasks), base_grad, gain_grad);
   };
   if constexpr (sizeof(T) < 8)
     if (vector_columns(shape, sizeof(T), {x.data, grad.data}) == 4) return reduce(Constant<4>{});

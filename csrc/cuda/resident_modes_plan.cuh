@@ -66,23 +66,23 @@ bool run_resident_coefficients(const Shape& shape, const View& x, float* out, in
 }
 
 // False where another kernel has to do it.
-template <typename T, typename Allocate>
+template <typename T>
 bool run_resident_backward(const Shape& shape, const View& grad, const View& x, float* base_grad, float* gain_grad, int64_t radius_squared,
-                           Allocate allocate, void* stream) {
+                           Device& device) {
   const int vec = reduction_words<T>(shape, {x, grad});
   if (vec == 0 || spectrum_limit(shape, radius_squared) > 4) return false;
   Resident plan = make_resident(shape, radius_squared);
   plan.pitch_x = row_pitch(shape, x, sizeof(T));
   plan.pitch_y = row_pitch(shape, grad, sizeof(T));
   const int64_t row = (1 + plan.shells) * shape.channels;
-  float* of_images = static_cast<float*>(allocate(shape.batch * row * sizeof(float)));
+  float* of_images = static_cast<float*>(device.allocate(shape.batch * row * sizeof(float)));
   const auto run = [&](auto kernel) {
     reduce_resident<T>(shape, plan, vec, kSlots, true, [&](int64_t blocks, int threads, int bytes, const Resident& part, int64_t image) {
-      launch(kernel, blocks, threads, bytes, stream, part, from_image(x, image, sizeof(T)), from_image(grad, image, sizeof(T)),
+      launch(kernel, blocks, threads, bytes, device.stream, part, from_image(x, image, sizeof(T)), from_image(grad, image, sizeof(T)),
              of_images + image * row);
     });
     const Parts<float> parts{{base_grad, gain_grad}, {shape.channels, row - shape.channels}};
-    sum_partial(of_images, shape.batch, row, parts, stream);
+    sum_partial(of_images, shape.batch, row, parts, device.stream);
     return true;
   };
   if (shape.channels_last) return run(channels_shells_kernel<T, sizeof(T) == 2 ? 2 : 1>);

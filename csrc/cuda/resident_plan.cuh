@@ -20,11 +20,6 @@ inline Wave4 wave_at(int64_t i, int64_t n) {
   return wave;
 }
 
-inline int64_t spectrum_limit(const Shape& shape, int64_t radius_squared) {
-  const int64_t u = shape.height / 2, v = shape.width / 2;
-  return std::min(radius_squared, u * u + v * v);
-}
-
 // What does not depend on the layout.
 inline Resident make_resident(const Shape& shape, int64_t radius_squared) {
   Resident plan{};

@@ -16,10 +16,6 @@ namespace spanet {
 constexpr int kSmallBlock = 128;                    // threads up to which small planes are gathered
 constexpr int64_t kPartialBytes = 256 << 20;        // partial sums of one launch
 
-inline int64_t functions(int64_t n, int64_t radius_squared) {
-  return radius_squared < 0 ? 0 : axis_functions(n, std::min(radius_squared, (n / 2) * (n / 2)));  // the disc of -1 is empty
-}
-
 // tiles: operands that share a block's memory; values: numbers per thread that are summed over the block.
 template <typename T>
 Strips make_strips(const char* op, const Shape& shape, int64_t halo, int64_t radius_squared, int tiles, int64_t values, int64_t shared_limit) {
@@ -114,15 +110,15 @@ void sum_partial(const W* partial, int64_t rows, int64_t columns, const Parts<W>
 }
 
 // Launches with coefficients (B, C, A_H, A_W) as a result: where a plane has several blocks, their partial ones are summed afterwards.
-template <typename W, typename Allocate, typename Launch>
-void with_coefficients(Strips& plan, W* coefficients, Allocate allocate, void* stream, Launch run) {
+template <typename W, typename Launch>
+void with_coefficients(Strips& plan, W* coefficients, Device& device, Launch run) {
   const int64_t modes = int64_t{plan.functions_h} * plan.functions_w, bytes = modes * plan.slices() * sizeof(W);
   W* partial = nullptr;
   in_ranges(plan, plan.slices() > 1 ? bytes : 0, [&](int64_t blocks) {
     W* out = coefficients + plan.first_plane * modes;
-    if (plan.slices() > 1 && modes > 0 && !partial) partial = static_cast<W*>(allocate(bytes * plan.range_planes));
+    if (plan.slices() > 1 && modes > 0 && !partial) partial = static_cast<W*>(device.allocate(bytes * plan.range_planes));
     run(blocks, plan.slices() > 1 ? partial : out);
-    if (partial) sum_partial(partial, plan.slices(), plan.range_planes * modes, Parts<W>{{out}, {plan.range_planes * modes}}, stream);
+    if (partial) sum_partial(partial, plan.slices(), plan.range_planes * modes, Parts<W>{{out}, {plan.range_planes * modes}}, device.stream);
   });
 }
 

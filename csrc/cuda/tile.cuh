@@ -5,11 +5,9 @@
 // 16-byte words whatever the alignment (the tile is displaced like the tensor), as aligned words, or by elements.
 #pragma once
 
-#include <algorithm>
-#include <cstdint>
 #include <type_traits>
 
-#include "modes.h"
+#include "operators.h"
 
 #if defined(__CUDACC__)
 #include "primitives.cuh"
@@ -18,10 +16,6 @@
 #endif
 
 namespace spanet {
-
-template <typename T> struct WideOf { using type = float; };
-template <> struct WideOf<double> { using type = double; };
-template <typename T> using Wide = typename WideOf<T>::type;
 
 template <typename T, int N> struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Pack { T v[N]; };
 
@@ -46,19 +40,6 @@ struct Columns {  // VEC adjacent elements of a row; 16-bit ones in pairs, which
       if constexpr (kPairs) words.v[k / 2] = narrow_pair(in + k, static_cast<const T*>(nullptr));
       else narrow(in[k], words.v[k]);
   }
-};
-
-enum class Move : int { kElements, kWords, kRun };  // element-wise; aligned 16-byte words; one run, any alignment
-
-struct View {  // a (B, C, H, W) tensor in global memory, strides in elements
-  void* data;
-  int64_t b, c, h, w;
-  Move move;
-};
-
-struct Shape {
-  int64_t batch, channels, height, width;
-  bool channels_last;
 };
 
 struct Tiling {  // how the planes of a tensor fall into tiles

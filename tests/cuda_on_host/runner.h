@@ -30,6 +30,13 @@ struct Memory {  // a storage of its own, so that the address sanitizer sees eve
   }
 };
 
+struct HostDevice : Device {
+  std::vector<Memory> workspaces;
+
+  explicit HostDevice(int64_t limit) : Device{} { shared_limit = static_cast<int>(limit); }
+  void* allocate(int64_t bytes) override { return workspaces.emplace_back(bytes).bytes.get(); }
+};
+
 struct Input {
   Memory storage;
   int64_t strides[4];

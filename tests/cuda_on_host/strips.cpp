@@ -16,8 +16,7 @@ std::vector<char> run(Reader& in) {
   const int64_t radius_squared = in.number(), shared_limit = in.number(), alignment = in.number(), size = in.number(), count = in.number();
   std::vector<Input> inputs;
   for (int64_t k = 0; k < count; ++k) inputs.push_back(read_input(in));
-  std::vector<Memory> workspaces;
-  const auto allocate = [&](int64_t bytes) { return workspaces.emplace_back(bytes).bytes.get(); };
+  HostDevice device(shared_limit);
   const int64_t elements = shape.batch * shape.channels * shape.height * shape.width;
   const int64_t modes = shape.batch * shape.channels * functions(shape.height, radius_squared) * functions(shape.width, radius_squared);
   Memory result((elements + alignment) * sizeof(T)), coefficients(modes * sizeof(W)), gradients(2 * (size + 1) * shape.channels * sizeof(W));
@@ -36,19 +35,19 @@ std::vector<char> run(Reader& in) {
                            bias.data<W>(), nullptr, bias.strides[0], 0, static_cast<int>(size)};
   };
   if (op == kModeCoefficients) {
-    run_mode_coefficients<T>(shape, view(0, sizeof(T)), modes_out, radius_squared, shared_limit, allocate, nullptr);
+    ModeCoefficients<T>::forward(shape, view(0, sizeof(T)), modes_out, radius_squared, device);
     append(modes_out, modes);
   } else if (op == kAxialConv) {
     AxialWeights<W> all = weights(1);
     all.column_bias = inputs[4].data<W>();
     all.column_bias_c = inputs[4].strides[0];
-    run_axial_conv<T>(shape, view(0, sizeof(T)), out, all, modes_out, radius_squared, shared_limit, allocate, nullptr);
+    AxialConv<T>::forward(shape, view(0, sizeof(T)), out, all, modes_out, radius_squared, device);
     append(y, elements);
     append(modes_out, modes);
   } else {
     const int64_t channels = shape.channels, taps = channels * size;
-    run_axial_conv_backward<T>(shape, view(0, sizeof(T)), view(1, sizeof(T)), out, weights(2),
-                               {gradient, gradient + taps, gradient + taps + channels, gradient + 2 * taps + channels}, shared_limit, allocate, nullptr);
+    AxialConv<T>::backward(shape, view(0, sizeof(T)), view(1, sizeof(T)), out, weights(2),
+                           {gradient, gradient + taps, gradient + taps + channels, gradient + 2 * taps + channels}, device);
     append(y, elements);
     append(gradient, 2 * (size + 1) * channels);
   }

@@ -1,6 +1,9 @@
 // Tensors, devices and streams of torch, for the operators in this folder.
 #pragma once
 
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime_api.h>
 #include <dlfcn.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -12,7 +15,7 @@
 #include <tuple>
 #include <vector>
 
-#include "tile.cuh"
+#include "operators.h"
 
 namespace spanet {
 
@@ -34,23 +37,20 @@ inline void* current_stream(const char* op, int32_t device) {
   return stream;
 }
 
-struct Call {  // device, stream and workspaces of one call
+struct Call : Device {  // device, stream and workspaces of one call
   torch::stable::accelerator::DeviceGuard guard;
   Tensor like;
-  void* stream;
   std::vector<Tensor> workspaces;
-  int shared_limit = 0;
 
-  Call(const char* op, const Tensor& x) : guard(x.get_device_index()), like(x), stream(current_stream(op, x.get_device_index())) {
+  Call(const char* op, const Tensor& x) : guard(x.get_device_index()), like(x) {
+    stream = current_stream(op, x.get_device_index());
     const cudaError_t error = cudaDeviceGetAttribute(&shared_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, x.get_device_index());
     STD_TORCH_CHECK(error == cudaSuccess, op, ": cannot read the shared memory limit of the device: ", cudaGetErrorString(error));
   }
 
-  auto allocator() {
-    return [this](int64_t bytes) {
-      workspaces.push_back(torch::stable::new_empty(like, {bytes}, ScalarType::Byte));
-      return workspaces.back().mutable_data_ptr();
-    };
+  void* allocate(int64_t bytes) override {
+    workspaces.push_back(torch::stable::new_empty(like, {bytes}, ScalarType::Byte));
+    return workspaces.back().mutable_data_ptr();
   }
 };
 
