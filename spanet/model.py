@@ -15,8 +15,9 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, GroupNorm1, calculate_drop_path_rates, create_classifier, trunc_normal_
 from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
 from torch import Tensor, nn
+from torch.nn import functional
 
-from spanet_kernels import SPAM, pointwise_mlp
+from spanet_kernels import SPAM, is_plain, pointwise_mlp
 
 
 class ResScale(nn.Module):
@@ -45,7 +46,12 @@ class Mlp(nn.Module):
         residual_scale: Tensor | None = None,
         norm: tuple[Tensor, Tensor, float] | None = None,
     ) -> Tensor:
-        return pointwise_mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias, residual, residual_scale, norm)
+        if is_plain(self.fc1) and is_plain(self.fc2):
+            return pointwise_mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias, residual, residual_scale, norm)
+        y = cast(Tensor, self.fc2(functional.gelu(self.fc1(x if norm is None else functional.group_norm(x, 1, *norm)))))
+        if residual is None:
+            return y
+        return y + (residual if residual_scale is None else residual * residual_scale[:, None, None])
 
 
 class Block(nn.Module):
@@ -141,6 +147,8 @@ class SPANet(nn.Module, PyTorchModelHubMixin, library_name="spanet", license="ap
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        if not 0 < len(depths) == len(dims) <= len(radii):
+            raise ValueError(f"SPANet: depths, dims and radii must have an entry for every stage, got {depths}, {dims} and {radii}")
         if output_stride != 32:
             raise ValueError(f"SPANet: output_stride must be 32, the stages cannot be dilated, got {output_stride}")
         if isinstance(boundary, str) and boundary != "paper":

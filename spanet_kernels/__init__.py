@@ -16,7 +16,7 @@ backends()                                   which implementation serves which o
 from . import modes, reference
 from .backends import backends, use
 from .decompositions import decompositions
-from .nn import SPAM, SPF, SPG, accelerate
+from .nn import SPAM, SPF, SPG, accelerate, is_plain
 from .ops.axial_conv import axial_conv
 from .ops.pointwise_mlp import pointwise_mlp
 from .ops.radial_filter import radial_filter, spectral_pool
@@ -32,6 +32,7 @@ __all__ = [
     "axial_conv",
     "backends",
     "decompositions",
+    "is_plain",
     "modes",
     "pointwise_mlp",
     "radial_filter",

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 MAX_RADIUS = 8192
+CPU = torch.device("cpu")  # where tables are made, whatever the default device
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -43,6 +44,40 @@ def constant(function: Callable[P, T]) -> Callable[P, T]:
     # the mark that torch.compiler.assume_constant_result sets, without its import of the whole compiler
     call._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return call
+
+
+# what a cached tensor must not be made under: transforms of torch.func, whose tensors end with them, and modes such as FakeTensorMode
+_is_transformed, _count_modes = torch._C._are_functorch_transforms_active, torch._C._len_torch_dispatch_stack
+
+
+def cached(maxsize: int) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Cache a function of plain numbers that gives tensors, made outside of inference mode; under torch.compile, torch.func and modes of
+    the dispatcher they are made anew."""
+
+    def decorate(function: Callable[P, T]) -> Callable[P, T]:
+        def make(*args: P.args, **kwargs: P.kwargs) -> T:
+            with torch.inference_mode(False), torch.no_grad():
+                return function(*args, **kwargs)
+
+        remembered: Callable[P, T] = functools.lru_cache(maxsize)(make)  # type: ignore[assignment]
+
+        @functools.wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> T:
+            if torch.compiler.is_compiling() or _is_transformed() or _count_modes():
+                return make(*args, **kwargs)
+            trace = torch._C._get_tracing_state()
+            if trace is None:
+                return remembered(*args, **kwargs)
+            # how a constant comes about is no part of TorchScript's graph
+            torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
+            try:
+                return remembered(*args, **kwargs)
+            finally:
+                torch._C._set_tracing_state(trace)  # type: ignore[attr-defined]
+
+        return call
+
+    return decorate
 
 
 @constant
@@ -87,40 +122,37 @@ def functions(n: int, radius_squared: int) -> int:
     return min(2 * math.isqrt(radius_squared) + 1, n) if radius_squared >= 0 else 0
 
 
-@functools.lru_cache(maxsize=256)
+@cached(maxsize=256)
 def basis(n: int, radius_squared: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The (A, n) real Fourier functions with f^2 <= radius_squared, orthonormal rows, ordered 1, cos 1, sin 1, cos 2, ..."""
-    with torch.inference_mode(False), torch.no_grad():
-        index = torch.arange(functions(n, radius_squared))
-        frequency = (index + 1) // 2
-        # reduce f * i modulo n in integers, so that the angle is exact for any length
-        angle = (frequency[:, None] * torch.arange(n) % n).double() * (2 * math.pi / n)
-        rows = torch.where((index % 2 == 1)[:, None], angle.cos(), angle.sin())
-        rows[:1] = 1
-        weight = 2 - ((frequency == 0) | (2 * frequency == n)).double()
-        rows *= (weight / n).sqrt()[:, None]
-        return rows.to(device=device, dtype=dtype)
+    index = torch.arange(functions(n, radius_squared), device=CPU)
+    frequency = (index + 1) // 2
+    # reduce f * i modulo n in integers, so that the angle is exact for any length
+    angle = (frequency[:, None] * torch.arange(n, device=CPU) % n).double() * (2 * math.pi / n)
+    rows = torch.where((index % 2 == 1)[:, None], angle.cos(), angle.sin())
+    rows[:1] = 1
+    weight = 2 - ((frequency == 0) | (2 * frequency == n)).double()
+    rows *= (weight / n).sqrt()[:, None]
+    return rows.to(device=device, dtype=dtype)
 
 
-@functools.lru_cache(maxsize=64)
+@cached(maxsize=64)
 def half_spectrum_shells(height: int, width: int, radius_squared: int, device: torch.device) -> Tensor:
     """(H, W // 2 + 1, 2) index of the shell of both parts of each bin of `torch.fft.rfft2`; S, past the last shell, outside the disc."""
-    with torch.inference_mode(False), torch.no_grad():
-        rows = torch.arange(height)
-        squared = torch.minimum(rows, height - rows)[:, None] ** 2 + torch.arange(width // 2 + 1) ** 2
-        found = torch.searchsorted(torch.tensor(shells(radius_squared)), squared)
-        return found[..., None].expand(-1, -1, 2).contiguous().to(device)
+    rows = torch.arange(height, device=CPU)
+    squared = torch.minimum(rows, height - rows)[:, None] ** 2 + torch.arange(width // 2 + 1, device=CPU) ** 2
+    found = torch.searchsorted(torch.tensor(shells(radius_squared), device=CPU), squared)
+    return found[..., None].expand(-1, -1, 2).contiguous().to(device)
 
 
-@functools.lru_cache(maxsize=256)
+@cached(maxsize=256)
 def shell_map(height: int, width: int, radius_squared: int, device: torch.device) -> Tensor:
     """(A_H, A_W) index of each mode's shell; S, one past the last shell, where the mode lies outside the disc."""
-    with torch.inference_mode(False), torch.no_grad():
-        rows = (torch.arange(functions(height, radius_squared)) + 1) // 2
-        columns = (torch.arange(functions(width, radius_squared)) + 1) // 2
-        squared = rows[:, None] ** 2 + columns**2
-        found = torch.searchsorted(torch.tensor(shells(radius_squared)), squared)
-        return found.to(device)
+    rows = (torch.arange(functions(height, radius_squared), device=CPU) + 1) // 2
+    columns = (torch.arange(functions(width, radius_squared), device=CPU) + 1) // 2
+    squared = rows[:, None] ** 2 + columns**2
+    found = torch.searchsorted(torch.tensor(shells(radius_squared), device=CPU), squared)
+    return found.to(device)
 
 
 def pooling_profile(lam: Tensor, radius: float, boundary: float | None, height: int, width: int) -> tuple[Tensor, Tensor, int]:
@@ -159,7 +191,7 @@ def chunked_profile(
     return pooling_profile(per_channel, radius, boundary, height, width)
 
 
-@functools.lru_cache(maxsize=256)
+@cached(maxsize=256)
 def constant_profile(
     lams: tuple[float, ...],
     channels: int,
@@ -171,12 +203,11 @@ def constant_profile(
     device: torch.device,
 ) -> tuple[Tensor, Tensor, int]:
     """`chunked_profile` of constant lams, computed in fp64, cached as tensors of the given dtype on the device."""
-    with torch.inference_mode(False), torch.no_grad():
-        if len(lams) == 1:  # the same for every channel: one value, repeated by stride
-            base, gain, squared = pooling_profile(torch.tensor(lams, dtype=torch.float64), radius, boundary, height, width)
-            return base.to(device, dtype).expand(channels), gain.to(device, dtype).expand(-1, channels), squared
-        base, gain, squared = chunked_profile(torch.tensor(lams, dtype=torch.float64), channels, radius, boundary, height, width)
-        return base.to(device, dtype), gain.to(device, dtype).contiguous(), squared
+    if len(lams) == 1:  # the same for every channel: one value, repeated by stride
+        base, gain, squared = pooling_profile(torch.tensor(lams, dtype=torch.float64, device=CPU), radius, boundary, height, width)
+        return base.to(device, dtype).expand(channels), gain.to(device, dtype).expand(-1, channels), squared
+    base, gain, squared = chunked_profile(torch.tensor(lams, dtype=torch.float64, device=CPU), channels, radius, boundary, height, width)
+    return base.to(device, dtype), gain.to(device, dtype).contiguous(), squared
 
 
 def profile_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from . import modes, reference
-from .ops.radial_filter import spectral_pool
+from .ops.checks import check_branch, check_radius
+from .ops.radial_filter import radial_filter, spectral_pool
 from .ops.spectral_mixer import spectral_mixer
 
 
@@ -50,6 +51,14 @@ class SPF(nn.Module):
         return f"lam={lam}, radius={self.radius}, boundary={self.boundary}, learnable={isinstance(self.lam, nn.Parameter)}"
 
 
+def is_plain(layer: nn.Module) -> bool:
+    """Whether a convolution, parametrized or not, is no more than its weight and bias: it has no hooks, which look at its calls or make its
+    weight, and nothing stands in its place."""
+    hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    own = "forward" not in layer.__dict__ and type(layer).forward is nn.Conv2d.forward
+    return own and not hooks
+
+
 class SPG(nn.Sequential):
     """Spectral pooling gate: the filter of some channels, mixed into all: W SPF(x) + b (arXiv 2308.11568, eq. 19).
 
@@ -71,7 +80,8 @@ class SPAM(nn.Module):
 
     z = conv_kx1(conv_1xk(proj_in(x))),  out = proj_out(z o sum_i W_i SPF_i(z_i) + b_i), z_i the i-th channel chunk of z.
     The function of the published layer under its parameter names. Its masks are a function of lams, radius and boundary: a state
-    dict that has them must agree with this module, and then they are not kept. Runs as one `spectral_mixer`.
+    dict that has them must agree with this module, and then they are not kept. Runs as one `spectral_mixer`, which reads the
+    weights of the convolutions and calls none of them; where one is not plain (`is_plain`), they are called one by one.
 
     Args:
         dim: channels.
@@ -85,8 +95,9 @@ class SPAM(nn.Module):
     is a residual branch, residual_scale o residual + SPAM(norm(x)), in one call: see `spectral_mixer`.
 
     Raises:
-        ValueError: an even kernel_size, fewer channels than gates; on loading, masks that disagree, a key that is missing or of
-            another shape (before anything is changed).
+        TypeError: radius is no number.
+        ValueError: an even kernel_size, no channels or fewer than gates, a lam that is not finite, a negative or NaN radius; on loading,
+            masks that disagree or a key of another shape, before anything is changed; so a missing one, by `load_state_dict` of the layer.
     """
 
     def __init__(
@@ -99,12 +110,16 @@ class SPAM(nn.Module):
         learnable: bool = False,
     ) -> None:
         super().__init__()
-        if kernel_size % 2 == 0:
-            raise ValueError(f"SPAM: kernel_size must be odd, got {kernel_size}")
+        if not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0:
+            raise ValueError(f"SPAM: kernel_size must be an odd number, got {kernel_size}")
+        if not isinstance(lams, Sequence) or not all(isinstance(lam, (int, float)) and math.isfinite(lam) for lam in lams):
+            raise ValueError(f"SPAM: lams must be a sequence of finite numbers, got {lams}")
+        if dim < 1:
+            raise ValueError(f"SPAM: dim must be at least 1, got {dim}")
         chunks = modes.chunks(dim, max(len(lams), 1))
         if len(chunks) < len(lams):
             raise ValueError(f"SPAM: dim must give each of {len(lams)} gates a channel, got {dim}")
-        self.radius = radius
+        self.radius = check_radius("SPAM", radius)
         self.boundary = boundary
         self.lams = nn.Parameter(torch.tensor(lams)) if learnable else tuple(lams)
         pad = kernel_size // 2
@@ -125,8 +140,11 @@ class SPAM(nn.Module):
         norm: tuple[Tensor, Tensor, float] | None = None,
     ) -> Tensor:
         row, column = cast(tuple[nn.Conv2d, nn.Conv2d], tuple(self.conv))
-        weight, bias = self._gates()
         base, gain, squared = self._profile(x)
+        if not all(map(is_plain, (self.proj_in, row, column, *self.pws, self.proj_out))):
+            branch = check_branch("SPAM", x, tuple(x.shape), norm, residual, residual_scale)
+            return branch.added(self._by_convolutions(branch.normalised(x), base, gain, modes.radius_of(squared)))
+        weight, bias = self._gates()
         return spectral_mixer(
             x,
             self.proj_in.weight.flatten(1),
@@ -147,6 +165,14 @@ class SPAM(nn.Module):
             norm,
         )
 
+    def _by_convolutions(self, x: Tensor, base: Tensor, gain: Tensor, radius: float | None) -> Tensor:
+        """The mixer of calls of its convolutions, the filter alone an operator."""
+        z = self.conv(self.proj_in(x))
+        filtered = z if radius is None else radial_filter(z, base, gain, radius)
+        chunks = filtered.split(modes.chunks(z.shape[1], len(self.pws)), 1)
+        context = [pw(chunk) for pw, chunk in zip(self.pws, chunks, strict=True)]
+        return cast(Tensor, self.proj_out(z * sum(context[1:], context[0])))
+
     def _gates(self) -> tuple[Tensor, Tensor | None]:
         """The 1x1 convolutions of all gates as one: weights side by side, biases summed."""
         gates = [cast(nn.Conv2d, pw) for pw in self.pws]
@@ -165,6 +191,13 @@ class SPAM(nn.Module):
             return modes.constant_profile(self.lams, channels, self.radius, self.boundary, height, width, dtype, x.device)
         lams = torch.as_tensor(self.lams, dtype=dtype, device=x.device)
         return modes.chunked_profile(lams, channels, self.radius, self.boundary, height, width)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As of every module, but that of a state which does not fit nothing is taken."""
+        lacking = [name for name in self.state_dict() if name not in state_dict] if strict else []
+        if lacking:
+            raise ValueError(f"SPAM: the state lacks {', '.join(lacking)}")
+        return super().load_state_dict(state_dict, strict, assign)
 
     def published_state(self, height: int, width: int) -> dict[str, Tensor]:
         """The state dict of the published layer for maps of this size: the module's own and the masks (1, height, width).
@@ -193,8 +226,6 @@ def _check_loaded(module: nn.Module, state: dict[str, Any], prefix: str, metadat
     layer = cast(SPAM, module)
     for name, own in layer.state_dict().items():
         given = state.get(prefix + name)
-        if given is None and strict:
-            raise ValueError(f"SPAM: the state lacks {prefix + name}")
         if given is not None and given.shape != own.shape:
             raise ValueError(f"SPAM: {prefix + name} must have shape {tuple(own.shape)}, got {tuple(given.shape)}")
     for key in [key for key in state if key.startswith(f"{prefix}sps.") and key.endswith(".filter")]:
@@ -227,16 +258,18 @@ def accelerate(model: nn.Module) -> list[str]:
     Raises:
         ValueError: the model has no such layer, or one that does not fit, and why; then nothing is changed.
     """
-    found = {name: layer for name, layer in model.named_modules() if all(hasattr(layer, part) for part in _PUBLISHED_PARTS)}
+    modules = model.named_modules(remove_duplicate=False)  # a layer that stands in two places is replaced in both
+    found = {name: layer for name, layer in modules if all(hasattr(layer, part) for part in _PUBLISHED_PARTS)}
     if not found:
         raise ValueError(f"accelerate: {type(model).__name__} has no layer with {', '.join(_PUBLISHED_PARTS)}")
     if "" in found:
         raise ValueError("accelerate: model is itself the layer; give the model that holds it")
-    twins = {name: _twin(name, layer) for name, layer in found.items()}
-    for name, twin in twins.items():
+    names = {id(layer): name for name, layer in found.items()}
+    twins = {layer: _twin(name, found[name]) for layer, name in names.items()}
+    for name, layer in found.items():
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, twin)
-    return list(twins)
+        setattr(model.get_submodule(parent), child, twins[id(layer)])
+    return list(found)
 
 
 _PUBLISHED_PARTS = ("proj_in", "conv", "sps", "pws", "proj_out")
@@ -245,6 +278,14 @@ _PUBLISHED_PARTS = ("proj_in", "conv", "sps", "pws", "proj_out")
 def _twin(name: str, layer: Any) -> SPAM:
     """The `SPAM` that shares the convolutions of a published layer and computes the same."""
     try:
+        if "_orig_mod" in layer._modules:
+            raise ValueError("it is compiled; first accelerate, then compile")
+        if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
+            raise ValueError("it has hooks, which its replacement would not have")
+        if any(getattr(sp.filter, "requires_grad", False) for sp in layer.sps):
+            raise ValueError("its masks are learned")
+        if layer.proj_in.weight.is_meta:
+            raise ValueError("its parameters are on the meta device, where nothing can be compared")
         masks = [torch.as_tensor(sp.filter).detach().squeeze(0) for sp in layer.sps]
         lams, radii, boundaries = zip(*(_mask_parameters(mask) for mask in masks), strict=True)
         if len(set(radii)) > 1 or len(set(boundaries)) > 1:
@@ -269,7 +310,7 @@ def _twin(name: str, layer: Any) -> SPAM:
             for module in (layer, twin)
         )
     tolerance = 1e-4 + float(torch.finfo(masks[0].dtype).eps)  # of masks that were cast with their model
-    if theirs.shape != ours.shape or float((theirs - ours).abs().max()) > tolerance * float(theirs.abs().max()):
+    if theirs.shape != ours.shape or not float((theirs - ours).abs().max()) <= tolerance * float(theirs.abs().max()):
         raise ValueError(f"accelerate: {name} does not fit: it computes something else from the same parameters")
     return twin.train(layer.training)
 

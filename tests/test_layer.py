@@ -263,7 +263,6 @@ def other(name, change):
         (lambda: other("sps.1.filter", lambda f: f.where(f != 1 / 3, 0.2)), "sps.1.filter"),
         (lambda: PublishedSPAM(24, 7, 14, 14, 2).state_dict(), "proj_in.weight"),
         (lambda: PublishedSPAM(20, 5, 14, 14, 2).state_dict(), "conv.0.weight"),
-        (lambda: {k: v for k, v in PublishedSPAM(20, 7, 14, 14, 2).state_dict().items() if k != "proj_out.bias"}, "proj_out.bias"),
     ],
 )
 def test_a_state_that_does_not_fit_changes_nothing(state, words):
@@ -442,7 +441,7 @@ def test_onnx(tmp_path):
 @pytest.mark.parametrize(
     ("call", "error", "words"),
     [
-        (lambda: SPAM(8, 4), ValueError, "kernel_size must be odd, got 4"),
+        (lambda: SPAM(8, 4), ValueError, "kernel_size must be an odd number, got 4"),
         (lambda: SPAM(2), ValueError, "3 gates a channel, got 2"),
         (lambda: SPAM(8)(torch.randn(2, 8, 4)), ValueError, "x must have shape"),
         (lambda: SPAM(8)(torch.randn(2, 9, 4, 4)), ValueError, "in_weight must have shape .9, 9. for 9 channels, got .8, 8."),

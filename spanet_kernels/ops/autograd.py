@@ -19,12 +19,18 @@ _library = torch.library.Library("spanet_kernels", "IMPL")
 # this is what a call of an operator on a small tensor spends its time on: no look-ups that can be spared
 _is_compiling, _is_inference, _is_recording = torch.compiler.is_compiling, torch.is_inference_mode_enabled, torch.is_grad_enabled
 _is_transformed, _any_requires_grad = torch._C._are_functorch_transforms_active, torch._C._any_requires_grad
+_tracing_state = torch._C._get_tracing_state
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 
 
 def is_eager() -> bool:
     """Whether a call is neither compiled nor transformed nor differentiated forward."""
     return not (_is_compiling() or _is_transformed() or forward_ad._current_level >= 0)
+
+
+def is_traced() -> bool:
+    """Whether TorchScript traces the call: numbers are constants of its graph, so no size may decide how an operator goes about it."""
+    return not _is_compiling() and _tracing_state() is not None
 
 
 def infers(*args: Any) -> bool:
@@ -64,6 +70,8 @@ def register(operator: Any, function: Any, transformed: Callable[..., Any] | Non
     def eager(*args: Any) -> Any:
         if forward_ad._current_level >= 0 or _is_transformed():
             return transformed(*args)
+        if _tracing_state() is not None:
+            return operator(*args)
         if _is_recording() and (args[0].requires_grad or _any_requires_grad(*args)):
             return record(*args)
         if _is_inference():  # is below autograd already

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,6 +13,8 @@ PROFILE_DTYPE = {dtype: modes.profile_dtype(dtype) for dtype in (torch.float32, 
 
 
 def check_radius(op: str, radius: float) -> float:
+    if isinstance(radius, np.number):
+        radius = radius.item()
     if not isinstance(radius, (int, float)):
         raise TypeError(f"{op}: radius must be a number, got {type(radius).__name__}")
     if not radius >= 0:

@@ -25,7 +25,7 @@ from ..products import (
     summed,
     write,
 )
-from .autograd import infers, is_eager
+from .autograd import infers, is_eager, is_traced
 from .checks import autocast_dtype, check_branch, check_input, check_parameter
 from .image_norm import normalised
 
@@ -73,7 +73,7 @@ def pointwise_mlp(
             check_parameter("pointwise_mlp", name, bias, (size,), x)
     branch = check_branch("pointwise_mlp", x, (x.shape[0], out, *x.shape[2:]), norm, residual, residual_scale)
     weights: Any = weight_in, bias_in, weight_out, bias_out
-    inferred, dtype = infers(x, *weights, *branch), autocast_dtype(x)
+    inferred, dtype = infers(x, *weights, *branch) and not is_traced(), autocast_dtype(x)
     if inferred and dtype in (None, x.dtype):
         return _inferred(x, *(*weights, branch))
     x = normalised(branch, x)
@@ -81,7 +81,7 @@ def pointwise_mlp(
         x, weights = x.to(dtype), tuple(None if weight is None else weight.to(dtype) for weight in weights)
     if inferred:
         return branch.added(_inferred(x, *(*weights, Branch())))
-    return branch.added(_Mlp.apply(x, *weights) if is_eager() else _composition(x, *weights))
+    return branch.added(_Mlp.apply(x, *weights) if is_eager() and not is_traced() else _composition(x, *weights))
 
 
 def _inferred(x: Tensor, weight_in: Tensor, bias_in: Tensor | None, weight_out: Tensor, bias_out: Tensor | None, branch: Branch) -> Tensor:

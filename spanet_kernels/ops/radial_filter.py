@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -61,7 +62,7 @@ def radial_filter(x: Tensor, base: Tensor, gain: Tensor, radius: float) -> Tenso
             return _filter_eager(x, base, gain, _FEW[radius])
         except RuntimeError:  # the operator on the CPU takes nothing that does not fit, and finds out in less time
             pass
-    return _apply(x, base, gain, _checked(x, base, gain, radius))
+    return apply_profile(x, base, gain, _checked(x, base, gain, radius))
 
 
 def spectral_pool(x: Tensor, lam: float | Tensor, radius: float, boundary: float | None = None) -> Tensor:
@@ -91,6 +92,8 @@ def spectral_pool(x: Tensor, lam: float | Tensor, radius: float, boundary: float
         raise ValueError(f"spectral_pool: boundary must be None or a finite number, got {boundary!r}")
     channels, height, width = x.shape[1:]
     dtype = modes.profile_dtype(x.dtype)
+    if isinstance(lam, np.number):
+        lam = lam.item()
     if isinstance(lam, Tensor):
         _check_lam(x, lam)
         lams = lam.to(dtype).expand(channels)
@@ -101,11 +104,12 @@ def spectral_pool(x: Tensor, lam: float | Tensor, radius: float, boundary: float
     elif _is_compiling():
         lams = torch.full((channels,), lam, dtype=dtype, device=x.device)
     else:
-        return _apply(x, *modes.constant_profile((lam,), channels, radius, boundary, height, width, dtype, x.device))
-    return _apply(x, *modes.pooling_profile(lams, radius, boundary, height, width))
+        return apply_profile(x, *modes.constant_profile((lam,), channels, radius, boundary, height, width, dtype, x.device))
+    return apply_profile(x, *modes.pooling_profile(lams, radius, boundary, height, width))
 
 
-def _apply(x: Tensor, base: Tensor, gain: Tensor, radius_squared: int) -> Tensor:
+def apply_profile(x: Tensor, base: Tensor, gain: Tensor, radius_squared: int) -> Tensor:
+    """`radial_filter` of arguments that are known to fit."""
     if _fft_pays(x, radius_squared):
         return _by_fft(x, base, gain, radius_squared)
     return linear(x, base, gain, radius_squared)

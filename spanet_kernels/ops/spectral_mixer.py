@@ -11,11 +11,11 @@ from torch.nn import functional
 
 from .. import composed, modes
 from ..products import Branch, pair_serves
-from .autograd import by_composition, call_below_autograd, infers
+from .autograd import by_composition, call_below_autograd, infers, is_traced
 from .axial_conv import axial_conv, coefficients_fake
 from .checks import PROFILE_DTYPE, autocast_dtype, check_branch, check_input, check_parameter, check_radius, odd_size
 from .image_norm import normalised
-from .radial_filter import radial_filter
+from .radial_filter import apply_profile
 
 _mixer = torch.ops.spanet_kernels.spectral_mixer.default
 _gradient = torch.ops.spanet_kernels.spectral_mixer_backward.default
@@ -90,6 +90,8 @@ def spectral_mixer(
         )
     ]
     args[2], args[4] = args[2].flatten(1), args[4].flatten(1)
+    if is_traced():
+        return branch.added(_parts(branch.normalised(x).to(dtype), *args, squared))
     compiling = torch.compiler.is_compiling()
     inferred = infers(x, *args, *branch)
     if inferred and branch.has(dtype) and x.dtype == dtype and _fuses(x, branch, args[6], args[10]):
@@ -123,10 +125,9 @@ def _gradients(grad: Tensor, needed: Any, kept: tuple[Tensor, ...], x: Tensor, *
 def _parts(x: Tensor, in_weight: Tensor, in_bias: Tensor, *args: Any) -> Tensor:
     """The mixer in smaller operators, in the layout that these give it."""
     row_weight, row_bias, column_weight, column_bias, weight, bias, base, gain, out_weight, out_bias, squared = args
-    radius = modes.radius_of(squared)
     t = functional.conv2d(x, in_weight[:, :, None, None], in_bias)
     z, _ = axial_conv(t, row_weight[:, None, None], row_bias, column_weight[:, None, :, None], column_bias)
-    filtered = (z * base[:, None, None]).to(z.dtype) if radius is None else radial_filter(z, base, gain, radius)
+    filtered = (z * base[:, None, None]).to(z.dtype) if squared < 0 else apply_profile(z, base, gain, squared)
     y = functional.conv2d(filtered, weight[:, :, None, None], bias) * z
     return functional.conv2d(y, out_weight[:, :, None, None], out_bias)
 
