@@ -16,6 +16,7 @@ backends()                                   which implementation serves which o
 from . import modes, reference
 from .backends import backends, use
 from .decompositions import decompositions
+from .flops import flop_formulas
 from .nn import SPAM, SPF, SPG, accelerate, is_plain
 from .ops.axial_conv import axial_conv
 from .ops.pointwise_mlp import pointwise_mlp
@@ -32,6 +33,7 @@ __all__ = [
     "axial_conv",
     "backends",
     "decompositions",
+    "flop_formulas",
     "is_plain",
     "modes",
     "pointwise_mlp",

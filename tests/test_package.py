@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 LEVELS = [
     {f"spanet_kernels.{leaf}" for leaf in ("modes", "reference", "products", "composed", "triton_kernels")},
     {"spanet_kernels.backends", "spanet_kernels.ops"},
-    {"spanet_kernels.nn", "spanet_kernels.testing", "spanet_kernels.decompositions"},
+    {"spanet_kernels.nn", "spanet_kernels.testing", "spanet_kernels.decompositions", "spanet_kernels.flops"},
     {"spanet_kernels", "spanet_kernels.__main__"},
     {"spanet"},
     {"benchmarks"},

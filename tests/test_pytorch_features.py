@@ -11,6 +11,7 @@ from published_layer import PublishedSPAM
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import parametrizations, prune
+from torch.utils.flop_counter import FlopCounterMode
 
 import spanet_kernels as sk
 
@@ -138,6 +139,31 @@ def test_what_stands_in_place_of_a_convolution_is_called(part):
     y.sum().backward()
     assert not torch.equal(y, before)
     assert adapter.up.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("dim", "size"), [(20, 9), (32, 28)])
+def test_floating_point_operations_are_counted(dim, size, dtype, channels_last):
+    """As many as of the published layer, and twice that of gradients; whichever way a call goes."""
+
+    def count(layer, x, backward=False):
+        with FlopCounterMode(display=False, custom_mapping=sk.flop_formulas()) as counter:
+            y = layer(x)
+            if backward:
+                y.sum().backward()
+        return counter.get_total_flops()
+
+    x = torch.randn(2, dim, size, size)
+    published = count(PublishedSPAM(dim, 7, size, size, 2), x)
+    layer, x = sk.SPAM(dim).to(dtype), x.to(dtype, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    with torch.no_grad():
+        assert count(layer, x) == published
+    assert count(layer, x) == published
+    assert count(layer, x.requires_grad_(), backward=True) == 3 * published
+    block = Block(dim, 0.0, True, {}).to(dtype)
+    products = 2 * 8 * dim * x.numel()
+    assert count(block, x, backward=True) == 3 * (published + products)
 
 
 def test_a_partial_state_is_taken_if_not_strict():
