@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+import safetensors
 import safetensors.torch
 import torch
 from timm.models import load_state_dict
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from spanet_kernels import SPAM
 
+from .errors import as_value_error
 from .model import SPANet, checkpoint_filter_fn
 from .runs import replacing
 
@@ -30,16 +32,21 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file")
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # training scripts keep their arguments
-            state = checkpoint_filter_fn(load_state_dict(str(path), weights_only=True))
-    except Exception as error:  # every reader has its own kinds
-        raise ValueError(
-            f"{path} cannot be read as a checkpoint: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
-        ) from error
+    trusted = torch.serialization.safe_globals([argparse.Namespace])  # training scripts keep their arguments
+    with as_value_error(f"{path} cannot be read as a checkpoint"), trusted:
+        state = checkpoint_filter_fn(load_state_dict(str(path), weights_only=True))
     if not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{path} holds no state dict: it has {', '.join(map(str, list(state)[:4])) or 'nothing'}")
     return state
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """The metadata of a safetensors file; empty for one without, or of another format."""
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            return file.metadata() or {}
+    except safetensors.SafetensorError:
+        return {}
 
 
 def load_checkpoint(model: nn.Module, path: str | Path) -> None:
@@ -96,11 +103,19 @@ def published_state(model: SPANet) -> dict[str, Tensor]:
     return state
 
 
-def save_checkpoint(model: nn.Module, path: str | Path) -> None:
-    """Write the SPANet of a module: to *.safetensors its own state, to any other name the published one, flat, masks included."""
+def save_checkpoint(model: nn.Module, path: str | Path, metadata: dict[str, str] | None = None) -> None:
+    """Write the SPANet of a module: to *.safetensors its own state, to any other name the published one, flat, masks included.
+
+    metadata: of a *.safetensors; the published layout has none.
+
+    Raises:
+        ValueError: the published layout has no such form; OSError: the file could not be written.
+    """
     model = backbone_of(model)
     with replacing(Path(path)) as file:
         if Path(path).suffix == ".safetensors":
-            file.write(safetensors.torch.save({key: value.contiguous() for key, value in model.state_dict().items()}))
+            file.write(safetensors.torch.save({key: value.contiguous() for key, value in model.state_dict().items()}, metadata))
         else:
-            torch.save(published_state(model), file)
+            with as_value_error(f"{path}: the published layout has no such form, *.safetensors has"):
+                state = published_state(model)
+            torch.save(state, file)

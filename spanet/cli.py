@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated
 
@@ -14,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from .checkpoint import model_of, read_state, save_checkpoint
+from .checkpoint import model_of, read_metadata, read_state, save_checkpoint
 from .macs import count_macs
 
 app = typer.Typer(help="SPANet: models, checkpoints, training and analyses.", no_args_is_help=True, pretty_exceptions_enable=False)
@@ -47,9 +48,18 @@ def convert(
     source: Annotated[Path, typer.Argument(metavar="IN", help="A checkpoint of any published layout, or safetensors.")],
     target: Annotated[Path, typer.Argument(metavar="OUT", help="*.safetensors; any other name for the published layout and its masks.")],
 ) -> None:
-    """Convert a checkpoint between the published layout and safetensors."""
-    model = model_of(read_state(source))
-    save_checkpoint(model, target)
+    """Convert a checkpoint between the published layout and safetensors, which keeps the metadata of a run's best.safetensors."""
+    from .evaluate import load_classifier
+
+    metadata = read_metadata(source)
+    if "run" in metadata:
+        model = load_classifier(source)[0]
+    else:
+        state = read_state(source)
+        model = model_of(state)
+        if not any(".sps." in key for key in state):
+            print(f"spanet: {source} tells no radii, lams and boundary: the published ones are assumed", file=sys.stderr)
+    save_checkpoint(model, target, metadata)
     Console().print(f"{target}: {sum(parameter.numel() for parameter in model.parameters()):,} parameters", soft_wrap=True)
 
 
@@ -115,6 +125,8 @@ def predict(
     """Classify a photograph, and show where the model looks."""
     from . import images, predict
 
+    if out:
+        _check_picture(out, predict.ENDINGS)
     network, classes, own_size = _classifier(model, checkpoint)
     x = next(images.read_images(network, image, size or own_size))
     guesses = predict.predict(network, x, classes, top)
@@ -137,6 +149,7 @@ def segment(
     from . import images, segmentation
     from .pyramid import load_task
 
+    _check_picture(out, images.ENDINGS)
     photograph = images.read_image(image)
     network = segmentation.semantic_fpn(model, num_classes)
     load_task(network, checkpoint) if checkpoint else _warn_random()
@@ -162,6 +175,7 @@ def detect(
     from . import detection, images
     from .pyramid import load_task
 
+    _check_picture(out, images.ENDINGS)
     photograph = images.read_image(image)
     network = (detection.mask_rcnn if masks else detection.retinanet)(model, num_classes, min_size=size, max_size=size * 5 // 3)
     load_task(network, checkpoint) if checkpoint else _warn_random()
@@ -183,6 +197,7 @@ def spectra(
     """Draw the paper's analyses: Fourier maps, relative log amplitudes, aggregated contexts, responses of the filters."""
     from . import spectra
 
+    _check_folder(out)
     network, _, own_size = _classifier(model, checkpoint)
     for name in peer or ():
         _check_name(name)
@@ -217,6 +232,18 @@ def train_task(
             _say(f"{name}: {value:.2%}")
 
 
+def _check_picture(out: Path, endings: Collection[str]) -> None:
+    if out.suffix.lower() not in endings:
+        raise ValueError(f"out: must end as a picture's name does, such as .png, got {out}")
+    if out.is_dir() or not out.parent.is_dir():
+        raise ValueError(f"out: must be a file in a folder that is there, got {out}")
+
+
+def _check_folder(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"out: must be a folder, got the file {out}")
+
+
 def _check_name(name: str) -> None:
     if not timm.is_model(name):
         raise ValueError(f"model: must be a registered name such as spanet_small, got {name}")
@@ -245,6 +272,7 @@ def train_demo(
     """Train a small SPANet on handwritten digits, with other filters and without: it must get 98 % of the test images right."""
     from . import digits
 
+    _check_folder(out)
     result = digits.demo(out, seeds)
     Console().print(digits.table(result))
     digits.check(result)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 
+from .errors import as_value_error
 from .recipe import Recipe, seed_all
 
 Key = tuple[int, int]  # epoch, index
@@ -90,19 +91,23 @@ def find_images(root: Path, classes: Sequence[str] | None = None) -> tuple[list[
 
 
 def training_transform(recipe: Recipe, model: nn.Module) -> Callable[[Image.Image], Tensor]:
-    """Random crop, flip, augmentation, normalisation and erasing of a recipe, with the model's mean, std and interpolation."""
+    """Random crop, flip, augmentation, normalisation and erasing of a recipe, with the model's mean, std and interpolation.
+
+    Raises ValueError if timm has no such policy.
+    """
     config = _data_config(recipe.image_size, model)
     del config["crop_pct"], config["crop_mode"]
-    return create_transform(
-        **config,
-        is_training=True,
-        scale=(recipe.crop_scale, 1.0),
-        hflip=recipe.flip,
-        auto_augment=recipe.augment or None,
-        color_jitter=recipe.color_jitter,
-        re_prob=recipe.random_erasing,
-        re_mode="pixel",
-    )
+    with as_value_error(f"recipe: augment must be a policy of timm, got {recipe.augment}"):
+        return create_transform(
+            **config,
+            is_training=True,
+            scale=(recipe.crop_scale, 1.0),
+            hflip=recipe.flip,
+            auto_augment=recipe.augment or None,
+            color_jitter=recipe.color_jitter,
+            re_prob=recipe.random_erasing,
+            re_mode="pixel",
+        )
 
 
 def evaluation_transform(image_size: int | None, model: nn.Module) -> Callable[[Image.Image], Tensor]:

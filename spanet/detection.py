@@ -21,6 +21,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image, to_tensor
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
+from .errors import as_value_error
 from .pyramid import PyramidBackbone
 
 
@@ -53,8 +54,15 @@ def mask_rcnn(name: str, num_classes: int = 80, min_size: int = 800, max_size: i
 
 @torch.inference_mode()
 def detect(model: RetinaNet | MaskRCNN, image: Image.Image) -> dict[str, Tensor]:
-    """What a model finds in one photograph: boxes, labels, scores and, of Mask R-CNN, masks."""
-    found = model.eval()([to_tensor(image.convert("RGB")).to(next(model.parameters()))])[0]
+    """What a model finds in one photograph: boxes, labels, scores and, of Mask R-CNN, masks.
+
+    Raises ValueError if the photograph, scaled to the model's min_size and max_size, has no pixels or not those of the backbone.
+    """
+    scale = (
+        f"{image.height} x {image.width} pixels, scaled to min_size {model.transform.min_size[0]} and max_size {model.transform.max_size}"
+    )
+    with as_value_error(f"size: {type(model).__name__} does not take a photograph of {scale}"):
+        found = model.eval()([to_tensor(image.convert("RGB")).to(next(model.parameters()))])[0]
     return {name: values.cpu() for name, values in found.items()}
 
 

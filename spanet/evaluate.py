@@ -6,7 +6,6 @@ import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import safetensors
 import timm
 import torch
 import torch.distributed as dist
@@ -15,7 +14,9 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
+from .checkpoint import read_metadata
 from .data import Images, evaluation_transform, find_images
+from .errors import as_value_error
 from .recipe import Recipe, build
 
 
@@ -95,21 +96,14 @@ def load_classifier(checkpoint: Path, model: str | None = None) -> tuple[nn.Modu
     if model and not timm.is_model(model):
         raise ValueError(f"model: must be a registered name such as spanet_small, got {model}")
     if model:
-        try:
+        with as_value_error(f"checkpoint: {checkpoint} does not fit {model}"):
             return timm.create_model(model, checkpoint_path=str(checkpoint)), None, None
-        except Exception as error:  # every reader has its own kinds
-            raise ValueError(f"checkpoint: {checkpoint} does not fit {model}: {str(error).splitlines()[0]}") from error
-    recipe, classes = _told_by(checkpoint)
-    network = build(replace(recipe, weights=None), len(classes))
-    load_checkpoint(network, str(checkpoint))
+    metadata = read_metadata(checkpoint)
+    if "run" not in metadata:
+        raise ValueError(f"checkpoint: {checkpoint} does not tell its model, give its name")
+    with as_value_error(f"checkpoint: {checkpoint} tells no model that can be made"):
+        facts = json.loads(metadata["run"])
+        recipe, classes = Recipe(**facts["recipe"]), facts["classes"]
+        network = build(replace(recipe, weights=None), len(classes))
+        load_checkpoint(network, str(checkpoint))
     return network, classes, recipe.image_size
-
-
-def _told_by(checkpoint: Path) -> tuple[Recipe, list[str]]:
-    """Recipe and classes in the metadata of the best weights of a run."""
-    try:
-        with safetensors.safe_open(checkpoint, "pt") as file:
-            facts = json.loads(file.metadata()["run"])
-        return Recipe(**facts["recipe"]), facts["classes"]
-    except Exception:  # of many kinds: other formats, other metadata, none
-        raise ValueError(f"checkpoint: {checkpoint} does not tell its model, give its name") from None

@@ -6,18 +6,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from timm.data.config import resolve_data_config
 from torch import Tensor, nn
 
 from .data import evaluation_transform
 
+ENDINGS = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.SAVE}  # of pictures that can be written
 
-def read_image(path: Path) -> Image.Image:
-    """The image of a file, as RGB. Raises ValueError if there is none that can be read."""
+
+def read_image(path: Path, upright: bool = True) -> Image.Image:
+    """The image of a file, as RGB, turned as its EXIF data tell unless not upright. Raises ValueError if none can be read."""
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
+            return (ImageOps.exif_transpose(image) if upright else image).convert("RGB")
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: not an image that can be read: {error}") from error
 

@@ -11,12 +11,16 @@ from __future__ import annotations
 from typing import Any, NamedTuple, cast
 
 import torch
+from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.figure import Figure
 from timm.data.imagenet_info import ImageNetInfo
 from torch import Tensor, nn
 
+from .errors import as_value_error
 from .images import as_picture
 from .spectra import as_map, context_maps, overlay, panels
+
+ENDINGS = {f".{ending}" for ending in FigureCanvasBase.get_supported_filetypes()}  # of figures that can be written
 
 
 class Guess(NamedTuple):
@@ -28,8 +32,11 @@ class Guess(NamedTuple):
 
 
 def predict(model: nn.Module, x: Tensor, classes: list[str] | None = None, top: int = 5) -> list[Guess]:
-    """The most probable classes of one image x (1, 3, H, W), best first; without names of its own, a model of 1000 has ImageNet's."""
-    with torch.inference_mode():
+    """The most probable classes of one image x (1, 3, H, W), best first; without names of its own, a model of 1000 has ImageNet's.
+
+    Raises ValueError if the model does not take an image of this size.
+    """
+    with torch.inference_mode(), as_value_error(f"size: {type(model).__name__} does not take an image of {x.shape[2]} x {x.shape[3]}"):
         probabilities = model.eval()(x)[0].softmax(0)
     if classes is None:
         imagenet = ImageNetInfo() if len(probabilities) == 1000 else None

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
 
+from .errors import as_value_error
+
 
 class PyramidBackbone(nn.Module):
     """Stages of a registered model; each goes through a 1x1 and a 3x3 convolution, both with bias, to 256 channels.
@@ -25,7 +27,7 @@ class PyramidBackbone(nn.Module):
     Shape: (B, 3, H, W) to a dictionary of maps (B, 256, h, w), the finest first, named "0", "1" and so on.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: an unknown name, stages that the model lacks, options that it does not take.
     """
 
     out_channels = 256
@@ -37,7 +39,8 @@ class PyramidBackbone(nn.Module):
         super().__init__()
         if not timm.is_model(name):
             raise ValueError(f"name must be a registered model such as spanet_small, got {name!r}")
-        self.features = timm.create_model(name, features_only=True, out_indices=stages, **options)
+        with as_value_error(f"model: {name} is no backbone of stages {stages} with {options}"):
+            self.features = timm.create_model(name, features_only=True, out_indices=stages, **options)
         self.channels: list[int] = self.features.feature_info.channels()
         self.pyramid = FeaturePyramidNetwork(self.channels, self.out_channels, extra and extra(self.channels[-1], self.out_channels))
 
@@ -57,7 +60,5 @@ def load_task(model: nn.Module, path: Path) -> None:
     Raises:
         ValueError: it is missing, cannot be read or does not fit.
     """
-    try:
+    with as_value_error(f"checkpoint: {path} does not fit {type(model).__name__}"):
         model.load_state_dict(load_state_dict(str(path), weights_only=True))
-    except Exception as error:  # every reader has its own kinds
-        raise ValueError(f"checkpoint: {path} does not fit {type(model).__name__}: {' '.join(str(error).split())[:300]}") from error

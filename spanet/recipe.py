@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
@@ -15,7 +16,16 @@ import torch
 import yaml
 from torch import nn
 
+from .errors import as_value_error
+
 RECIPES = Path(__file__).parent / "recipes"
+
+
+_RANGES = {
+    **dict.fromkeys(("epochs", "batch_size", "micro_batch", "image_size", "checkpoint_steps"), (1, math.inf)),
+    **dict.fromkeys(("lr", "weight_decay", "warmup_epochs", "warmup_lr", "min_lr", "color_jitter", "mixup", "cutmix"), (0, math.inf)),
+    **dict.fromkeys(("drop_path_rate", "ema", "crop_scale", "flip", "random_erasing", "label_smoothing"), (0, 1)),
+}
 
 
 @dataclass(frozen=True)
@@ -68,9 +78,10 @@ class Recipe:
     """steps between checkpoints inside an epoch; the end of an epoch always writes one"""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "micro_batch", "image_size", "checkpoint_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"recipe: {name} must be at least 1, got {getattr(self, name)}")
+        for name, (least, most) in _RANGES.items():
+            if not least <= (value := getattr(self, name)) <= most:
+                wanted = f"at least {least}" if most == math.inf else f"from {least} to {most}"
+                raise ValueError(f"recipe: {name} must be {wanted}, got {value}")
         if self.batch_size % self.micro_batch:
             raise ValueError(f"recipe: batch_size must be a multiple of micro_batch {self.micro_batch}, got {self.batch_size}")
         if self.mixes and self.micro_batch % 2:
@@ -95,17 +106,16 @@ def load_recipe(config: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     path = RECIPES / f"{config}.yaml" if config in recipe_names() else Path(config)
     if not path.is_file():
         raise FileNotFoundError(f"config: {config} is neither a file nor one of {', '.join(recipe_names())}")
-    try:
+    with as_value_error(f"config: {config} is not YAML"):
         values = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"config: {config} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise ValueError(f"config: {config} must hold `key: value` lines, got a {type(values).__name__}")
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:
             raise ValueError(f"override: must be key=value, got {override}")
-        values[key] = yaml.safe_load(value)
+        with as_value_error(f"override: {override} is not YAML behind the equals sign"):
+            values[key] = yaml.safe_load(value)
     return Recipe(**{str(key): _typed(str(key), value) for key, value in values.items()})
 
 
@@ -135,15 +145,21 @@ def build(recipe: Recipe, num_classes: int) -> nn.Module:
     """The recipe's model, initialised from its seed or from its weights file, which may lack a head of this size.
 
     Raises:
-        ValueError: no registered model has this name.
+        ValueError: no registered model has this name, or it does not take the recipe's model_args or weights;
+        FileNotFoundError: there are no such weights.
     """
     if not timm.is_model(recipe.model):
         raise ValueError(f"recipe: model must be a registered name, got {recipe.model}")
+    if "num_classes" in recipe.model_args:
+        raise ValueError(f"recipe: model_args must leave num_classes to the data, got {recipe.model_args}")
+    if recipe.weights and not Path(recipe.weights).is_file():
+        raise FileNotFoundError(f"recipe: weights must be a file, there is no {recipe.weights}")
     arguments = {"num_classes": num_classes, "drop_path_rate": recipe.drop_path_rate, **recipe.model_args}
     if recipe.weights:
         arguments |= {"pretrained": True, "pretrained_cfg_overlay": {"file": recipe.weights}}
     seed_all(recipe.seed, "weights")
-    return timm.create_model(recipe.model, **arguments)
+    with as_value_error(f"recipe: model {recipe.model} does not take model_args {recipe.model_args} or weights {recipe.weights}"):
+        return timm.create_model(recipe.model, **arguments)
 
 
 def seed_all(*key: int | str) -> None:

@@ -21,6 +21,7 @@ from torch.nn import functional
 from torchvision.transforms.functional import normalize, pil_to_tensor, resize, to_pil_image, to_tensor
 from torchvision.utils import draw_segmentation_masks
 
+from .errors import as_value_error
 from .pyramid import PyramidBackbone
 
 IGNORE = 255
@@ -88,9 +89,13 @@ def segmentation_loss(logits: Tensor, target: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def segment(model: SemanticFPN, image: Image.Image, size: int = 512) -> Tensor:
-    """(H, W) class of each pixel of a photograph, seen by the model with its shorter side scaled to `size` pixels."""
+    """(H, W) class of each pixel of a photograph, seen by the model with its shorter side scaled to `size` pixels.
+
+    Raises ValueError if the model does not take an image of this size.
+    """
     x = normalize(to_tensor(resize(image.convert("RGB"), size)), *model.backbone.normalization)
-    logits = model.eval()(x[None].to(model.classifier.weight))
+    with as_value_error(f"size: the backbone does not take an image of {x.shape[1]} x {x.shape[2]}"):
+        logits = model.eval()(x[None].to(model.classifier.weight))
     return upsample(logits, (image.height, image.width)).argmax(1)[0].cpu()
 
 

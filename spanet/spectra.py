@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from spanet_kernels import SPAM, reference, spectral_pool
 
+from .errors import as_value_error
 from .images import as_picture, read_images
 
 # the child of a block whose output is the mixer's: MetaFormers; the residual branch of transformers; ConvNeXt; ResNet
@@ -72,11 +73,15 @@ def blocks_and_mixers(model: nn.Module) -> tuple[list[nn.Module], list[nn.Module
 
 @torch.inference_mode()
 def outputs(model: nn.Module, modules: Sequence[nn.Module], x: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """First argument and result of each of the modules in one pass of the model in evaluation mode."""
+    """First argument and result of each of the modules in one pass of the model in evaluation mode.
+
+    Raises ValueError if the model does not take an image of this size.
+    """
     seen: dict[nn.Module, tuple[Tensor, Tensor]] = {}
     handles = [module.register_forward_hook(lambda m, args, y: seen.update({m: (args[0], y)})) for module in modules]
     try:
-        model.eval()(x)
+        with as_value_error(f"size: {type(model).__name__} does not take an image of {x.shape[2]} x {x.shape[3]}"):
+            model.eval()(x)
     finally:
         for handle in handles:
             handle.remove()

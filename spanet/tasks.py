@@ -122,7 +122,7 @@ class Scenes(Dataset[tuple[Tensor, Tensor]]):
             return pil_to_tensor(file) - 1  # bytes: 0 becomes 255
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        image, target = self.transform(tv_tensors.Image(read_image(self.images[index])), tv_tensors.Mask(self.target(index)))
+        image, target = self.transform(tv_tensors.Image(read_image(self.images[index], upright=False)), tv_tensors.Mask(self.target(index)))
         return image, target[0]
 
 
@@ -257,12 +257,14 @@ def evaluate_task(recipe: TaskRecipe, model: nn.Module, root: Path) -> dict[str,
         scenes = Scenes(root, "validation", lambda *sample: sample)
         counts = torch.zeros(recipe.num_classes, recipe.num_classes, dtype=torch.long)
         for index, path in enumerate(scenes.images):
-            counts += confusion(segment(model, read_image(path), recipe.size), scenes.target(index)[0].long(), recipe.num_classes)
+            counts += confusion(
+                segment(model, read_image(path, upright=False), recipe.size), scenes.target(index)[0].long(), recipe.num_classes
+            )
         return {"mIoU": mean_iou(counts)}
     objects = Objects(root, "val2017", int(recipe.task == "mask_rcnn"), lambda *sample: sample)
     results: dict[str, list[dict[str, Any]]] = {kind: [] for kind in (("bbox", "segm") if recipe.task == "mask_rcnn" else ("bbox",))}
     for image_id, image in objects.coco.coco.imgs.items():
-        found = detect(cast(MaskRCNN, model), read_image(Path(objects.coco.root) / image["file_name"]))
+        found = detect(cast(MaskRCNN, model), read_image(Path(objects.coco.root) / image["file_name"], upright=False))
         for index, (box, label, score) in enumerate(zip(found["boxes"], found["labels"].tolist(), found["scores"].tolist(), strict=True)):
             common = {"image_id": image_id, "category_id": objects.categories[label - objects.first], "score": score}
             x1, y1, x2, y2 = box.tolist()

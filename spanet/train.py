@@ -37,6 +37,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from .data import Chunks, Images, evaluation_transform, find_images, training_transform
+from .errors import as_value_error
 from .evaluate import Accuracy, evaluate
 from .recipe import Recipe, build, seed_all
 from .runs import Run, State
@@ -58,13 +59,15 @@ def train(
     """Train a registered model on DATA/train and evaluate it on DATA/val after every epoch: see `fit`.
 
     Raises:
-        what `find_images`, `build` and `fit` raise.
+        what `find_images`, `build`, `training_transform` and `fit` raise; ValueError: the model does not take the image_size.
     """
     samples, classes = find_images(data / "train")
     held_out, _ = find_images(data / "val", classes)
-    model = build(recipe, len(classes))
+    model, size = build(recipe, len(classes)), recipe.image_size
+    with as_value_error(f"recipe: image_size must be one that {recipe.model} takes, got {size}"), torch.no_grad():
+        model.eval()(torch.zeros(1, 3, size, size))
     training = Images(samples, training_transform(recipe, model), recipe.seed)
-    validation = Images(held_out, evaluation_transform(recipe.image_size, model))
+    validation = Images(held_out, evaluation_transform(size, model))
     return fit(recipe, model, training, validation, classes, out, device, workers, fsdp, compiled, resume)
 
 

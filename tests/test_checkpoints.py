@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import json
 import pickle
 import subprocess
 import sys
+from dataclasses import asdict
 
 import pytest
 import safetensors.torch
@@ -18,6 +20,7 @@ import spanet
 from spanet.checkpoint import load_checkpoint, model_of, published_state, read_state, save_checkpoint
 from spanet.cli import app
 from spanet.macs import count_macs
+from spanet.recipe import Recipe
 
 TINY = {"depths": (1, 1, 2, 1), "dims": (12, 14, 16, 18), "num_classes": 5}
 MASK = "network.2.0.token_mixer.sps.1.filter"
@@ -222,6 +225,31 @@ def test_convert(tmp_path):
     back = torch.load(tmp_path / "back.pth", weights_only=True)
     assert back.keys() == published().keys()
     assert all(torch.allclose(value, back[key], atol=1e-7) for key, value in published().items())
+
+
+def convert(source, target):
+    return CliRunner().invoke(app, ["convert", str(source), str(target)])
+
+
+def test_convert_goes_by_the_recipe_of_the_file(tmp_path):
+    """Radii, lams and boundary of a run are in its metadata, which stays in a safetensors file; what assumes them says so."""
+    arguments = TINY | {"radii": (3, 3, 1, 1), "lams": (0.5, 0.6, 0.9), "boundary": "paper"}
+    recipe = Recipe(model_args={key: value for key, value in arguments.items() if key != "num_classes"})
+    classes = [str(i) for i in range(TINY["num_classes"])]
+    model = timm.create_model("spanet_small", **arguments)
+    metadata = {"run": json.dumps({"recipe": asdict(recipe), "classes": classes})}
+    safetensors.torch.save_file(model.state_dict(), tmp_path / "best.safetensors", metadata)
+    for source, target in (("best.safetensors", "same.safetensors"), ("same.safetensors", "out.pth")):
+        result = convert(tmp_path / source, tmp_path / target)
+        assert result.exit_code == 0, result
+        assert "assumed" not in result.output
+    with safetensors.safe_open(tmp_path / "same.safetensors", "pt") as file:
+        assert file.metadata() == metadata
+    written, wanted = torch.load(tmp_path / "out.pth", weights_only=True), published_state(model)
+    assert written.keys() == wanted.keys()
+    assert all(torch.equal(value, written[key]) for key, value in wanted.items())
+    safetensors.torch.save_file(tiny().state_dict(), tmp_path / "plain.safetensors")
+    assert "the published ones are assumed" in convert(tmp_path / "plain.safetensors", tmp_path / "plain.pth").output
 
 
 def test_convert_refuses_in_one_line(tmp_path):

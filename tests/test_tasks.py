@@ -143,6 +143,34 @@ def run(monkeypatch, *arguments):
     return exit_.value.code
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["predict", PHOTOGRAPH, "--out", "{folder}"], "out: must end as a picture's name does"),
+        (["segment", PHOTOGRAPH, "--out", "{folder}/nowhere/a.png"], "out: must be a file in a folder that is there"),
+        (["predict", PHOTOGRAPH, "--model", "swin_tiny_patch4_window7_224", "--size", 100], "size: SwinTransformer does not take an image"),
+        (
+            ["detect", "{folder}/wide.png", "--size", 64, "--out", "{folder}/a.png"],
+            "size: RetinaNet does not take a photograph of 3 x 2000",
+        ),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_commands_refuse_in_one_line(monkeypatch, capsys, tmp_path, arguments, message):
+    Image.new("RGB", (2000, 3)).save(tmp_path / "wide.png")
+    assert run(monkeypatch, *(str(argument).replace("{folder}", str(tmp_path)) for argument in arguments)) == 1
+    *_, said = capsys.readouterr().err.strip().split("\n")
+    assert said.startswith(f"spanet: {message}")
+
+
+def test_photographs_stand_upright(tmp_path):
+    picture, exif = Image.new("RGB", (30, 20), "red"), Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    picture.save(tmp_path / "turned.jpg", exif=exif)
+    assert read_image(tmp_path / "turned.jpg").size == (20, 30)
+    assert read_image(tmp_path / "turned.jpg", upright=False).size == (30, 20)
+
+
 def test_commands(monkeypatch, capsys, tmp_path):
     model = timm.create_model("spanet_small")
     torch.save(model.state_dict(), tmp_path / "small.pth")
