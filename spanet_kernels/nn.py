@@ -54,9 +54,12 @@ class SPF(nn.Module):
 def is_plain(layer: nn.Module) -> bool:
     """Whether a convolution, parametrized or not, is no more than its weight and bias: it has no hooks, which look at its calls or make its
     weight, and nothing stands in its place."""
-    hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
     own = "forward" not in layer.__dict__ and type(layer).forward is nn.Conv2d.forward
-    return own and not hooks
+    return own and not _has_hooks(layer)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
 
 
 class SPG(nn.Sequential):
@@ -280,7 +283,7 @@ def _twin(name: str, layer: Any) -> SPAM:
     try:
         if "_orig_mod" in layer._modules:
             raise ValueError("it is compiled; first accelerate, then compile")
-        if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
+        if _has_hooks(layer):
             raise ValueError("it has hooks, which its replacement would not have")
         if any(getattr(sp.filter, "requires_grad", False) for sp in layer.sps):
             raise ValueError("its masks are learned")
