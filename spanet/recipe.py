@@ -19,8 +19,6 @@ from torch import nn
 from .errors import as_value_error
 
 RECIPES = Path(__file__).parent / "recipes"
-
-
 _RANGES = {
     **dict.fromkeys(("epochs", "batch_size", "micro_batch", "image_size", "checkpoint_steps"), (1, math.inf)),
     **dict.fromkeys(("lr", "weight_decay", "warmup_epochs", "warmup_lr", "min_lr", "color_jitter", "mixup", "cutmix"), (0, math.inf)),
@@ -158,7 +156,8 @@ def build(recipe: Recipe, num_classes: int) -> nn.Module:
     if recipe.weights:
         arguments |= {"pretrained": True, "pretrained_cfg_overlay": {"file": recipe.weights}}
     seed_all(recipe.seed, "weights")
-    with as_value_error(f"recipe: model {recipe.model} does not take model_args {recipe.model_args} or weights {recipe.weights}"):
+    given = f"model_args {recipe.model_args}" + (f" or weights {recipe.weights}" if recipe.weights else "")
+    with as_value_error(f"recipe: model {recipe.model} does not take {given}"):
         return timm.create_model(recipe.model, **arguments)
 
 

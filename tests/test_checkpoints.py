@@ -252,6 +252,23 @@ def test_convert_goes_by_the_recipe_of_the_file(tmp_path):
     assert "the published ones are assumed" in convert(tmp_path / "plain.safetensors", tmp_path / "plain.pth").output
 
 
+@pytest.mark.parametrize("mixer", [{"learnable": True}, {"lams": ()}])
+def test_convert_without_a_published_form(tmp_path, mixer):
+    recipe = Recipe(model_args={"depths": TINY["depths"], "dims": TINY["dims"]} | mixer)
+    metadata = {"run": json.dumps({"recipe": asdict(recipe), "classes": [str(i) for i in range(TINY["num_classes"])]})}
+    safetensors.torch.save_file(tiny(**mixer).state_dict(), tmp_path / "best.safetensors", metadata)
+    error = str(convert(tmp_path / "best.safetensors", tmp_path / "out.pth").exception)
+    assert "out.pth: the published layout has no such form, *.safetensors has: " in error
+    assert "\n" not in error
+    assert not (tmp_path / "out.pth").exists()
+    assert convert(tmp_path / "best.safetensors", tmp_path / "out.safetensors").exit_code == 0
+
+
+def test_convert_of_no_file(tmp_path):
+    for source in (tmp_path, tmp_path / "none.pth"):
+        assert str(convert(source, tmp_path / "out.pth").exception) == f"{source}: no such file"
+
+
 def test_convert_refuses_in_one_line(tmp_path):
     torch.save(published() | {MASK: torch.ones(1, 28, 28)}, tmp_path / "in.pth")
     command = [sys.executable, "-m", "spanet", "convert", str(tmp_path / "in.pth"), str(tmp_path / "out.pth")]
