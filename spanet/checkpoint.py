@@ -30,8 +30,7 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
         FileNotFoundError: there is no such file.
         ValueError: it is truncated, holds more than tensors and plain values, or no state dict.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such file")
+    _there(path)
     trusted = torch.serialization.safe_globals([argparse.Namespace])  # training scripts keep their arguments
     with as_value_error(f"{path} cannot be read as a checkpoint"), trusted:
         state = checkpoint_filter_fn(load_state_dict(str(path), weights_only=True))
@@ -41,12 +40,18 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
-    """The metadata of a safetensors file; empty for one without, or of another format."""
+    """The metadata of a safetensors file; empty for one without, or of another format. Raises FileNotFoundError if there is no file."""
+    _there(path)
     try:
         with safetensors.safe_open(path, "pt") as file:
             return file.metadata() or {}
     except safetensors.SafetensorError:
         return {}
+
+
+def _there(path: str | Path) -> None:
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such file")
 
 
 def load_checkpoint(model: nn.Module, path: str | Path) -> None:

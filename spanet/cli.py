@@ -51,10 +51,14 @@ def convert(
     """Convert a checkpoint between the published layout and safetensors, which keeps the metadata of a run's best.safetensors."""
     from .evaluate import load_classifier
 
-    state, metadata = read_state(source), read_metadata(source)
-    model = load_classifier(source)[0] if "run" in metadata else model_of(state)
-    if "run" not in metadata and not any(".sps." in key for key in state):
-        print(f"spanet: {source} tells no radii, lams and boundary: the published ones are assumed", file=sys.stderr)
+    metadata = read_metadata(source)
+    if "run" in metadata:
+        model = load_classifier(source)[0]
+    else:
+        state = read_state(source)
+        model = model_of(state)
+        if not any(".sps." in key for key in state):
+            print(f"spanet: {source} tells no radii, lams and boundary: the published ones are assumed", file=sys.stderr)
     save_checkpoint(model, target, metadata)
     Console().print(f"{target}: {sum(parameter.numel() for parameter in model.parameters()):,} parameters", soft_wrap=True)
 

@@ -267,11 +267,11 @@ def accelerate(model: nn.Module) -> list[str]:
         raise ValueError(f"accelerate: {type(model).__name__} has no layer with {', '.join(_PUBLISHED_PARTS)}")
     if "" in found:
         raise ValueError("accelerate: model is itself the layer; give the model that holds it")
-    names = {id(layer): name for name, layer in found.items()}
-    twins = {layer: _twin(name, found[name]) for layer, name in names.items()}
+    names = {layer: name for name, layer in found.items()}
+    twins = {layer: _twin(name, layer) for layer, name in names.items()}
     for name, layer in found.items():
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, twins[id(layer)])
+        setattr(model.get_submodule(parent), child, twins[layer])
     return list(found)
 
 

@@ -301,15 +301,14 @@ def access(channels_last: bool, *tensors: Tensor) -> dict[str, Any]:
     return dict(V=vector, CHANNELS_LAST=channels_last, INDEX=tl.int32 if reach < 2**31 else tl.int64)
 
 
-@functools.lru_cache(maxsize=256)
+@modes.cached(maxsize=256)
 def _modes_by_shell(height: int, width: int, radius_squared: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Scratch rows ordered by shell, and where each of the S shells starts; the row of <grad, x>, the last, is shell S."""
-    with torch.inference_mode(False), torch.no_grad():
-        count = len(modes.shells(radius_squared))
-        shell = modes.shell_map(height, width, radius_squared, torch.device("cpu")).flatten()
-        shell = torch.cat([torch.where(shell == count, count + 1, shell), torch.tensor([count])])
-        shell, order = shell.sort(stable=True)
-        return order.to(device), torch.searchsorted(shell, torch.arange(count + 2)).to(device)
+    count = len(modes.shells(radius_squared))
+    shell = modes.shell_map(height, width, radius_squared, torch.device("cpu")).flatten()
+    shell = torch.cat([torch.where(shell == count, count + 1, shell), torch.tensor([count])])
+    shell, order = shell.sort(stable=True)
+    return order.to(device), torch.searchsorted(shell, torch.arange(count + 2)).to(device)
 
 
 def radial_filter(x: Tensor, base: Tensor, gain: Tensor, radius_squared: int) -> Tensor:

@@ -278,21 +278,20 @@ class Disc(NamedTuple):
     phi: Tensor  # (N, K padded to a multiple of 16) fp32 values
 
 
-@functools.lru_cache(maxsize=64)
+@modes.cached(maxsize=64)
 def disc(height: int, width: int, radius_squared: int, device: torch.device) -> Disc:
     """The K modes of an H x W plane inside the disc."""
-    with torch.inference_mode(False), torch.no_grad():
-        cpu = torch.device("cpu")
-        count = len(modes.shells(radius_squared))
-        shell, place = modes.shell_map(height, width, radius_squared, cpu).flatten().sort(stable=True)
-        k = int((shell < count).sum())
-        shell, place = shell[:k], place[:k]
-        phi_h, phi_w = (modes.basis(n, radius_squared, torch.float64, cpu) for n in (height, width))
-        phi = phi_h[place // phi_w.shape[0], :, None] * phi_w[place % phi_w.shape[0], None, :]
-        phi = torch.nn.functional.pad(phi.flatten(1).T, (0, -k % 16)).float().contiguous()
-        start = torch.searchsorted(torch.cat([shell, torch.tensor([count])]), torch.arange(count + 2))
-        tables = place, shell, torch.arange(k + 1), start, phi
-        return Disc(*(table.to(device) for table in tables))
+    cpu = torch.device("cpu")
+    count = len(modes.shells(radius_squared))
+    shell, place = modes.shell_map(height, width, radius_squared, cpu).flatten().sort(stable=True)
+    k = int((shell < count).sum())
+    shell, place = shell[:k], place[:k]
+    phi_h, phi_w = (modes.basis(n, radius_squared, torch.float64, cpu) for n in (height, width))
+    phi = phi_h[place // phi_w.shape[0], :, None] * phi_w[place % phi_w.shape[0], None, :]
+    phi = torch.nn.functional.pad(phi.flatten(1).T, (0, -k % 16)).float().contiguous()
+    start = torch.searchsorted(torch.cat([shell, torch.tensor([count])]), torch.arange(count + 2))
+    tables = place, shell, torch.arange(k + 1), start, phi
+    return Disc(*(table.to(device) for table in tables))
 
 
 @functools.lru_cache(maxsize=1024)
