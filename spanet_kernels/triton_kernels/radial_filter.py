@@ -305,10 +305,10 @@ def access(channels_last: bool, *tensors: Tensor) -> dict[str, Any]:
 def _modes_by_shell(height: int, width: int, radius_squared: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Scratch rows ordered by shell, and where each of the S shells starts; the row of <grad, x>, the last, is shell S."""
     count = len(modes.shells(radius_squared))
-    shell = modes.shell_map(height, width, radius_squared, torch.device("cpu")).flatten()
-    shell = torch.cat([torch.where(shell == count, count + 1, shell), torch.tensor([count])])
+    shell = modes.shell_map(height, width, radius_squared, modes.CPU).flatten()
+    shell = torch.cat([torch.where(shell == count, count + 1, shell), torch.tensor([count], device=modes.CPU)])
     shell, order = shell.sort(stable=True)
-    return order.to(device), torch.searchsorted(shell, torch.arange(count + 2)).to(device)
+    return order.to(device), torch.searchsorted(shell, torch.arange(count + 2, device=modes.CPU)).to(device)
 
 
 def radial_filter(x: Tensor, base: Tensor, gain: Tensor, radius_squared: int) -> Tensor:

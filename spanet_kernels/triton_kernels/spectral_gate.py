@@ -281,22 +281,21 @@ class Disc(NamedTuple):
 @modes.cached(maxsize=64)
 def disc(height: int, width: int, radius_squared: int, device: torch.device) -> Disc:
     """The K modes of an H x W plane inside the disc."""
-    cpu = torch.device("cpu")
     count = len(modes.shells(radius_squared))
-    shell, place = modes.shell_map(height, width, radius_squared, cpu).flatten().sort(stable=True)
+    shell, place = modes.shell_map(height, width, radius_squared, modes.CPU).flatten().sort(stable=True)
     k = int((shell < count).sum())
     shell, place = shell[:k], place[:k]
-    phi_h, phi_w = (modes.basis(n, radius_squared, torch.float64, cpu) for n in (height, width))
+    phi_h, phi_w = (modes.basis(n, radius_squared, torch.float64, modes.CPU) for n in (height, width))
     phi = phi_h[place // phi_w.shape[0], :, None] * phi_w[place % phi_w.shape[0], None, :]
     phi = torch.nn.functional.pad(phi.flatten(1).T, (0, -k % 16)).float().contiguous()
-    start = torch.searchsorted(torch.cat([shell, torch.tensor([count])]), torch.arange(count + 2))
-    tables = place, shell, torch.arange(k + 1), start, phi
+    start = torch.searchsorted(torch.cat([shell, torch.tensor([count], device=modes.CPU)]), torch.arange(count + 2, device=modes.CPU))
+    tables = place, shell, torch.arange(k + 1, device=modes.CPU), start, phi
     return Disc(*(table.to(device) for table in tables))
 
 
 @functools.lru_cache(maxsize=1024)
 def _few_modes(height: int, width: int, radius_squared: int) -> bool:
-    shell = modes.shell_map(height, width, radius_squared, torch.device("cpu"))
+    shell = modes.shell_map(height, width, radius_squared, modes.CPU)
     return int((shell < len(modes.shells(radius_squared))).sum()) <= MAX_MODES
 
 
