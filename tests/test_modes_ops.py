@@ -35,11 +35,12 @@ def test_error_rule(shape, radius, dtype, layout):
 def test_bit_equal_whatever_the_batch_and_the_threads(dtype, layout):
     threads = torch.get_num_threads()
     try:
-        for size, squared in (((56, 56), 4), ((14, 14), 1), ((7, 7), 1), ((25, 42), 64)):
-            x = make_input((9, 40, *size), dtype, layout)
+        shapes = (((9, 40, 56, 56), 4), ((9, 40, 14, 14), 1), ((9, 40, 7, 7), 1), ((9, 40, 25, 42), 64), ((2, 200, 50, 84), 4))
+        for shape, squared in shapes:
+            x = make_input(shape, dtype, layout)
             torch.set_num_threads(1)
             found = coefficients_of(x, squared)
-            assert torch.equal(coefficients_of(x[4:5], squared), found[4:5])
+            assert torch.equal(coefficients_of(x[1:2], squared), found[1:2])
             for count in (2, 5):
                 torch.set_num_threads(count)
                 assert torch.equal(coefficients_of(x, squared), found)

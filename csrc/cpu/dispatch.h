@@ -49,8 +49,9 @@ template <class F> void parallel(int64_t grain, int64_t units, int64_t elements,
   STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, units, (grain + elements - 1) / elements, range, const_cast<F*>(&f)));
 }
 
-template <class IO> Planes<IO> planes(const Tensor& t) {
-  return {static_cast<IO*>(t.data_ptr()), t.stride(0), t.stride(1), t.stride(2), t.stride(3)};
+// Those of an image and the ones behind it.
+template <class IO> Planes<IO> planes(const Tensor& t, int64_t image = 0) {
+  return {static_cast<IO*>(t.data_ptr()) + image * t.stride(0), t.stride(0), t.stride(1), t.stride(2), t.stride(3)};
 }
 
 inline bool is_channels_last(const Tensor& x) { return !x.is_contiguous() && x.stride(1) == 1; }

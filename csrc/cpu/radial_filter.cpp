@@ -22,6 +22,8 @@ namespace {
 // Outputs of this size do not fit the caches that the next operator reads from: they are streamed past them. Not so fresh ones:
 // the system has just zeroed their pages in the cache.
 constexpr int64_t stream_bytes = int64_t{8} << 20;
+// What is read a second time is in the second-level cache if there is not more of it.
+constexpr int64_t cached_bytes = int64_t{1} << 20;
 // Planes beyond this would leave the second-level cache if they were staged for streaming.
 constexpr int64_t staged_bytes = int64_t{512} << 10;
 
@@ -30,30 +32,47 @@ constexpr Compiled<RadialFilterKernels> compiled = SPANET_COMPILED(radial_filter
 // Work for a thread to be worth its start: this many elements.
 constexpr int64_t grain = 32768;
 
-// Channels of a chunk: the more adjacent elements are read the better, while the planes stay in the second-level cache.
-int64_t lanes_chunk(int64_t lanes, int64_t plane_bytes) {
-  constexpr int64_t cached_bytes = int64_t{1} << 20;
-  int64_t chunk = lanes;
-  while (chunk < 4 * lanes && 2 * chunk * plane_bytes <= cached_bytes) chunk *= 2;
-  return chunk;
-}
+// Channels of a chunk: adjacent elements are read at the speed of memory, others are not.
+constexpr int64_t chunk_vectors = 4;
 
 // The work on the planes of x, cut into units of so many elements.
-struct Plan {
-  Cut cut = Cut::columns;
-  int64_t chunk = 1, units, elements;
-  bool stream;
+template <class T> struct Plan : Work<T> {
+  int64_t units, elements;
+  bool passes = false;  // over one image after the other
 
-  Plan(const Tensor& x, int64_t lanes) {
-    const int64_t plane = x.size(2) * x.size(3), bytes = plane * x.element_size(), all_bytes = x.numel() * x.element_size();
+  Plan(const Tensor& x, int64_t lanes) : Work<T>{Cut::columns, x.size(1), 1, false} {
+    const int64_t plane = x.size(2) * x.size(3), image_bytes = x.size(1) * plane * x.element_size(), bytes = x.size(0) * image_bytes;
     units = x.size(0) * x.size(1);
     elements = plane;
-    stream = !is_channels_last(x) && all_bytes >= stream_bytes && all_bytes < fresh_bytes && bytes <= staged_bytes;
-    if (!is_channels_last(x)) return;
-    cut = Cut::lanes;
-    chunk = lanes_chunk(lanes, bytes);
-    units = x.size(0) * chunks_of(x.size(1), chunk);
-    elements *= chunk;
+    if (is_channels_last(x)) {
+      this->cut = Cut::lanes;
+      this->chunk = chunk_vectors * lanes;
+      units = x.size(0) * chunks();
+      elements *= this->chunk;
+      uint32_t threads;
+      STABLE_TORCH_ERROR_CODE_CHECK(torch_get_num_threads(&threads));
+      // chunks leave the second-level cache before their rows are read again, or are too few to go round among the threads
+      passes = image_bytes / chunks() > cached_bytes || (units % threads != 0 && units < 4 * threads && x.size(1) * plane >= 4 * grain);
+    } else {
+      this->stream = bytes >= stream_bytes && bytes < fresh_bytes && plane * x.element_size() <= staged_bytes;
+    }
+  }
+  int64_t chunks() const { return chunks_of(this->channels, this->chunk); }
+
+  // Calls run(work, image, begin, end) for units of all images from this one on.
+  template <class F> void over(const Tensor& x, const Modes<T>& m, bool writes, F run) const {
+    if (!passes) return parallel(grain, units, elements, [&](int64_t begin, int64_t end) { run(*this, int64_t{0}, begin, end); });
+    const int64_t lanes = std::max(this->channels, this->chunk);
+    const Tensor sums = empty(std::array{m.rows.n * m.columns.count() * lanes}, accumulator_dtype(x));
+    Work<T> work = *this;
+    work.sums = static_cast<T*>(sums.data_ptr());
+    for (int64_t image = 0; image < x.size(0); ++image)
+      for (const Pass pass : {reduce_pass, mix_pass, expand_pass}) {
+        if (pass == expand_pass && !writes) break;
+        work.pass = pass;
+        const int64_t rows = pass == mix_pass ? 1 : m.rows.n;
+        parallel(grain, chunks() * rows, elements / rows, [&](int64_t begin, int64_t end) { run(work, image, begin, end); });
+      }
   }
 };
 
@@ -68,7 +87,7 @@ template <class F> void for_planes(const char* op, const Tensor& x, int64_t radi
   const int64_t lanes = adjacent(x, is_channels_last(x), radius_squared);
   for_dtype(op, compiled, x.scalar_type(), lanes, [&]<class T, class IO>(const RadialFilterKernels<T, IO>& kernel) {
     const auto table = mode_table<T>(x.size(2), x.size(3), radius_squared, extent, kernel.lanes);
-    f(kernel, table->modes, Plan(x, kernel.lanes));
+    f(kernel, table->modes, Plan<T>(x, kernel.lanes));
   });
 }
 
@@ -87,12 +106,12 @@ Tensor radial_filter(const Tensor& x, const Tensor& base, const Tensor& gain, in
     return y;
   }
   for_planes("radial_filter", x, radius_squared, Extent::disc,
-             [&]<class T, class IO>(const RadialFilterKernels<T, IO>& kernel, const Modes<T>& modes, const Plan& plan) {
+             [&]<class T, class IO>(const RadialFilterKernels<T, IO>& kernel, const Modes<T>& modes, const Plan<T>& plan) {
     check_profile(modes.shells);
     const Profile<T> profile{static_cast<const T*>(base.data_ptr()), static_cast<const T*>(gain.data_ptr()), base.stride(0), gain.stride(0),
                              gain.stride(1)};
-    parallel(grain, plan.units, plan.elements, [&](int64_t begin, int64_t end) {
-      kernel.filter(plan.cut, modes, planes<const IO>(x), planes<IO>(y), profile, channels, plan.chunk, plan.stream, begin, end);
+    plan.over(x, modes, true, [&](const Work<T>& work, int64_t image, int64_t begin, int64_t end) {
+      kernel.filter(work, modes, planes<const IO>(x, image), planes<IO>(y, image), profile, begin, end);
     });
   });
   return y;
@@ -104,10 +123,10 @@ Tensor mode_coefficients(const Tensor& x, int64_t radius_squared) {
   Tensor coefficients = empty_coefficients(x, functions(x.size(2)), functions(x.size(3)));
   if (coefficients.numel() == 0) return coefficients;
   for_planes("mode_coefficients", x, radius_squared, Extent::square,
-             [&]<class T, class IO>(const RadialFilterKernels<T, IO>& kernel, const Modes<T>& modes, const Plan& plan) {
+             [&]<class T, class IO>(const RadialFilterKernels<T, IO>& kernel, const Modes<T>& modes, const Plan<T>& plan) {
     T* out = static_cast<T*>(coefficients.data_ptr());
-    parallel(grain, plan.units, plan.elements, [&](int64_t begin, int64_t end) {
-      kernel.mode_coefficients(plan.cut, modes, planes<const IO>(x), out, channels, plan.chunk, begin, end);
+    plan.over(x, modes, false, [&](const Work<T>& work, int64_t image, int64_t begin, int64_t end) {
+      kernel.mode_coefficients(work, modes, planes<const IO>(x, image), out + image * channels * modes.inside, begin, end);
     });
   });
   return coefficients;
@@ -129,7 +148,7 @@ std::tuple<Tensor, Tensor> radial_filter_backward(const Tensor& grad, const Tens
     if (channels_last) {
       constexpr int64_t enough_units = 16;
       cut = Cut::lanes;
-      chunk = lanes_chunk(kernel.lanes, w * static_cast<int64_t>(sizeof(IO)));
+      chunk = chunk_vectors * kernel.lanes;
       units = chunks_of(channels, chunk);
       blocks = std::min(images, (enough_units + units - 1) / units);
       units *= blocks;

@@ -13,7 +13,8 @@
 //         by dot products, more by a small GEMM. Columns that are not adjacent are first copied, a plane at a time.
 //         Radii 1 and 2 over planes of a few vectors stay in registers, two planes in a vector if their rows fit in half of it
 //         (disc.h). Rows of y are brought together in the cache where they are not whole vectors, and written by whole ones.
-//       lanes (channels_last): l is a channel; reduce along columns, then along rows, expand in reverse.
+//       lanes (channels_last): l is a channel; reduce along columns, then along rows, expand in reverse. Threads share the rows of an
+//         image that leaves the cache or has too few channels for them.
 // Every output is owned by one thread and the order of its sum is fixed: bit-equal for any number of threads.
 // Memory: x is read once from memory and once more from the cache, y is written once, past the cache if `stream` (columns).
 
@@ -27,17 +28,15 @@ namespace SIMD_NAME {
 namespace {
 
 template <class T, class IO>
-void filter(Cut cut, const Modes<T>& m, Planes<const IO> x, Planes<IO> y, const Profile<T>& p, int64_t channels, int64_t chunk, bool stream,
-            int64_t begin, int64_t end) {
-  if (cut == Cut::lanes) filter_lanes(m, x, y, p, channels, chunk, begin, end);
-  else filter_columns(m, x, y, p, channels, stream, begin, end);
+void filter(const Work<T>& work, const Modes<T>& m, Planes<const IO> x, Planes<IO> y, const Profile<T>& p, int64_t begin, int64_t end) {
+  if (work.cut == Cut::lanes) filter_lanes(work, m, x, y, p, begin, end);
+  else filter_columns(m, x, y, p, work.channels, work.stream, begin, end);
 }
 
 template <class T, class IO>
-void mode_coefficients(Cut cut, const Modes<T>& m, Planes<const IO> x, T* out, int64_t channels, int64_t chunk, int64_t begin,
-                       int64_t end) {
-  if (cut == Cut::lanes) mode_coefficients_lanes(m, x, out, channels, chunk, begin, end);
-  else mode_coefficients_columns(m, x, out, channels, begin, end);
+void mode_coefficients(const Work<T>& work, const Modes<T>& m, Planes<const IO> x, T* out, int64_t begin, int64_t end) {
+  if (work.cut == Cut::lanes) mode_coefficients_lanes(work, m, x, out, begin, end);
+  else mode_coefficients_columns(m, x, out, work.channels, begin, end);
 }
 
 template <class T, class IO>

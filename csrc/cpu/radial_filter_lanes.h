@@ -19,14 +19,14 @@ inline Chunk chunk_of(int64_t channels, int64_t chunk, int64_t i) {
 }
 
 // What the lanes cut works in, for up to 2 chunks of lanes and at least one vector of them; lanes beyond the chunk's are zeros.
-// u, z and the copies of a few rows have two sides, for the gradients; row is one that is still to be narrowed.
+// u, of so many sides, z and the copies of a few rows serve two, for the gradients; row is one that is still to be narrowed.
 template <class T> struct LanesScratch {
-  LanesScratch(const Modes<T>& m, int64_t channels, int64_t chunk, bool widens)
+  LanesScratch(const Modes<T>& m, int64_t channels, int64_t chunk, bool widens, int sides)
       : most(channels < 2 * chunk ? (channels < lanes_of<T> ? lanes_of<T> : channels) : 2 * chunk),
         modes(m.rows.count() * m.columns.count()), few_rows(m.columns.n < 64 ? 64 / m.columns.n : 1),
         copied(widens ? few_rows * m.columns.n * most : 0),
-        scratch((2 * m.rows.n * m.columns.count() + 3 * modes + 3 * (widens ? few_rows * m.columns.n : 0) + 8) * line_up(most) + 256) {
-    for (T*& part : u) part = scratch.take(m.rows.n * m.columns.count() * most);
+        scratch((sides * m.rows.n * m.columns.count() + 3 * modes + 3 * (widens ? few_rows * m.columns.n : 0) + 8) * line_up(most) + 256) {
+    for (int side = 0; side < sides; ++side) u[side] = scratch.take(m.rows.n * m.columns.count() * most);
     gains = scratch.zeros(modes * most);
     for (T*& part : z) part = scratch.zeros(modes * most);
     for (T*& part : copies) part = scratch.take(copied);
@@ -63,50 +63,49 @@ PixelRows<Read<T, IO>> adjacent_lanes(const IO* x, Planes<const IO> p, int64_t r
   }
 }
 
-// z (A_H, A_W, wide) of the planes side by side in `lanes` adjacent elements.
-template <class T, class IO>
-void lanes_coefficients(const Modes<T>& m, const IO* x, Planes<const IO> p, int64_t lanes, int64_t wide, LanesScratch<T>& s) {
-  const int64_t row = m.columns.count() * wide;
-  for (int64_t i = 0; i < m.rows.n; ++i) {
-    const auto from = adjacent_lanes<T>(x + i * p.h, p, 1, m.columns.n, lanes, s.copies[0]);
-    reduce(m.columns, from.data, from.w, lanes, false, s.u[0] + i * row, wide);
-  }
-  reduce(m.rows, s.u[0], row, row, false, s.z[0], row);
-}
-
-// Units [begin, end): chunks of the channels of one image. between and WRITE as in over_columns; here z is (A_H, A_W, wide).
+// Units [begin, end) of the work, or one pass over them. between and WRITE as in over_columns; here z is (A_H, A_W, wide).
 // prepare(part, wide, base, gains) fills base (wide) and gains (like z), zeros before, whenever the chunk is another one;
 // if all channels have the same profile, whenever it has another number of lanes.
 template <bool WRITE, class T, class IO, class Prepare, class Between>
-void over_lanes(const Modes<T>& m, Planes<const IO> x, Planes<IO> y, int64_t channels, int64_t chunk, int64_t begin, int64_t end,
-                bool same, Prepare prepare, Between between) {
-  const int64_t columns = m.columns.count(), chunks = chunks_of(channels, chunk);
-  LanesScratch<T> s(m, channels, chunk, widened<T, IO>);
+void over_lanes(const Work<T>& work, const Modes<T>& m, Planes<const IO> x, Planes<IO> y, int64_t begin, int64_t end, bool same,
+                Prepare prepare, Between between) {
+  const int64_t h = m.rows.n, w = m.columns.n, columns = m.columns.count(), chunks = chunks_of(work.channels, work.chunk);
+  const int64_t unit_rows = work.pass == reduce_pass || work.pass == expand_pass ? 1 : h, units = h / unit_rows;
+  LanesScratch<T> s(m, work.channels, work.chunk, widened<T, IO>, work.sums ? 0 : 1);
   Chunk prepared{-1, 0};
-  for (int64_t unit = begin; unit < end; ++unit) {
-    const int64_t b = unit / chunks;
-    const Chunk part = chunk_of(channels, chunk, unit % chunks);
+  for (int64_t unit = begin, next; unit < end; unit = next) {
+    const int64_t b = unit / units / chunks, first_row = unit % units;  // and the rows behind it that are units of the same chunk
+    next = unit - first_row + units < end ? unit - first_row + units : end;
+    const int64_t end_row = first_row + (next - unit) * unit_rows;
+    const Chunk part = chunk_of(work.channels, work.chunk, unit / units % chunks);
     const int64_t wide = part.lanes < lanes_of<T> ? lanes_of<T> : part.lanes, row = columns * wide;
-    if (prepared.lanes != part.lanes || (!same && prepared.first != part.first)) {
+    const IO* from = x.data + b * x.b + part.first * x.c;
+    T* u = work.sums ? work.sums + h * columns * part.first : s.u[0];
+    if (work.pass != reduce_pass && (prepared.lanes != part.lanes || (!same && prepared.first != part.first))) {
       prepared = part;
       for (int64_t i = 0; i < m.rows.count() * row; ++i) s.gains[i] = T(0);
       prepare(part, wide, s.base, s.gains);
     }
-    const IO* from = x.data + b * x.b + part.first * x.c;
-    lanes_coefficients(m, from, x, part.lanes, wide, s);
-    between(b, part, wide, s.z[0], s.gains);
+    for (int64_t i = first_row; work.pass & reduce_pass && i < end_row; ++i) {
+      const auto in = adjacent_lanes<T>(from + i * x.h, x, 1, w, part.lanes, s.copies[0]);
+      reduce(m.columns, in.data, in.w, part.lanes, false, u + i * row, wide);
+    }
+    if (work.pass & mix_pass) {
+      reduce(m.rows, u, row, row, false, s.z[0], row);
+      between(b, part, wide, s.z[0], s.gains);
+      if constexpr (WRITE) expand<Out::sum>(m.rows, s.z[0], row, row, false, Rows<T, T, T>{s.base, u, 0, u, row});
+    }
     if constexpr (WRITE) {
-      expand<Out::sum>(m.rows, s.z[0], row, row, false, Rows<T, T, T>{s.base, s.u[0], 0, s.u[0], row});
       IO* to = y.data + b * y.b + part.first * y.c;
-      for (int64_t i = 0; i < m.rows.n; ++i) {
-        const auto in = adjacent_lanes<T>(from + i * x.h, x, 1, m.columns.n, part.lanes, s.copies[0]);
+      for (int64_t i = first_row; work.pass & expand_pass && i < end_row; ++i) {
+        const auto in = adjacent_lanes<T>(from + i * x.h, x, 1, w, part.lanes, s.copies[0]);
         const auto expand_row = [&](auto* out, int64_t stride) {
           const Rows<T, Read<T, IO>, std::remove_pointer_t<decltype(out)>> rows{s.base, in.data, in.w, out, stride};
-          expand<Out::scaled>(m.columns, s.u[0] + i * row, wide, part.lanes, false, rows);
+          expand<Out::scaled>(m.columns, u + i * row, wide, part.lanes, false, rows);
         };
         if constexpr (widened<T, IO>) {
           expand_row(s.row, part.lanes);
-          for (int64_t j = 0; j < m.columns.n; ++j) write_run(s.row + j * part.lanes, to + i * y.h + j * y.w, part.lanes, false);
+          for (int64_t j = 0; j < w; ++j) write_run(s.row + j * part.lanes, to + i * y.h + j * y.w, part.lanes, false);
         } else {
           expand_row(to + i * y.h, y.w);
         }
@@ -116,10 +115,10 @@ void over_lanes(const Modes<T>& m, Planes<const IO> x, Planes<IO> y, int64_t cha
 }
 
 template <class T, class IO>
-void filter_lanes(const Modes<T>& m, Planes<const IO> x, Planes<IO> y, const Profile<T>& p, int64_t channels, int64_t chunk, int64_t begin,
+void filter_lanes(const Work<T>& work, const Modes<T>& m, Planes<const IO> x, Planes<IO> y, const Profile<T>& p, int64_t begin,
                   int64_t end) {
   over_lanes<true>(
-      m, x, y, channels, chunk, begin, end, p.base_stride == 0 && p.gain_channel == 0,
+      work, m, x, y, begin, end, p.base_stride == 0 && p.gain_channel == 0,
       [&](Chunk part, int64_t wide, T* base, T* gains) {
         for (int64_t l = 0; l < part.lanes; ++l) base[l] = p.base[(part.first + l) * p.base_stride];
         for (int64_t k = 0; k < m.inside; ++k) {
@@ -135,13 +134,13 @@ void filter_lanes(const Modes<T>& m, Planes<const IO> x, Planes<IO> y, const Pro
 }
 
 template <class T, class IO>
-void mode_coefficients_lanes(const Modes<T>& m, Planes<const IO> x, T* out, int64_t channels, int64_t chunk, int64_t begin, int64_t end) {
+void mode_coefficients_lanes(const Work<T>& work, const Modes<T>& m, Planes<const IO> x, T* out, int64_t begin, int64_t end) {
   over_lanes<false>(
-      m, x, Planes<IO>{}, channels, chunk, begin, end, true, [](Chunk, int64_t, T*, T*) {},
+      work, m, x, Planes<IO>{}, begin, end, true, [](Chunk, int64_t, T*, T*) {},
       [&](int64_t b, Chunk part, int64_t wide, T* z, const T*) {
         for (int64_t k = 0; k < m.inside; ++k) {
           const T* from = z + (m.mode[k].row * m.columns.count() + m.mode[k].column) * wide;
-          T* to = out + (b * channels + part.first) * m.inside + m.mode[k].index;
+          T* to = out + (b * work.channels + part.first) * m.inside + m.mode[k].index;
           for (int64_t l = 0; l < part.lanes; ++l) to[l * m.inside] = T(from[l] * m.mode[k].scale);
         }
       });
@@ -151,7 +150,7 @@ template <class T, class IO>
 void backward_lanes(const Modes<T>& m, Planes<const IO> grad, Planes<const IO> x, double* sums, int64_t images, int64_t blocks,
                     int64_t channels, int64_t chunk, int64_t begin, int64_t end) {
   const int64_t h = m.rows.n, w = m.columns.n, chunks = chunks_of(channels, chunk);
-  LanesScratch<T> s(m, channels, chunk, widened<T, IO>);
+  LanesScratch<T> s(m, channels, chunk, widened<T, IO>, 2);
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t block = unit / chunks;
     const Chunk part = chunk_of(channels, chunk, unit % chunks);
