@@ -141,10 +141,12 @@ void over_columns(const Modes<T>& m, Planes<const IO> x, Planes<IO> y, int64_t c
       for (int64_t g = 0; g < group; ++g) {
         for (int64_t j = 0; j < width; ++j) s.base[j] = base(c[g]);
         const T* t = s.t + g * s.rows;
-        T* rows = s.stage + g * pixels;
-        if constexpr (std::is_same_v<T, IO>)
-          if (!staged) rows = out + g * pixels;
-        expand<Out::scaled>(m.rows, t, width, w, true, Rows<T, X, T>{s.base, plane[g], h_stride, rows, w});
+        const auto rows = [&](auto* to) {
+          expand<Out::scaled>(m.rows, t, width, w, true, Rows<T, X, std::remove_pointer_t<decltype(to)>>{s.base, plane[g], h_stride, to, w});
+        };
+        if constexpr (widened<T, IO>) rows(s.stage + g * pixels);
+        else if constexpr (!std::is_same_v<T, IO>) rows(out + g * pixels);
+        else rows(staged ? s.stage + g * pixels : out + g * pixels);
       }
       if (staged) write_run(s.stage, out, group * pixels, stream);
     }
@@ -204,7 +206,7 @@ void filter_columns(const Modes<T>& m, Planes<const IO> x, Planes<IO> y, const P
                     int64_t end) {
   constexpr int64_t line = SIMD_BYTES / sizeof(IO);
   const bool fits = m.rows.n * m.columns.n * static_cast<int64_t>(sizeof(T)) <= most_staged;
-  const bool staged = !std::is_same_v<T, IO> || (fits && (stream || m.columns.n % line != 0));
+  const bool staged = widened<T, IO> || (std::is_same_v<T, IO> && fits && (stream || m.columns.n % line != 0));
   if constexpr (has_discs<T, IO>) {
     using X = Read<T, IO>;
     const auto write = [](const T* from, X* to, int64_t n, bool stream) { write_run(from, static_cast<IO*>(to), n, stream); };
