@@ -142,6 +142,7 @@ def test_planes_in_two_passes(host: Host, shape: tuple[int, ...], radius_squared
 SMALL_PLANES = [
     (1, 18, 56, 56), (2, 9, 28, 28), (3, 34, 14, 14), (5, 20, 7, 7), (1, 2, 57, 31), (1, 4, 55, 56), (1, 3, 29, 40), (2, 5, 27, 31),
     (1, 7, 15, 64), (1, 2, 64, 2), (2, 5, 2, 33), (3, 6, 8, 9), (2, 4, 1, 4), (1, 6, 4, 1),
+    (3, 68, 7, 7), (2, 80, 14, 14), (1, 40, 56, 56), (2, 24, 40, 33),
 ]  # fmt: skip
 
 
@@ -153,6 +154,13 @@ def test_small_planes(host: Host, shape: tuple[int, ...], layout: str, dtype: to
     for radius_squared in (4, sum(shape) % 4):
         check_filter(host, x, *profile(shape[1], radius_squared, dtype), radius_squared)
         check_backward(host, grad, x, radius_squared)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_too_little_shared_memory_for_two_blocks(host: Host, dtype: torch.dtype) -> None:
+    host.shared_limit = 100 << 10
+    x = arrange(draw(1, 8, 56, 55, dtype=dtype), "channels_last")
+    check_filter(host, x, *profile(8, 4, dtype), 4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)

@@ -1,14 +1,10 @@
-// radial_filter of planes up to 56 rows in registers, r^2 <= 4: one read, one write, no tile in shared memory.
+// radial_filter of contiguous planes up to 56 rows in registers, r^2 <= 4: one read, one write, no tile in shared memory. 8, 16 or 32
+// lanes of a warp own a plane, VEC columns each; no barrier between warps.
 //
-//   resident_kernel   contiguous: 8, 16 or 32 lanes of a warp own a plane, VEC columns each; no barrier between warps
-//   channels_kernel   channels_last: a block owns 8 words of channels, a thread a word and a column; two barriers
-//
-// Issue slots counted in the code for sm_90, of 924 G warp instructions per second on an H200; 16 bits (fp32), contiguous: 56 x 56
-// 1590 (1340) per plane, 28 x 28 890 (770) per two, 14 x 14 570 (515) per four, 7 x 7 330 (315) per four: 14 us for (128, 64, 56, 56),
-// 8 for (128, 128, 28, 28), 6 for (128, 320, 14, 14) and (128, 512, 7, 7). channels_last 56 x 56: 16 us (20), in blocks of 14 warps, one
-// to a multiprocessor. Measured on an H200, us, of bf16 (fp32), and of a copy: 32 (53), 26 (49); 19 (28), 14.5 (26); 16 (23), 10.6 (17);
-// 11 (11), 6.8 (9.5). channels_last: 52 (78), 30 (41), 24 (26), 21 (17): a block loads, sums, applies and stores by turns, and there is
-// no other block on the multiprocessor to fill the gaps.
+// Issue slots counted in the code for sm_90, of 924 G warp instructions per second on an H200; 16 bits (fp32): 56 x 56 1590 (1340) per
+// plane, 28 x 28 890 (770) per two, 14 x 14 570 (515) per four, 7 x 7 330 (315) per four: 14 us for (128, 64, 56, 56), 8 for
+// (128, 128, 28, 28), 6 for (128, 320, 14, 14) and (128, 512, 7, 7). Measured on an H200, us, of bf16 (fp32), and of a copy: 32 (53), 26 (49);
+// 19 (28), 14.5 (26); 16 (23), 10.6 (17); 11 (11), 6.8 (9.5).
 #pragma once
 
 #include "radial_filter_gains.cuh"
@@ -68,59 +64,6 @@ __global__ void __launch_bounds__(kResidentWarps * 32, kResidentBlocks<T, VEC, S
     for (int a = 0; a < 5; ++a) u[a][k] = of_column[a];
   }
   rows.apply(plan, {plan, active, y, batch * y.b + channel * y.c + column, plan.pitch_y}, base, u);
-}
-
-template <typename T, int VEC, int SIZE, int KNOWN>
-__global__ void __launch_bounds__((kResidentWords * SIZE + 31) / 32 * 32, SIZE <= 14 ? 6 : SIZE <= 28 ? 2 : 1)
-    channels_kernel(const __grid_constant__ Resident plan, View x, View y, Profile<float> profile) {
-  constexpr int kChannels = kResidentWords * VEC;
-  DYNAMIC_SHARED(memory);
-  auto* columns = reinterpret_cast<Wave4*>(memory);
-  auto* modes = reinterpret_cast<Pack<float, kSlots>*>(columns + plan.width);  // of each channel: first the gains
-  auto* sums = reinterpret_cast<float*>(modes + kChannels);
-  const unsigned batch = blockIdx.x / plan.chunks;
-  const int chunk = static_cast<int>(blockIdx.x - batch * plan.chunks) * kChannels;
-  const int column = threadIdx.x / kResidentWords, own = threadIdx.x % kResidentWords * VEC;
-  const bool inside = column < plan.width, active = inside && chunk + own < plan.channels;
-  const int j = min(column, plan.width - 1), channel = min(chunk + own, plan.channels - VEC);  // threads to spare read what another one owns
-  Rows<T, VEC, SIZE, KNOWN> rows;
-  rows.load(plan, {plan, true, x, batch * x.b + channel + j * x.w, plan.pitch_x});
-  float base[VEC];
-#pragma unroll
-  for (int k = 0; k < VEC; ++k) base[k] = profile.base[(channel + k) * profile.base_c];
-  for (int k = threadIdx.x; k < kChannels * kSlots; k += blockDim.x) {
-    const int c = chunk + k / kSlots, slot = k % kSlots, shell = slot / 4;
-    const bool exists = c < plan.channels && shell < plan.shells;
-    modes[k / kSlots].v[slot] = exists ? plan.weight[slot] * profile.gain[shell * profile.gain_s + c * profile.gain_c] : 0;
-  }
-  load_waves(plan, columns);
-
-  float v[5][VEC], z[VEC * kSlots] = {};
-  rows.sum(plan, v);
-  rows.keep_words();
-#pragma unroll
-  for (int k = 0; k < VEC; ++k) {
-    float of_word[5], of_column[kSlots] = {};
-#pragma unroll
-    for (int a = 0; a < 5; ++a) of_word[a] = inside ? v[a][k] : 0;
-    add_modes(of_word, columns[j], of_column);
-#pragma unroll
-    for (int slot = 0; slot < kSlots; ++slot) z[k * kSlots + slot] = of_column[slot];
-  }
-  sum_columns<VEC, kSlots>(z, sums, [&](int c, int slot, float sum) { modes[c].v[slot] *= sum; });
-  __syncthreads();
-
-  float u[5][VEC];
-#pragma unroll
-  for (int k = 0; k < VEC; ++k) {
-    float of_column[kSlots], of_word[5];
-#pragma unroll
-    for (int slot = 0; slot < kSlots; ++slot) of_column[slot] = modes[own + k].v[slot];
-    waves_of_column(of_column, columns[j], of_word);
-#pragma unroll
-    for (int a = 0; a < 5; ++a) u[a][k] = of_word[a];
-  }
-  rows.apply(plan, {plan, active, y, batch * y.b + channel + j * y.w, plan.pitch_y}, base, u);
 }
 
 }  // namespace spanet

@@ -1,6 +1,7 @@
 // Which calls the kernels on registers take, and their launches. Runs on the host.
 #pragma once
 
+#include "channels_filter.cuh"
 #include "moves.cuh"
 #include "resident_filter.cuh"
 
@@ -81,38 +82,58 @@ inline void share_lanes(Resident& plan, int words) {
 }
 
 template <typename T>
-bool run_channels_filter(const Shape& shape, const View& x, const View& y, const Profile<float>& profile, int64_t radius_squared, void* stream) {
-  constexpr int VEC = sizeof(T) == 2 ? 2 : 1;
-  if (!words_in_pixels(shape, x, sizeof(T), VEC) || !words_in_pixels(shape, y, sizeof(T), VEC)) return false;
-  const auto run = [&](auto rows, auto known) {
-    constexpr int kChannels = kResidentWords * VEC;
-    Resident plan = make_resident(shape, radius_squared);
-    plan.pitch_x = row_pitch(shape, x, sizeof(T));
-    plan.pitch_y = row_pitch(shape, y, sizeof(T));
-    plan.chunks = static_cast<int>(ceil_div(shape.channels, kChannels));
-    const int threads = static_cast<int>(ceil_div(shape.width * kResidentWords, 32)) * 32;
-    const int floats = static_cast<int>(shape.width) * 4 + kChannels * kSlots * (1 + threads / 32);
+bool run_channels_filter(const Shape& shape, const View& x, const View& y, const Profile<float>& profile, int64_t radius_squared,
+                         const Device& device) {
+  constexpr int VEC = sizeof(T) == 2 ? 2 : 1, kChannels = kResidentWords * VEC;
+  const int64_t size = std::max(shape.height, shape.width);
+  if (size > 56 || !words_in_pixels(shape, x, sizeof(T), VEC) || !words_in_pixels(shape, y, sizeof(T), VEC)) return false;
+  Resident plan = make_resident(shape, radius_squared);
+  plan.pitch_x = row_pitch(shape, x, sizeof(T));
+  plan.pitch_y = row_pitch(shape, y, sizeof(T));
+  plan.words = static_cast<int>(shape.channels / VEC);
+  plan.chunks = static_cast<int>(ceil_div(shape.channels, kChannels));
+  const auto pixels = [&](auto rows, auto teams) {
+    constexpr int TEAMS = decltype(teams)::value;
     in_images(shape, [&](int64_t image, int64_t count) {
-      launch(channels_kernel<T, VEC, decltype(rows)::value, decltype(known)::value>, count / shape.channels * plan.chunks, threads,
-             floats * static_cast<int>(sizeof(float)), stream, plan, from_image(x, image, sizeof(T)), from_image(y, image, sizeof(T)), profile);
+      plan.planes = static_cast<unsigned>(count / VEC);
+      launch(pixels_kernel<T, VEC, decltype(rows)::value, TEAMS>, ceil_div(plan.planes, kPixelThreads / TEAMS), kPixelThreads, 0, device.stream,
+             plan, from_image(x, image, sizeof(T)), from_image(y, image, sizeof(T)), profile);
     });
     return true;
   };
+  const auto by_chunks = [&](auto kernel, int64_t columns, int64_t tile_bytes) {  // columns: to a word
+    const int threads = static_cast<int>(ceil_div(columns * kResidentWords, 32)) * 32;
+    const int64_t floats = shape.width * 4 + kChannels * kSlots * (1 + threads / 32), bytes = floats * sizeof(float) + tile_bytes;
+    const int64_t reserved = 1 << 10;  // by the system, of every block
+    if (tile_bytes > 0 && 2 * (bytes + reserved) > device.shared_limit + reserved) return false;
+    in_images(shape, [&](int64_t image, int64_t count) {
+      launch(kernel, count / shape.channels * plan.chunks, threads, static_cast<int>(bytes), device.stream, plan, from_image(x, image, sizeof(T)),
+             from_image(y, image, sizeof(T)), profile);
+    });
+    return true;
+  };
+  const auto in_registers = [&](auto rows, auto known) {
+    return by_chunks(channels_kernel<T, VEC, decltype(rows)::value, decltype(known)::value>, shape.width, 0);
+  };
   using Some = Constant<kNothing>;
   using Exact = Constant<kHeight>;
-  const int64_t size = std::max(shape.height, shape.width);
-  if (size > 56) return false;
-  if (size <= 7) return shape.height == 7 ? run(Constant<7>{}, Exact{}) : run(Constant<14>{}, Some{});
-  if (size <= 14) return shape.height == 14 ? run(Constant<14>{}, Exact{}) : run(Constant<14>{}, Some{});
-  if (size <= 28) return shape.height == 28 ? run(Constant<28>{}, Exact{}) : run(Constant<28>{}, Some{});
-  return shape.height == 56 ? run(Constant<56>{}, Exact{}) : run(Constant<56>{}, Some{});
+  const bool square = shape.height == shape.width && spectrum_limit(shape, radius_squared) <= 1;
+  if (square && size == 7) return pixels(Constant<7>{}, Constant<1>{});
+  if (square && size == 14) return pixels(Constant<14>{}, Constant<2>{});
+  if (size <= 7) return shape.height == 7 ? in_registers(Constant<7>{}, Exact{}) : in_registers(Constant<14>{}, Some{});
+  if (size <= 14) return shape.height == 14 ? in_registers(Constant<14>{}, Exact{}) : in_registers(Constant<14>{}, Some{});
+  if (size <= 28) return shape.height == 28 ? in_registers(Constant<28>{}, Exact{}) : in_registers(Constant<28>{}, Some{});
+  const int64_t tile_bytes = shape.height * shape.width * kChannels * sizeof(T);
+  const bool staged = words_in_pixels(shape, x, sizeof(T), 16 / sizeof(T)) && by_chunks(staged_kernel<T, VEC>, ceil_div(shape.width, 2), tile_bytes);
+  return staged || in_registers(Constant<56>{}, Some{});
 }
 
 // False where another kernel has to do it.
 template <typename T>
-bool run_resident_filter(const Shape& shape, const View& x, const View& y, const Profile<float>& profile, int64_t radius_squared, void* stream) {
+bool run_resident_filter(const Shape& shape, const View& x, const View& y, const Profile<float>& profile, int64_t radius_squared,
+                         const Device& device) {
   if (spectrum_limit(shape, radius_squared) > 4) return false;
-  if (shape.channels_last) return run_channels_filter<T>(shape, x, y, profile, radius_squared, stream);
+  if (shape.channels_last) return run_channels_filter<T>(shape, x, y, profile, radius_squared, device);
   if (shape.width > kResidentColumns) return false;
   const auto run = [&](auto vec, auto rows, auto known) {
     constexpr int VEC = decltype(vec)::value, SIZE = decltype(rows)::value;
@@ -123,7 +144,7 @@ bool run_resident_filter(const Shape& shape, const View& x, const View& y, const
     const int planes = 32 * kResidentWarps >> plan.shift, bytes = static_cast<int>(shape.width * sizeof(Wave4) + planes * kSlots * sizeof(float));
     in_images(shape, [&](int64_t image, int64_t count) {
       plan.planes = static_cast<unsigned>(count);
-      launch(resident_kernel<T, VEC, SIZE, decltype(known)::value>, ceil_div(count, planes), 32 * kResidentWarps, bytes, stream, plan,
+      launch(resident_kernel<T, VEC, SIZE, decltype(known)::value>, ceil_div(count, planes), 32 * kResidentWarps, bytes, device.stream, plan,
              from_image(x, image, sizeof(T)), from_image(y, image, sizeof(T)), profile);
     });
     return true;
