@@ -32,6 +32,10 @@ CANDIDATES: dict[str, tuple[tiles.Tile, ...]] = {
         *((64, 128, 64, 4, 3), (64, 128, 64, 4, 2), (128, 128, 64, 8, 3), (128, 128, 64, 4, 3), (128, 64, 64, 4, 3), (64, 64, 64, 4, 3)),
         *((64, 256, 64, 8, 3), (128, 256, 64, 8, 3), (128, 128, 32, 8, 4), (64, 64, 64, 2, 3)),
     ),
+    "pair": (
+        *((128, 32, 0, 8, 2), (128, 64, 0, 8, 2), (128, 32, 0, 8, 3), (64, 32, 0, 4, 2), (64, 64, 0, 4, 2), (64, 64, 0, 8, 2)),
+        *((128, 64, 0, 8, 3), (64, 32, 0, 4, 3)),
+    ),
     "gate": (
         *((128, 128, 64, 8, 3), (128, 128, 64, 4, 3), (64, 128, 64, 4, 3), (128, 64, 64, 4, 3), (64, 64, 64, 4, 3), (64, 64, 64, 2, 3)),
         *((64, 256, 64, 8, 3), (64, 128, 64, 8, 2)),
@@ -74,6 +78,9 @@ def problems(channels: int, size: int, radius: float) -> Iterator[Problem]:
     yield "pointwise", (channels, channels), square
     yield "pointwise", (channels, 4 * channels), lambda: product(y_hidden, x, w_in, wide, norm, None, None, gelu=True)
     yield "pointwise", (4 * channels, channels), lambda: product(y, hidden, w_out, vector, nothing, residual, vector, gelu=False)
+    if channels <= pointwise_pair.ONE_LAUNCH:
+        mlp = y, x, *norm, None, residual, vector, w_in, wide, w_out, vector
+        yield "pair", (channels, 4 * channels), lambda: ops.pointwise_pair(*mlp)
     squared = modes.squared_radius(radius)
     gate = x, ops.mode_coefficients(x, squared), weight, vector, *make_profile(channels, radius, torch.bfloat16, device="cuda"), squared
     yield "gate", (channels, size * size), lambda: ops.spectral_gate(*gate)
@@ -109,6 +116,7 @@ def main() -> None:
         for candidate in CANDIDATES[kind]:
             spectral_gate.plan.cache_clear()
             pointwise_pair.plan.cache_clear()
+            pointwise_pair.pair_plan.cache_clear()
             with mock.patch.object(tiles, "_measured", lambda key=f"{kind} {sizes[0]} {sizes[1]}", candidate=candidate: {key: candidate}):
                 times[candidate] = seconds(function, clock)
         best = min(times, key=times.__getitem__)

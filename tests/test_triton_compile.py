@@ -65,6 +65,10 @@ CASES += [
     for i, target in enumerate(("sm_90", *OTHERS))
     for file in ("image_norm", "gelu", "pointwise_pair")
 ]
+CASES += [  # a pair of products in one launch
+    Case("pointwise_pair", target, DTYPES[1 + i % 2 * 2], 64 << i % 2, 14, 14, 0, True)
+    for i, target in enumerate(("sm_90", "sm_90", *OTHERS))
+]
 # bytes that a program may use
 SHARED = dict(sm_80=166912, sm_86=101376, sm_89=101376, sm_90=232448, sm_100=232448, sm_120=101376, gfx90a=65536, gfx942=65536)
 
@@ -96,6 +100,7 @@ def compile_case(case: Case) -> list[Row]:
             patch.setattr(tiles, "architecture", lambda: case.target)
             tiles._measured.cache_clear()
             module.plan.cache_clear()
+            getattr(module, "pair_plan", module.plan).cache_clear()
         run_launchers(module, case)
     return [Row(case, kernel.__name__, *resources(case.target, kernel, args, kwargs)) for kernel, args, kwargs in launches]
 
@@ -211,4 +216,4 @@ def test_shared_memory_fits(rows: list[Row]) -> None:
 
 def test_every_kernel_met_every_target(rows: list[Row]) -> None:
     assert {(row.case.target, row.kernel) for row in rows} == set(product(("sm_90", *OTHERS), {row.kernel for row in rows}))
-    assert len({row.kernel for row in rows}) == 20
+    assert len({row.kernel for row in rows}) == 21

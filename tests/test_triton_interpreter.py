@@ -88,6 +88,8 @@ PAIR_CASES: list[tuple[tuple[int, int, int, int], int, int, str]] = [
     ((1, 96, 20, 21), 0, 96, "norm bias"),
     ((2, 160, 5, 6), 192, 160, "norm residual"),
     ((1, 64, 12, 12), 128, 32, "bias"),
+    ((2, 160, 7, 7), 224, 64, "norm residual bias"),
+    ((2, 96, 11, 12), 160, 128, "norm residual scale bias"),
 ]
 
 # a whole block on the way that a GPU takes, the axial convolution alone by the CPU's kernel: (B, C, H, W), radius, layout, dtype, and the
