@@ -158,8 +158,9 @@ template <class T, class IO> struct Work {
     strip = 128 / w < 4 ? 4 : 128 / w;
     if (strip > h) strip = h;
     const int64_t fits = cached / (w * vl * static_cast<int64_t>(sizeof(T)));
-    capacity = fits < h + 2 * p ? fits : h + 2 * p;
-    if (capacity < strip + 2 * p) capacity = strip + 2 * p;
+    const int64_t least = 8 * strip + 2 * p;  // rows that leave the first-level cache anyway move seldom
+    capacity = fits < least ? least : fits;
+    if (capacity > h + 2 * p) capacity = h + 2 * p;
     const int64_t pad = (strip + p) * (w + p) + p, modes = op.modes.inside;
     const int64_t total = 2 * op.sums() + op.size + capacity * w + 2 * pad + 2 * strip * w + h * op.modes.columns.count() + 2 * modes;
     next = static_cast<T*>(thread_scratch(total * vl * sizeof(T)));
