@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from . import report
-from .record import environment, load, regressions, save
+from .record import environment, load, regressions, save, timings
 from .section import DTYPES, LAYOUTS, Options, Section, usable
 
 SECTIONS = {
@@ -196,7 +196,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
     try:
-        old = old_result(given.compare, what, options) if given.compare else None
+        old = old_result(given.compare, rows, options) if given.compare else None
         good, interrupted = True, False
         try:
             for name, section in sections.items():
@@ -218,19 +218,21 @@ def main(arguments: list[str] | None = None) -> int:
     return 130 if interrupted else 0 if good else 1
 
 
-def old_result(path: Path, what: list[str], options: Options) -> dict[str, Any]:
-    """A result to compare with. Raises ValueError unless a section of this run wrote it on a machine like this one."""
+def old_result(path: Path, rows: dict[str, list[Any]], options: Options) -> dict[str, Any]:
+    """A result to compare with. Raises ValueError unless a section of this run wrote it, with some of its rows, on a machine like this."""
     old = load(path)
     if old is None:
         raise ValueError(f"--compare: {path} is no file")
-    if old.get("section") not in what:
+    if old.get("section") not in list(rows):
         raise ValueError(f"--compare: {path} holds {old.get('section', 'results of an older form of this suite')}, which is not run here")
-    if old["form"] != options.form:
-        raise ValueError(f"--compare: {path} is of the {old['form']} form; this is the {options.form} one")
+    if old.get("form") != options.form:
+        raise ValueError(f"--compare: {path} is of the {old.get('form')} form; this is the {options.form} one")
     here = environment(options.device)
     for key in ("device", "name", "threads"):
         if old["environment"].get(key) != here[key]:
             raise ValueError(f"--compare: {path} has {key} {old['environment'].get(key)!r}, this machine {here[key]!r}")
+    if not {name for name, _ in timings(old)} & {row.name for row in rows[old["section"]]}:
+        raise ValueError(f"--compare: {path} has no time of a row that is run here")
     return old
 
 

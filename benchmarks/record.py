@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 import spanet_kernels
+from spanet.runs import replacing
 from spanet_kernels import _native
 
 ROOT = Path(__file__).parents[1]
@@ -116,14 +117,10 @@ def _gpu_state(uuid: str) -> str | None:
 
 
 def save(path: Path, result: dict[str, Any]) -> None:
-    """Write JSON in one step: a reader sees the old file or the whole new one."""
+    """Write JSON in one step: a reader sees the old file or the whole new one. Raises OSError if it cannot be written."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        temporary.write_text(json.dumps(result, indent=1) + "\n")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as file:
+        file.write((json.dumps(result, indent=1) + "\n").encode())
 
 
 def load(path: Path) -> dict[str, Any] | None:
@@ -132,10 +129,10 @@ def load(path: Path) -> dict[str, Any] | None:
         return None
     try:
         result = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # no JSON, or no text at all
         raise ValueError(f"{path} is not a benchmark result: {error}") from None
-    if not isinstance(result, dict) or "environment" not in result:
-        raise ValueError(f"{path} is not a benchmark result: it has no environment")
+    if not isinstance(result, dict) or not isinstance(result.get("environment"), dict) or not isinstance(result.get("rows"), list):
+        raise ValueError(f"{path} is not a benchmark result: it has no environment or no rows")
     return result
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -117,9 +118,26 @@ def test_files_that_are_no_results(tmp_path):
     (tmp_path / "ops.json").write_text("{")
     with pytest.raises(ValueError, match="is not a benchmark result"):
         record.load(tmp_path / "ops.json")
-    (tmp_path / "ops.json").write_text("[]")
-    with pytest.raises(ValueError, match="no environment"):
-        report.results_in(tmp_path)
+    (tmp_path / "ops.json").write_bytes(b"\xff\x00")
+    with pytest.raises(ValueError, match=r"ops.json is not a benchmark result"):
+        record.load(tmp_path / "ops.json")
+    for other in ([], {"environment": {}}, {"environment": "here", "rows": []}):
+        (tmp_path / "ops.json").write_text(json.dumps(other))
+        with pytest.raises(ValueError, match="no environment or no rows"):
+            report.results_in(tmp_path)
+
+
+def test_a_result_that_cannot_be_written_leaves_the_one_before(tmp_path):
+    record.save(tmp_path / "ops.json", {"rows": []})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # what a write to a full disk meets, with another number
+    try:
+        with pytest.raises(OSError, match=r"could not write .*ops.json: File too large; the one before it is intact"):
+            record.save(tmp_path / "ops.json", {"rows": list(range(1000))})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert json.loads((tmp_path / "ops.json").read_text()) == {"rows": []}
+    assert [path.name for path in tmp_path.iterdir()] == ["ops.json"]
 
 
 def test_a_block_without_table_is_an_error():
@@ -240,7 +258,8 @@ def test_models_run_report_and_compare(tmp_path, monkeypatch, capsys):
 
     old = json.loads((tmp_path / "models.json").read_text())
     arguments = ["models", "--device", "cpu", "--dtype", "fp32", "--filter", "spanet_small", "--out", str(tmp_path)]
-    for key, other in (("section", "ops"), ("form", "full"), ("environment", old["environment"] | {"name": "another"})):
+    others = {"section": "ops", "form": "full", "environment": old["environment"] | {"name": "another"}, "rows": old["rows"][1:]}
+    for key, other in others.items():
         (tmp_path / "old.json").write_text(json.dumps(old | {key: other}))
         with pytest.raises(SystemExit):
             cli.main([*arguments, "--compare", str(tmp_path / "old.json")])
