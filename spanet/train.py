@@ -107,8 +107,8 @@ def fit(
         raise ValueError("fsdp: needs processes to share the model among, start it by torchrun")
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     chunks = Chunks(len(training), recipe, rank, world)
-    run = Run(out, {"recipe": asdict(recipe), "images": len(training), "classes": classes}, resume, rank == 0)
     trainer = Trainer(recipe, model, len(classes), chunks, device, fsdp, compiled)
+    run = Run(out, {"recipe": asdict(recipe), "images": len(training), "classes": classes}, resume, rank == 0)
     best, broken = Accuracy(-1.0, 0.0, 0.0, 0, 0), set[int]()
     if run.state:
         trainer.load(run.state)
@@ -157,11 +157,16 @@ class Trainer:
 
     Args:
         chunks: the cut of a step into forward passes, see `Chunks`; the others as in `fit`.
+
+    Raises:
+        ValueError: timm has no such optimizer or schedule, or there is more warm-up than training.
     """
 
     def __init__(
         self, recipe: Recipe, model: nn.Module, num_classes: int, chunks: Chunks, device: torch.device, fsdp: bool, compiled: bool
     ) -> None:
+        if recipe.warmup_epochs > recipe.epochs:  # the learning rate would stay below the recipe's
+            raise ValueError(f"recipe: warmup_epochs must be at most epochs {recipe.epochs}, got {recipe.warmup_epochs}")
         self.recipe, self.model, self.chunks, self.device = recipe, model, chunks, device
         # parameters that are sharded must be contiguous
         model.to(device, memory_format=torch.contiguous_format if fsdp else torch.channels_last)  # type: ignore[call-overload]
@@ -175,17 +180,20 @@ class Trainer:
                 _shard(network, device)
         elif dist.is_initialized():
             self.copies = DistributedDataParallel(model, [device] if device.type == "cuda" else None)
-        self.optimizer = create_optimizer_v2(model, opt=recipe.optimizer, lr=recipe.lr, weight_decay=recipe.weight_decay)
-        self.schedule, _ = create_scheduler_v2(
-            self.optimizer,
-            recipe.scheduler,
-            num_epochs=recipe.epochs,
-            warmup_epochs=recipe.warmup_epochs,
-            warmup_lr=recipe.warmup_lr,
-            min_lr=recipe.min_lr,
-            step_on_epochs=False,
-            updates_per_epoch=chunks.steps_per_epoch,
-        )
+        with as_value_error(f"recipe: optimizer must be one of timm, got {recipe.optimizer}"):
+            self.optimizer = create_optimizer_v2(model, opt=recipe.optimizer, lr=recipe.lr, weight_decay=recipe.weight_decay)
+        with as_value_error(f"recipe: scheduler must be one of timm that goes by steps, got {recipe.scheduler}"):
+            self.schedule, _ = create_scheduler_v2(
+                self.optimizer,
+                recipe.scheduler,
+                num_epochs=recipe.epochs,
+                warmup_epochs=recipe.warmup_epochs,
+                warmup_lr=recipe.warmup_lr,
+                min_lr=recipe.min_lr,
+                step_on_epochs=False,
+                updates_per_epoch=chunks.steps_per_epoch,
+            )
+            self.schedule.step_update(0)  # timm's "none" is None
         smoothing = recipe.label_smoothing
         self.mix = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=smoothing, num_classes=num_classes) if recipe.mixes else None
         self.smoothing = 0.0 if self.mix else smoothing  # mixed targets are smooth already

@@ -368,18 +368,24 @@ def test_training_starts_from_given_weights(whole, data):
         (["--set", "drop_path_rate=2"], "spanet: recipe: drop_path_rate must be from 0 to 1, got 2"),
         (["--set", "ema=1.5"], "spanet: recipe: ema must be from 0 to 1, got 1.5"),
         (["--set", "mixup=-1"], "spanet: recipe: mixup must be at least 0, got -1"),
+        (["--set", "optimizer=nope"], "spanet: recipe: optimizer must be one of timm, got nope: "),
+        (["--set", "scheduler=nope"], "spanet: recipe: scheduler must be one of timm that goes by steps, got nope: "),
+        (["--set", "scheduler=plateau"], "spanet: recipe: scheduler must be one of timm that goes by steps, got plateau: "),
+        (["--set", "scheduler=none"], "spanet: recipe: scheduler must be one of timm that goes by steps, got none: "),
+        (["--set", "warmup_epochs=4"], "spanet: recipe: warmup_epochs must be at most epochs 3, got 4"),
         (["--device", "tpu"], "spanet: device: must be cpu, or cuda where torch finds one, got tpu"),
         (["--fsdp"], "spanet: fsdp: needs processes to share the model among, start it by torchrun"),
     ],
 )
 def test_bad_input_gets_one_line(data, tmp_path, arguments, message, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", command(data, tmp_path, "--workers", "0", *arguments)[2:])
+    monkeypatch.setattr(sys, "argv", command(data, tmp_path / "run", "--workers", "0", *arguments)[2:])
     with pytest.raises(SystemExit) as stop:
         main()
     assert stop.value.code == 1
     said = capsys.readouterr().err
     assert said.startswith(message)
     assert said.count("\n") == 1
+    assert not (tmp_path / "run").exists()
 
 
 def test_digits_are_split_once_and_learned(tmp_path):
