@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from timm.data.config import resolve_data_config
@@ -66,7 +67,16 @@ def _decode(source: str | Image.Image) -> Image.Image:
     if isinstance(source, Image.Image):
         return source
     with Image.open(source) as file:
-        return file.convert("RGB")
+        return as_rgb(file)
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """An image as RGB of 8 bits, of 16 bits the upper ones. Raises ValueError for pixels of 32 bits, which do not tell what is white."""
+    if image.mode in ("I", "F"):
+        raise ValueError("its pixels have 32 bits, save it with 8 or 16")
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image.convert("RGB")
 
 
 def find_images(root: Path, classes: Sequence[str] | None = None) -> tuple[list[tuple[str | Image.Image, int]], list[str]]:

@@ -10,18 +10,16 @@ from PIL import Image, ImageOps
 from timm.data.config import resolve_data_config
 from torch import Tensor, nn
 
-from .data import evaluation_transform
+from .data import as_rgb, evaluation_transform
+from .errors import as_value_error
 
 ENDINGS = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.SAVE}  # of pictures that can be written
 
 
 def read_image(path: Path, upright: bool = True) -> Image.Image:
-    """The image of a file, as RGB, turned as its EXIF data tell unless not upright. Raises ValueError if none can be read."""
-    try:
-        with Image.open(path) as image:
-            return (ImageOps.exif_transpose(image) if upright else image).convert("RGB")
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: not an image that can be read: {error}") from error
+    """The image of a file, `as_rgb`, turned as its EXIF data tell unless not upright. Raises ValueError if none can be read."""
+    with as_value_error(f"{path}: not an image that can be read"), Image.open(path) as image:
+        return as_rgb(ImageOps.exif_transpose(image) if upright else image)
 
 
 def image_files(path: Path) -> list[Path]:

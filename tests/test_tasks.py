@@ -171,6 +171,17 @@ def test_photographs_stand_upright(tmp_path):
     assert read_image(tmp_path / "turned.jpg", upright=False).size == (30, 20)
 
 
+def test_pixels_of_more_than_8_bits(tmp_path):
+    """16 bits are scaled, not clipped; 32 have no scale."""
+    for name, values in (("deep.png", np.uint16), ("deep.tif", ">u2")):
+        Image.fromarray((np.arange(256) * 257).astype(values)[None]).save(tmp_path / name)
+        assert np.array_equal(np.asarray(read_image(tmp_path / name))[0, :, 1], np.arange(256))
+    for values in (np.int32, np.float32):
+        Image.fromarray(np.ones((2, 2), values)).save(tmp_path / "deeper.tif")
+        with pytest.raises(ValueError, match=r"deeper.tif: not an image that can be read: its pixels have 32 bits"):
+            read_image(tmp_path / "deeper.tif")
+
+
 def test_commands(monkeypatch, capsys, tmp_path):
     model = timm.create_model("spanet_small")
     torch.save(model.state_dict(), tmp_path / "small.pth")
@@ -196,6 +207,7 @@ def test_commands(monkeypatch, capsys, tmp_path):
     [
         (("predict", "broken.png"), "broken.png: not an image that can be read"),
         (("predict", "text.png"), "text.png: not an image that can be read"),
+        (("predict", "broken.ppm"), "broken.ppm: not an image that can be read"),
         (("predict", "absent.png"), "absent.png: no such file or folder"),
         (("predict", "empty"), "empty: no image in this folder"),
         (("segment", "broken.png", "--out", "x.png"), "broken.png: not an image that can be read"),
@@ -214,6 +226,7 @@ def test_bad_input_is_one_line(monkeypatch, capsys, tmp_path, arguments, message
     Path("empty").mkdir()
     Path("text.png").write_text("no image")
     Path("broken.png").write_bytes(PHOTOGRAPH.read_bytes()[:5000])
+    Path("broken.ppm").write_bytes(b"P6 6x 4 255 ")
     assert run(monkeypatch, *arguments) == 1
     lines = [line for line in capsys.readouterr().err.splitlines() if "no checkpoint" not in line]
     assert len(lines) == 1
