@@ -289,7 +289,8 @@ def main() -> None:
     try:
         app()
     except (ValueError, OSError, FloatingPointError) as error:
-        print(f"spanet: {error}", file=sys.stderr)
+        said = str(error).strip().splitlines() or [type(error).__name__]
+        print(f"spanet: {said[-1]}", file=sys.stderr)  # above it an error of a worker has the worker's traceback
         sys.exit(1)
 
 

@@ -21,6 +21,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from .errors import as_value_error
+
 State = dict[str, Any]
 
 
@@ -84,11 +86,9 @@ class Run:
     def _load(self) -> State:
         if not self.last.exists():
             raise FileNotFoundError(f"resume: there is no {self.last}")
-        try:
+        with as_value_error(f"resume: {self.last} is damaged, or of no run"):
             state = cast(State, torch.load(self.last, map_location="cpu", weights_only=True))
-        except Exception as error:  # torch states damage in many ways
-            raise ValueError(f"resume: {self.last} is damaged: {str(error).splitlines()[0]}") from None
-        then, now = _flat(state["identity"]), _flat(self.identity)
+            then, now = _flat(state["identity"]), _flat(self.identity)
         for name in now:
             if then.get(name) != now[name]:
                 raise ValueError(f"resume: {name} was {then.get(name)} when {self.folder} was started, got {now[name]}")

@@ -210,6 +210,20 @@ def test_broken_images_are_reported_and_counted(data, tmp_path, capsys):
         Images([samples[20]] * 30, resized)[0, 0]
 
 
+def test_an_error_of_a_worker_is_one_line(data, tmp_path, capsys, monkeypatch):
+    for index in range(12):
+        (tmp_path / "data" / "train" / "a").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "data" / "train" / "a" / f"{index}.png").write_bytes(b"")
+    (tmp_path / "data" / "val").symlink_to(tmp_path / "data" / "train")
+    arguments = ["--data", str(tmp_path / "data"), "--workers", "1"]
+    monkeypatch.setattr(sys, "argv", command(data, tmp_path / "run", *arguments)[2:])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 1
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if "0/3" not in line]
+    assert said.startswith("spanet: OSError: data: 20 broken images in a row, from ")
+
+
 def test_folders_that_are_no_data(data, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"there is no folder .*nowhere"):
         find_images(tmp_path / "nowhere")
@@ -281,9 +295,11 @@ def test_a_run_is_continued_by_itself_alone(whole, data, tmp_path):
         train(replace(recipe, lr=0.5), data, whole, CPU, workers=0, resume=True)
     with pytest.raises(FileNotFoundError, match=r"resume: there is no .*last.pt"):
         train(recipe, data, tmp_path, CPU, workers=0, resume=True)
-    (tmp_path / "last.pt").write_bytes((whole / "last.pt").read_bytes()[:1000])
-    with pytest.raises(ValueError, match=r"resume: .*last.pt is damaged"):
-        train(recipe, data, tmp_path, CPU, workers=0, resume=True)
+    torch.save([1], tmp_path / "foreign.pt")
+    for damage in ((whole / "last.pt").read_bytes()[:1000], b"", (tmp_path / "foreign.pt").read_bytes()):
+        (tmp_path / "last.pt").write_bytes(damage)
+        with pytest.raises(ValueError, match=r"resume: .*last.pt is damaged, or of no run"):
+            train(recipe, data, tmp_path, CPU, workers=0, resume=True)
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
