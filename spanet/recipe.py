@@ -5,10 +5,10 @@ from __future__ import annotations
 import difflib
 import math
 import random
-from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_origin, get_type_hints
 
 import numpy as np
 import timm
@@ -18,6 +18,7 @@ from torch import nn
 
 from .errors import as_value_error
 
+R = TypeVar("R")
 RECIPES = Path(__file__).parent / "recipes"
 _RANGES = {
     **dict.fromkeys(("epochs", "batch_size", "micro_batch", "image_size", "checkpoint_steps"), (1, math.inf)),
@@ -76,10 +77,7 @@ class Recipe:
     """steps between checkpoints inside an epoch; the end of an epoch always writes one"""
 
     def __post_init__(self) -> None:
-        for name, (least, most) in _RANGES.items():
-            if not least <= (value := getattr(self, name)) <= most:
-                wanted = f"at least {least}" if most == math.inf else f"from {least} to {most}"
-                raise ValueError(f"recipe: {name} must be {wanted}, got {value}")
+        check_ranges(self, _RANGES)
         if self.batch_size % self.micro_batch:
             raise ValueError(f"recipe: batch_size must be a multiple of micro_batch {self.micro_batch}, got {self.batch_size}")
         if self.mixes and self.micro_batch % 2:
@@ -88,6 +86,14 @@ class Recipe:
     @property
     def mixes(self) -> bool:
         return self.mixup > 0 or self.cutmix > 0
+
+
+def check_ranges(recipe: Any, ranges: Mapping[str, tuple[float, float]]) -> None:
+    """Raises ValueError for a value of a recipe that is not within the range of its name."""
+    for name, (least, most) in ranges.items():
+        if not least <= (value := getattr(recipe, name)) <= most:
+            wanted = f"at least {least}" if most == math.inf else f"from {least} to {most}"
+            raise ValueError(f"recipe: {name} must be {wanted}, got {value}")
 
 
 def recipe_names() -> list[str]:
@@ -114,21 +120,23 @@ def load_recipe(config: str | Path, overrides: Iterable[str] = ()) -> Recipe:
             raise ValueError(f"override: must be key=value, got {override}")
         with as_value_error(f"override: {override} is not YAML behind the equals sign"):
             values[key] = yaml.safe_load(value)
-    return Recipe(**{str(key): _typed(str(key), value) for key, value in values.items()})
+    return recipe_of(Recipe, values)
 
 
-_DEFAULTS = Recipe()
-_NAMES = [entry.name for entry in fields(Recipe)]
+def recipe_of(kind: type[R], values: Mapping[Any, Any]) -> R:
+    """A recipe, a dataclass, from what YAML read. Raises ValueError for an unknown key or a value of another type."""
+    hints = get_type_hints(kind)
+    return kind(**{str(key): _typed(hints, str(key), value) for key, value in values.items()})
 
 
-def _typed(key: str, value: Any) -> Any:
+def _typed(hints: Mapping[str, Any], key: str, value: Any) -> Any:
     """value as the type of the field; YAML reads 1e-3, without a point, as text."""
-    if key not in _NAMES:
-        near = difflib.get_close_matches(key, _NAMES, n=1, cutoff=0)[0]
+    if key not in hints:
+        near = difflib.get_close_matches(key, hints, n=1, cutoff=0)[0]
         raise ValueError(f"recipe: unknown key {key}, the nearest known one is {near}")
-    wanted = str if key == "weights" else type(getattr(_DEFAULTS, key))
     if key == "weights" and value is None:
         return None
+    wanted = str if key == "weights" else get_origin(hints[key]) or hints[key]
     if wanted is float and isinstance(value, int | str) and not isinstance(value, bool):
         try:
             return float(value)

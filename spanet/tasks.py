@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 from collections.abc import Callable, Iterator, Sequence, Sized
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -33,13 +34,20 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from .checkpoint import load_checkpoint
 from .detection import detect, mask_rcnn, retinanet
+from .errors import as_value_error
 from .images import read_image
-from .recipe import RECIPES, seed_all
+from .recipe import RECIPES, check_ranges, recipe_of, seed_all
 from .runs import replacing
 from .segmentation import IGNORE, SemanticFPN, segment, segmentation_loss, semantic_fpn
 from .train import progress_bar
 
 BUILDERS: dict[str, Callable[..., nn.Module]] = {"semantic_fpn": semantic_fpn, "retinanet": retinanet, "mask_rcnn": mask_rcnn}
+
+_RANGES = {
+    **dict.fromkeys(("num_classes", "batch_size", "checkpoint_steps"), (1, math.inf)),
+    **dict.fromkeys(("lr", "weight_decay", "steps", "epochs", "warmup_steps", "warmup_ratio", "power"), (0, math.inf)),
+    "size": (3, math.inf),
+}
 
 
 @dataclass(frozen=True)
@@ -70,6 +78,7 @@ class TaskRecipe:
     checkpoint_steps: int = 1000
 
     def __post_init__(self) -> None:
+        check_ranges(self, _RANGES)
         if self.task not in BUILDERS:
             raise ValueError(f"recipe: task must be one of {', '.join(BUILDERS)}, got {self.task}")
         if (self.steps > 0) == (self.epochs > 0):
@@ -86,11 +95,12 @@ def load_task_recipe(config: str) -> TaskRecipe:
     """The recipe of a YAML file, or of its name in the package. Raises ValueError: no file, no YAML, keys or values that do not fit."""
     named = RECIPES / "tasks" / f"{config}.yaml"
     path = named if named.is_file() else Path(config)
-    try:
-        return TaskRecipe(**yaml.safe_load(path.read_text()))
-    except (OSError, TypeError, yaml.YAMLError) as error:
-        known = ", ".join(sorted(file.stem for file in named.parent.glob("*.yaml")))
-        raise ValueError(f"config: {config} is no recipe of a task ({known}): {' '.join(str(error).split())}") from None
+    known = ", ".join(sorted(file.stem for file in named.parent.glob("*.yaml")))
+    with as_value_error(f"config: {config} is no recipe of a task ({known})"):
+        values = yaml.safe_load(path.read_text())
+        if not isinstance(values, dict):
+            raise ValueError(f"it must hold `key: value` lines, got a {type(values).__name__}")
+        return recipe_of(TaskRecipe, values)
 
 
 def build_task(recipe: TaskRecipe) -> nn.Module:
@@ -104,11 +114,16 @@ def build_task(recipe: TaskRecipe) -> nn.Module:
 
 
 class Scenes(Dataset[tuple[Tensor, Tensor]]):
-    """ADE20K: ROOT/images/SPLIT/*.jpg and ROOT/annotations/SPLIT/*.png, in whose pixels 0 is no label; SPLIT training or validation."""
+    """ADE20K: ROOT/images/SPLIT/*.jpg and ROOT/annotations/SPLIT/*.png, in whose pixels 0 is no label; SPLIT training or validation.
 
-    def __init__(self, root: Path, split: str, transform: Callable[..., Any]) -> None:
+    Raises:
+        FileNotFoundError: no images, or one without annotation; ValueError: on reading one, that it does not hold `classes` classes.
+    """
+
+    def __init__(self, root: Path, split: str, classes: int, transform: Callable[..., Any]) -> None:
         self.images = sorted((root / "images" / split).glob("*.jpg"))
         self.labels = [root / "annotations" / split / f"{path.stem}.png" for path in self.images]
+        self.classes = classes
         self.transform = transform
         if missing := next((path for path in self.labels if not path.is_file()), None if self.images else root / "images" / split):
             raise FileNotFoundError(f"data: there is no {missing}" + ("" if self.images else "/*.jpg"))
@@ -118,8 +133,12 @@ class Scenes(Dataset[tuple[Tensor, Tensor]]):
 
     def target(self, index: int) -> Tensor:
         """(1, H, W) bytes: classes from 0, and 255 where there is no label."""
-        with Image.open(self.labels[index]) as file:
-            return pil_to_tensor(file) - 1  # bytes: 0 becomes 255
+        path = self.labels[index]
+        with as_value_error(f"{path}: not an image that can be read"), Image.open(path) as file:
+            mode, extremes, labels = file.mode, file.getextrema(), pil_to_tensor(file)
+        if mode not in ("L", "P") or labels.max() > self.classes:
+            raise ValueError(f"data: {path} must hold a byte per pixel, from 0 to {self.classes}, got mode {mode} and {extremes}")
+        return labels - 1  # bytes: 0 becomes 255
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         image, target = self.transform(tv_tensors.Image(read_image(self.images[index], upright=False)), tv_tensors.Mask(self.target(index)))
@@ -129,21 +148,25 @@ class Scenes(Dataset[tuple[Tensor, Tensor]]):
 class Objects(Dataset[tuple[Tensor, dict[str, Tensor]]]):
     """COCO: ROOT/SPLIT/*.jpg and ROOT/annotations/instances_SPLIT.json, images that have boxes; SPLIT train2017 or val2017.
 
-    Args:
-        first: label of the first category; the others follow in the order of their ids.
+    Labels are in the order of the categories' ids, from 0 on, or with masks from 1.
+
+    Raises:
+        FileNotFoundError: no annotations; ValueError: they cannot be read, or have more categories than `classes`.
     """
 
-    def __init__(self, root: Path, split: str, first: int, transform: Callable[..., Any]) -> None:
+    def __init__(self, root: Path, split: str, classes: int, masks: bool, transform: Callable[..., Any]) -> None:
         annotations = root / "annotations" / f"instances_{split}.json"
         if not annotations.is_file():
             raise FileNotFoundError(f"data: there is no {annotations}")
-        with contextlib.redirect_stdout(io.StringIO()):  # the reader prints
+        with as_value_error(f"data: {annotations} cannot be read"), contextlib.redirect_stdout(io.StringIO()):  # the reader prints
             self.coco = CocoDetection(root / split, annotations)
-        self.coco.ids = sorted({a["image_id"] for a in self.coco.coco.anns.values() if not a["iscrowd"] and min(a["bbox"][2:]) >= 1})
-        self.first = first
+            self.coco.ids = sorted({a["image_id"] for a in self.coco.coco.anns.values() if not a["iscrowd"] and min(a["bbox"][2:]) >= 1})
+        self.first = int(masks)
         self.categories = sorted(self.coco.coco.cats)
-        self.labels = {category: label for label, category in enumerate(self.categories, first)}
-        self.samples = wrap_dataset_for_transforms_v2(self.coco, target_keys=("boxes", "labels", "masks"))
+        if len(self.categories) > classes:
+            raise ValueError(f"data: {annotations} must have at most {classes} categories, num_classes, got {len(self.categories)}")
+        self.labels = {category: label for label, category in enumerate(self.categories, self.first)}
+        self.samples = wrap_dataset_for_transforms_v2(self.coco, target_keys=("boxes", "labels", *["masks"] * masks))
         self.transform = transform
 
     def __len__(self) -> int:
@@ -161,11 +184,12 @@ def training_data(recipe: TaskRecipe, model: nn.Module, root: Path) -> Dataset[A
     """The task's training images: scaled, cropped, distorted in colour and flipped for segmentation, flipped for detection."""
     tail: list[nn.Module] = [v2.RandomHorizontalFlip(0.5), v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True)]
     if recipe.task != "semantic_fpn":
-        return Objects(root, "train2017", int(recipe.task == "mask_rcnn"), v2.Compose([v2.ToImage(), *tail]))
+        return Objects(root, "train2017", recipe.num_classes, recipe.task == "mask_rcnn", v2.Compose([v2.ToImage(), *tail]))
     scale = v2.RandomShortestSize(list(range(recipe.size // 2, 2 * recipe.size + 1)))
     crop = v2.RandomCrop(recipe.size, pad_if_needed=True, fill={tv_tensors.Image: 0, tv_tensors.Mask: IGNORE})
     backbone = cast(SemanticFPN, model).backbone
-    return Scenes(root, "training", v2.Compose([scale, crop, v2.RandomPhotometricDistort(), *tail, v2.Normalize(*backbone.normalization)]))
+    steps = [scale, crop, v2.RandomPhotometricDistort(), *tail, v2.Normalize(*backbone.normalization)]
+    return Scenes(root, "training", recipe.num_classes, v2.Compose(steps))
 
 
 def losses(model: nn.Module, batch: Sequence[tuple[Tensor, Any]], device: torch.device) -> Tensor:
@@ -219,8 +243,10 @@ def train_task(recipe: TaskRecipe, root: Path, out: Path, device: torch.device, 
     out.mkdir(parents=True, exist_ok=True)
     last, start = out / "last.pt", 0
     if last.exists():
-        state = torch.load(last, map_location="cpu", weights_only=True)
-        if state["recipe"] != asdict(recipe):
+        with as_value_error(f"out: {last} is damaged, or of no such run"):
+            state = torch.load(last, map_location="cpu", weights_only=True)
+            then = state["recipe"]
+        if then != asdict(recipe):
             raise ValueError(f"out: {out} holds a run of another recipe; name another folder")
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
@@ -254,14 +280,14 @@ def train_task(recipe: TaskRecipe, root: Path, out: Path, device: torch.device, 
 def evaluate_task(recipe: TaskRecipe, model: nn.Module, root: Path) -> dict[str, float]:
     """mIoU of segmentation on ROOT's validation images; AP of detection's boxes, and masks, as COCO defines it."""
     if isinstance(model, SemanticFPN):
-        scenes = Scenes(root, "validation", lambda *sample: sample)
+        scenes = Scenes(root, "validation", recipe.num_classes, lambda *sample: sample)
         counts = torch.zeros(recipe.num_classes, recipe.num_classes, dtype=torch.long)
         for index, path in enumerate(scenes.images):
             counts += confusion(
                 segment(model, read_image(path, upright=False), recipe.size), scenes.target(index)[0].long(), recipe.num_classes
             )
         return {"mIoU": mean_iou(counts)}
-    objects = Objects(root, "val2017", int(recipe.task == "mask_rcnn"), lambda *sample: sample)
+    objects = Objects(root, "val2017", recipe.num_classes, recipe.task == "mask_rcnn", lambda *sample: sample)
     results: dict[str, list[dict[str, Any]]] = {kind: [] for kind in (("bbox", "segm") if recipe.task == "mask_rcnn" else ("bbox",))}
     for image_id, image in objects.coco.coco.imgs.items():
         found = detect(cast(MaskRCNN, model), read_image(Path(objects.coco.root) / image["file_name"], upright=False))

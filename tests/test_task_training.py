@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from spanet.pyramid import load_task
 PHOTOGRAPH = Path(skimage.__file__).parent / "data" / "chelsea.png"
 TINY = {"depths": [1, 1, 1, 1], "dims": [16, 24, 32, 48]}
 PER_EPOCH = 100
+FIT = "task: semantic_fpn\nnum_classes: 2\nbatch_size: 2\nlr: 0.1\nweight_decay: 0\nsize: 32\nsteps: 2"
 
 
 @pytest.fixture(scope="module")
@@ -177,11 +179,68 @@ def test_detection_trains_and_is_evaluated(objects, tmp_path, task, monkeypatch)
 
 
 @pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (np.full((48, 64), 3, np.uint8), r"1.png must hold a byte per pixel, from 0 to 2, got mode L and \(3, 3\)"),
+        (np.ones((48, 64), np.uint16), "1.png must hold a byte per pixel, from 0 to 2, got mode I;16"),
+        (np.ones((48, 64, 3), np.uint8), "1.png must hold a byte per pixel, from 0 to 2, got mode RGB"),
+    ],
+    ids=["too many", "16 bits", "colours"],
+)
+def test_labels_that_are_none(scenes, tmp_path, labels, message):
+    shutil.copytree(scenes, tmp_path / "scenes")
+    path = tmp_path / "scenes" / "annotations" / "training" / "1.png"
+    Image.fromarray(labels).save(path)
+    data = tasks.Scenes(tmp_path / "scenes", "training", 2, lambda *sample: sample)
+    with pytest.raises(ValueError, match=message):
+        data[1]
+    path.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"1.png: not an image that can be read"):
+        data[1]
+
+
+def test_annotations_of_boxes_alone_and_such_that_do_not_fit(objects, tmp_path):
+    shutil.copytree(objects, tmp_path / "objects")
+    path = tmp_path / "objects" / "annotations" / "instances_train2017.json"
+    content = json.loads(path.read_text())
+    for annotation in content["annotations"]:
+        annotation["segmentation"] = []
+    path.write_text(json.dumps(content))
+    recipe = tasks.TaskRecipe("retinanet", 2, 2, 1e-4, 1e-4, size=48, steps=1, model_args=TINY)
+    assert tasks.training_data(recipe, tasks.build_task(recipe), tmp_path / "objects")[0][1].keys() == {"boxes", "labels"}
+    with pytest.raises(ValueError, match=r"instances_train2017.json must have at most 1 categories, num_classes, got 2"):
+        tasks.Objects(tmp_path / "objects", "train2017", 1, False, lambda *sample: sample)
+    for damage in (path.read_text()[:100], "[]"):
+        path.write_text(damage)
+        with pytest.raises(ValueError, match=r"data: .*instances_train2017.json cannot be read: "):
+            tasks.Objects(tmp_path / "objects", "train2017", 2, False, lambda *sample: sample)
+
+
+def test_a_checkpoint_that_is_none(scenes, tmp_path):
+    recipe = tasks.TaskRecipe("semantic_fpn", 2, 2, 1e-3, 1e-4, size=32, steps=1, model_args=TINY)
+    torch.save({"identity": {}}, tmp_path / "foreign.pt")
+    foreign = (tmp_path / "foreign.pt").read_bytes()
+    for damage in (b"", foreign[:100], foreign):
+        (tmp_path / "last.pt").write_bytes(damage)
+        with pytest.raises(ValueError, match=r"out: .*last.pt is damaged, or of no such run"):
+            tasks.train_task(recipe, scenes, tmp_path, torch.device("cpu"), 0)
+
+
+def test_numbers_without_a_point(tmp_path):
+    (tmp_path / "recipe.yaml").write_text(f"{FIT}\nlr: 1e-4")
+    assert tasks.load_task_recipe(str(tmp_path / "recipe.yaml")).lr == 1e-4
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("task: semantic_fpn\nspeed: 3", "unexpected keyword argument 'speed'"),
+        ("task: semantic_fpn\nspeed: 3", "unknown key speed, the nearest known one is seed"),
         ("task: semantic_fpn", "missing 5 required positional arguments"),
-        ("- 3", "must be a mapping"),
+        ("- 3", "must hold `key: value` lines, got a list"),
+        (f"{FIT}\nlr: high", "lr must be a float, got 'high'"),
+        (f"{FIT}\nbatch_size: -1", "batch_size must be at least 1, got -1"),
+        (f"{FIT}\nsize: 2", "size must be at least 3, got 2"),
+        (f"{FIT}\nsteps: 1.5", "steps must be a int, got 1.5"),
         ("task: pose\nnum_classes: 2\nbatch_size: 2\nlr: 0.1\nweight_decay: 0\nsize: 32\nsteps: 2", "task must be one of semantic_fpn,"),
         ("task: retinanet\nnum_classes: 2\nbatch_size: 2\nlr: 0.1\nweight_decay: 0\nsize: 32", "either steps or epochs must be"),
         ("task: retinanet\nnum_classes: 2\nbatch_size: 2\nlr: 0.1\nweight_decay: 0\nsize: 32\nsteps: 2", "there is no "),
