@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import itertools
 import math
+import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from . import modes, reference
-from .ops.checks import check_branch, check_radius
+from .ops.checks import check_boundary, check_branch, check_radius
 from .ops.radial_filter import radial_filter, spectral_pool
 from .ops.spectral_mixer import spectral_mixer
 
@@ -89,7 +91,7 @@ class SPAM(nn.Module):
     Args:
         dim: channels.
         kernel_size: k of the two depthwise convolutions, odd.
-        lams: weight of the low frequencies of each gate; its length is the number of gates. Empty: one gate without a filter.
+        lams: weight of the low frequencies of each gate; as many gates as numbers. Empty: one gate without a filter.
         radius: of the low-pass disc, in cycles per image.
         boundary: weight on the circle d == radius; the published code's 1/3, or None for the paper's 1 - lam.
         learnable: make lams a parameter, (gates,).
@@ -99,32 +101,36 @@ class SPAM(nn.Module):
 
     Raises:
         TypeError: radius is no number.
-        ValueError: an even kernel_size, no channels or fewer than gates, a lam that is not finite, a negative or NaN radius; on loading,
-            masks that disagree or a key of another shape, before anything is changed; so a missing one, by `load_state_dict` of the layer.
+        ValueError: an even kernel_size, no channels or fewer than gates, a lam or boundary that is not finite, a negative or NaN radius;
+            on loading, masks that disagree or a key of another shape, before anything is changed; so a missing one, by
+            `load_state_dict` of the layer; on a call, an input of other channels.
     """
 
     def __init__(
         self,
         dim: int,
         kernel_size: int = 7,
-        lams: Sequence[float] = (0.7, 0.8, 0.9),
+        lams: Sequence[float] | np.ndarray | Tensor = (0.7, 0.8, 0.9),
         radius: float = 2,
         boundary: float | None = 1 / 3,
         learnable: bool = False,
     ) -> None:
         super().__init__()
-        if not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0:
+        if not isinstance(kernel_size, (int, np.integer)) or kernel_size < 1 or kernel_size % 2 == 0:
             raise ValueError(f"SPAM: kernel_size must be an odd number, got {kernel_size}")
-        if not isinstance(lams, Sequence) or not all(isinstance(lam, (int, float)) and math.isfinite(lam) for lam in lams):
+        given = lams.tolist() if isinstance(lams, (np.ndarray, Tensor)) else lams
+        if not isinstance(given, Sequence) or not all(isinstance(lam, numbers.Real) and math.isfinite(lam) for lam in given):
             raise ValueError(f"SPAM: lams must be a sequence of finite numbers, got {lams}")
+        lams = tuple(map(float, given))
         if dim < 1:
             raise ValueError(f"SPAM: dim must be at least 1, got {dim}")
         chunks = modes.chunks(dim, max(len(lams), 1))
         if len(chunks) < len(lams):
             raise ValueError(f"SPAM: dim must give each of {len(lams)} gates a channel, got {dim}")
+        self.dim = dim
         self.radius = check_radius("SPAM", radius)
-        self.boundary = boundary
-        self.lams = nn.Parameter(torch.tensor(lams)) if learnable else tuple(lams)
+        self.boundary = None if boundary is None else check_boundary("SPAM", boundary)
+        self.lams = nn.Parameter(torch.tensor(lams)) if learnable else lams
         pad = kernel_size // 2
         self.proj_in = nn.Conv2d(dim, dim, 1)
         self.conv = nn.Sequential(
@@ -186,8 +192,8 @@ class SPAM(nn.Module):
 
     def _profile(self, x: Tensor) -> tuple[Tensor, Tensor, int]:
         """base (C,), gain (S, C) and squared radius of all filters together; -1 without filters."""
-        if x.dim() != 4:
-            raise ValueError(f"SPAM: x must have shape (B, C, H, W), got {tuple(x.shape)}")
+        if x.dim() != 4 or x.shape[1] != self.dim:
+            raise ValueError(f"SPAM: x must have shape (B, {self.dim}, H, W), got {tuple(x.shape)}")
         channels, height, width = x.shape[1:]
         dtype = modes.profile_dtype(x.dtype)
         if isinstance(self.lams, tuple) and not torch.compiler.is_compiling():

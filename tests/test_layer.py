@@ -444,7 +444,7 @@ def test_onnx(tmp_path):
         (lambda: SPAM(8, 4), ValueError, "kernel_size must be an odd number, got 4"),
         (lambda: SPAM(2), ValueError, "3 gates a channel, got 2"),
         (lambda: SPAM(8)(torch.randn(2, 8, 4)), ValueError, "x must have shape"),
-        (lambda: SPAM(8)(torch.randn(2, 9, 4, 4)), ValueError, "in_weight must have shape .9, 9. for 9 channels, got .8, 8."),
+        (lambda: SPAM(8)(torch.randn(2, 9, 4, 4)), ValueError, r"SPAM: x must have shape .B, 8, H, W., got .2, 9, "),
         (lambda: SPAM(8)(torch.ones(2, 8, 4, 4, dtype=torch.int64)), TypeError, "x must be float64"),
         (lambda: SPAM(8).published_state(0, 4), ValueError, "height"),
         (lambda: SPAM(8, lams=()).published_state(4, 4), ValueError, "constant lams"),

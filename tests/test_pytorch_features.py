@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from published_layer import PublishedSPAM
@@ -187,6 +188,10 @@ def test_a_partial_state_is_taken_if_not_strict():
         (dict(kernel_size=(7, 7)), "kernel_size must be an odd number"),
         (dict(lams=0.7), "lams must be a sequence of finite numbers, got 0.7"),
         (dict(lams=(0.7, float("inf"))), "lams must be a sequence of finite numbers"),
+        (dict(lams=np.full((2, 2), 0.7)), "lams must be a sequence of finite numbers"),
+        (dict(lams="78"), "lams must be a sequence of finite numbers"),
+        (dict(boundary="paper"), "boundary must be None or a finite number, got 'paper'"),
+        (dict(boundary=float("nan")), "boundary must be None or a finite number, got nan"),
         (dict(dim=0), "dim must be at least 1, got 0"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
@@ -194,6 +199,27 @@ def test_a_partial_state_is_taken_if_not_strict():
 def test_arguments_of_the_layer(arguments, message):
     with pytest.raises((ValueError, TypeError), match=f"SPAM: {message}"):
         sk.SPAM(**(dict(dim=6) | arguments))
+
+
+@pytest.mark.parametrize("lams", [np.array([0.5, 1], np.float32), torch.tensor([0.5, 1]), [np.float32(0.5), np.int64(1)]], ids=type)
+def test_numbers_of_numpy_and_tensors_are_numbers(lams):
+    layer = sk.SPAM(6, np.int64(3), lams, np.float32(2), np.float32(0.25))
+    assert (layer.lams, layer.radius, layer.boundary) == ((0.5, 1.0), 2.0, 0.25)
+    x = torch.randn(2, 6, 9, 7)
+    assert torch.equal(sk.spectral_pool(x, np.float32(0.5), np.int64(2), np.float32(0.25)), sk.spectral_pool(x, 0.5, 2, 0.25))
+    layer(x).sum().backward()
+
+
+def test_whole_lams_are_learned():
+    layer = sk.SPAM(6, lams=(0, 1), learnable=True)
+    layer(torch.randn(2, 6, 9, 7)).sum().backward()
+    assert layer.lams.grad.shape == (2,)
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 9, 7), (2, 12, 9, 7), (2, 6, 9)], ids=str)
+def test_an_input_of_other_channels_is_refused(shape):
+    with pytest.raises(ValueError, match=r"SPAM: x must have shape \(B, 6, H, W\), got \(2, "):
+        sk.SPAM(6)(torch.randn(shape))
 
 
 class Twice(nn.Module):

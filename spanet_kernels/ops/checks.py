@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -22,6 +24,14 @@ def check_radius(op: str, radius: float) -> float:
     if torch.compiler.is_compiling():
         (radius,) = {radius}  # torch.compile takes the members of a set as constants, also where it keeps numbers symbolic
     return radius
+
+
+def check_boundary(op: str, boundary: float) -> float:
+    if isinstance(boundary, np.number):
+        boundary = boundary.item()
+    if not (isinstance(boundary, (int, float)) and -math.inf < boundary < math.inf):
+        raise ValueError(f"{op}: boundary must be None or a finite number, got {boundary!r}")
+    return boundary
 
 
 def check_input(op: str, x: Tensor) -> None:

@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 
 from .. import modes
 from .autograd import call_below_autograd, register
-from .checks import PROFILE_DTYPE, check_input, check_radius
+from .checks import PROFILE_DTYPE, check_boundary, check_input, check_radius
 
 _filter = torch.ops.spanet_kernels.radial_filter.default
 _profile_grad = torch.ops.spanet_kernels.radial_filter_backward.default
@@ -88,8 +88,8 @@ def spectral_pool(x: Tensor, lam: float | Tensor, radius: float, boundary: float
     """
     check_input("spectral_pool", x)
     radius = check_radius("spectral_pool", radius)
-    if boundary is not None and not (isinstance(boundary, (int, float)) and -math.inf < boundary < math.inf):
-        raise ValueError(f"spectral_pool: boundary must be None or a finite number, got {boundary!r}")
+    if boundary is not None:
+        boundary = check_boundary("spectral_pool", boundary)
     channels, height, width = x.shape[1:]
     dtype = modes.profile_dtype(x.dtype)
     if isinstance(lam, np.number):
