@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Collection
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import timm
 import torch
@@ -188,7 +188,7 @@ def detect(
 def spectra(
     source: Annotated[Path, typer.Argument(metavar="IMAGE", help="A photograph, or a folder of them.")],
     out: Annotated[Path, typer.Option(help="Folder of fourier.png, amplitude.png, context.png and response.png.")],
-    model: Annotated[str, typer.Option(help="Registered name of a SPANet.")] = "spanet_small",
+    model: Annotated[str | None, typer.Option(help="Registered name of a SPANet; best.safetensors of a run tells it itself.")] = None,
     checkpoint: Checkpoint = None,
     peer: Annotated[list[str] | None, typer.Option(help="A model of timm beside it, with timm's weights; any number.")] = None,
     pretrained: Annotated[bool, typer.Option(help="Download the peers' weights, or leave them random.")] = True,
@@ -199,10 +199,13 @@ def spectra(
 
     _check_folder(out)
     network, _, own_size = _classifier(model, checkpoint)
+    own_name = cast(dict[str, str], network.pretrained_cfg)["architecture"]
     for name in peer or ():
         _check_name(name)
+        if name == own_name:
+            raise ValueError(f"peer: must be another model than {own_name}")
     peers = {name: timm.create_model(name, pretrained=pretrained) for name in peer or ()}
-    for path in spectra.save_figures({model: network} | peers, source, out, size or own_size):
+    for path in spectra.save_figures({own_name: network} | peers, source, out, size or own_size):
         _say(str(path))
 
 

@@ -215,6 +215,7 @@ def test_commands(monkeypatch, capsys, tmp_path):
         (("predict", PHOTOGRAPH, "--model", "spanet_tiny"), "must be a registered name such as spanet_small, got spanet_tiny"),
         (("segment", PHOTOGRAPH, "--model", "spanet_tiny", "--out", "x.png"), "must be a registered model such as spanet_small"),
         (("spectra", PHOTOGRAPH, "--peer", "spanet_tiny", "--out", "x"), "must be a registered name such as spanet_small, got spanet_tiny"),
+        (("spectra", PHOTOGRAPH, "--peer", "spanet_small", "--out", "x"), "peer: must be another model than spanet_small"),
         (("predict", PHOTOGRAPH, "--size", "2"), "the input must have at least 3 x 3 pixels, got 2 x 2"),
         (("segment", PHOTOGRAPH, "--size", "2", "--out", "x.png"), "the input must have at least 3 x 3 pixels, got 2 x 3"),
         (("predict", PHOTOGRAPH, "--model", "spanet_small", "--checkpoint", "text.png"), "text.png does not fit spanet_small"),

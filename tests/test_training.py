@@ -355,6 +355,15 @@ def test_evaluate_reads_the_best_weights(whole, data):
     assert expected in done.stdout
 
 
+def test_spectra_reads_the_best_weights(whole, data, tmp_path, monkeypatch, capsys):
+    arguments = ["spectra", data / "val" / "class0" / "0.png", "--checkpoint", whole / "best.safetensors", "--out", tmp_path / "spectra"]
+    monkeypatch.setattr(sys, "argv", ["spanet", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 0, capsys.readouterr().err
+    assert len(list((tmp_path / "spectra").iterdir())) == 4
+
+
 def test_what_a_checkpoint_does_not_tell(whole, data, tmp_path):
     with pytest.raises(ValueError, match=r"checkpoint: .*last.pt does not tell its model, give its name"):
         evaluate_checkpoint(whole / "last.pt", data / "val", CPU)
