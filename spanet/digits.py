@@ -82,6 +82,7 @@ def demo(out: Path, seeds: int = 1, recipe: Recipe | None = None) -> dict[str, A
     Raises:
         OSError: out cannot be written.
     """
+    out.mkdir(parents=True, exist_ok=True)
     recipe = recipe or load_recipe("digits")
     jobs = [(name, replace(recipe, seed=seed)) for seed in range(seeds) for name in VARIANTS]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -102,7 +103,6 @@ def demo(out: Path, seeds: int = 1, recipe: Recipe | None = None) -> dict[str, A
         },
         "rows": sorted(rows, key=lambda row: (list(VARIANTS).index(row["variant"]), row["seed"])),
     }
-    out.mkdir(parents=True, exist_ok=True)
     with replacing(out / "digits.json") as file:
         file.write((json.dumps(result, indent=1) + "\n").encode())
     figure(result).savefig(out / "digits.png", dpi=100, facecolor="white")

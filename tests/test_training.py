@@ -429,3 +429,10 @@ def test_digits_are_split_once_and_learned(tmp_path):
     assert len(digits.figure(result).axes[0].lines) == 3
     with pytest.raises(ValueError, match="digits: test accuracy must reach 98%, got "):
         digits.check(result)
+
+
+def test_a_folder_that_cannot_be_made_is_met_before_the_trainings(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(digits, "ProcessPoolExecutor", lambda *_: pytest.fail("trains"))
+    with pytest.raises(NotADirectoryError):
+        digits.demo(tmp_path / "file" / "out")
