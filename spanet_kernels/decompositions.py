@@ -1,7 +1,7 @@
 """The operators in the standard operators of PyTorch, for runtimes that have no others.
 
-    program = torch.export.export(model, args, dynamic_shapes=...)
-    torch.onnx.export(program.run_decompositions(decompositions()), f="model.onnx")
+    torch.onnx.export(model, args, "model.onnx", dynamic_shapes=...)    calls them by itself
+    torch.export.export(model, args).run_decompositions(decompositions())
 
 Matrix products with Fourier bases that the graph computes from the sizes of its input, convolutions, and no FFT. A program
 that PyTorch itself runs, torch.compile's and AOTInductor's included, needs none of this: it calls the operators.
@@ -22,15 +22,23 @@ from . import modes
 
 def decompositions() -> dict[Any, Callable[..., Any]]:
     """Table for `ExportedProgram.run_decompositions`: every operator of a forward pass, and PyTorch's default table."""
+    return {**torch.export.default_decompositions(), **_ours()}
+
+
+def call_in_graph(operator: Any, *args: Any) -> Any:
+    """Call an operator in a graph, or in one for ONNX, which has no operators of others, what it consists of."""
+    return _ours()[operator](*args) if torch.onnx.is_in_onnx_export() else operator(*args)
+
+
+def _ours() -> dict[Any, Callable[..., Any]]:
     ops = torch.ops.spanet_kernels
-    ours = {
+    return {
         ops.radial_filter.default: _radial_filter,
         ops.mode_coefficients.default: _mode_coefficients,
         ops.axial_conv.default: _axial_conv,
         ops.spectral_gate.default: _spectral_gate,
         ops.spectral_mixer.default: _spectral_mixer,
     }
-    return {**torch.export.default_decompositions(), **ours}
 
 
 def _basis(n: int, radius_squared: int, like: Tensor) -> Tensor:

@@ -424,11 +424,16 @@ def test_export_and_aot_inductor(tmp_path):
             torch.testing.assert_close(compiled(x), model(x))
 
 
-def test_onnx(tmp_path):
+@pytest.mark.parametrize("direct", [True, False])
+def test_onnx(direct, tmp_path):
     """ONNX Runtime gives equal results at any size, from a graph without an FFT."""
     onnx, runtime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
     model, path = small_model(), str(tmp_path / "model.onnx")
-    torch.onnx.export(exported(model).run_decompositions(decompositions()), f=path, verbose=False)
+    if direct:
+        shapes = ({0: Dim("b", min=1, max=64), 2: Dim("h", min=8, max=512), 3: Dim("w", min=8, max=512)},)
+        torch.onnx.export(model, (torch.randn(2, 12, 14, 16),), path, dynamic_shapes=shapes, verbose=False)
+    else:
+        torch.onnx.export(exported(model).run_decompositions(decompositions()), f=path, verbose=False)
     assert not {node.op_type for node in onnx.load(path).graph.node} & {"DFT", "STFT"}
     session = runtime.InferenceSession(path)
     for shape in SIZES:

@@ -21,9 +21,9 @@ from spanet_kernels.testing import make_input, make_profile
 ROOT = Path(__file__).parents[1]
 # a module may import from its own level's left: leaves first
 LEVELS = [
-    {f"spanet_kernels.{leaf}" for leaf in ("modes", "reference", "products", "composed", "triton_kernels")},
+    {f"spanet_kernels.{leaf}" for leaf in ("modes", "reference", "products", "composed", "decompositions", "triton_kernels")},
     {"spanet_kernels.backends", "spanet_kernels.ops"},
-    {"spanet_kernels.nn", "spanet_kernels.testing", "spanet_kernels.decompositions", "spanet_kernels.flops"},
+    {"spanet_kernels.nn", "spanet_kernels.testing", "spanet_kernels.flops"},
     {"spanet_kernels", "spanet_kernels.__main__"},
     {"spanet"},
     {"benchmarks"},

@@ -17,7 +17,8 @@ EXAMPLES = [block.split("```python\n")[1].split("```")[0] for block in TEXT.spli
 
 
 @pytest.mark.parametrize("code", EXAMPLES)
-def test_examples_run(code):
+def test_examples_run(code, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
     exec(code, names)
     results = [value for value in names.values() if isinstance(value, torch.Tensor) and value.is_floating_point()]

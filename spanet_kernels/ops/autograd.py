@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from ..decompositions import call_in_graph
+
 _library = torch.library.Library("spanet_kernels", "IMPL")
 
 
@@ -150,6 +152,6 @@ def by_composition(operator: Any, gradient: Any, gradients: Callable[..., Any], 
     eager = register(operator, Composed, composition)
 
     def call(*args: Any) -> Any:
-        return operator(*args) if _is_compiling() else eager(*args)
+        return call_in_graph(operator, *args) if _is_compiling() else eager(*args)
 
     return call

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import modes
+from ..decompositions import call_in_graph
 from .autograd import call_below_autograd, register
 from .checks import PROFILE_DTYPE, check_boundary, check_input, check_radius
 
@@ -247,7 +248,8 @@ _profile_grad_eager: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]] = re
 
 def linear(x: Tensor, base: Tensor, gain: Tensor, radius_squared: int) -> Tensor:
     """The operator, differentiable to any order; arguments are those of `radial_filter`, checked."""
-    return (_filter if _is_compiling() else _filter_eager)(x, base, gain, radius_squared)
+    args = x, base, gain, radius_squared
+    return call_in_graph(_filter, *args) if _is_compiling() else _filter_eager(*args)
 
 
 def _bilinear(grad: Tensor, x: Tensor, radius_squared: int) -> tuple[Tensor, Tensor]:
