@@ -19,7 +19,7 @@ inline Chunk chunk_of(int64_t channels, int64_t chunk, int64_t i) {
 }
 
 // What the lanes cut works in, for up to 2 chunks of lanes and at least one vector of them; lanes beyond the chunk's are zeros.
-// u, of so many sides, z and the copies of a few rows serve two, for the gradients; row is one that is still to be narrowed.
+// u has `sides` sides; z and the copies of a few rows have two, for the gradients; row is one that is still to be narrowed.
 template <class T> struct LanesScratch {
   LanesScratch(const Modes<T>& m, int64_t channels, int64_t chunk, bool widens, int sides)
       : most(channels < 2 * chunk ? (channels < lanes_of<T> ? lanes_of<T> : channels) : 2 * chunk),

@@ -15,6 +15,15 @@ namespace spanet {
 constexpr int kPixelThreads = 64;
 constexpr int kStagedThreads = kResidentWords * 28;
 
+// The gains of every mode of so many channels, 0 for what is none.
+__device__ inline void fill_gains(const Resident& plan, const Profile<float>& profile, int first, int channels, Pack<float, kSlots>* modes) {
+  for (int k = threadIdx.x; k < channels * kSlots; k += blockDim.x) {
+    const int c = first + k / kSlots, slot = k % kSlots, shell = slot / 4;
+    const bool exists = c < plan.channels && shell < plan.shells;
+    modes[k / kSlots].v[slot] = exists ? plan.weight[slot] * profile.gain[shell * profile.gain_s + c * profile.gain_c] : 0;
+  }
+}
+
 template <typename T, int VEC, int SIZE, int TEAMS>
 __global__ void __launch_bounds__(kPixelThreads, SIZE * SIZE <= 49 * TEAMS ? 8 : 6)
     pixels_kernel(const __grid_constant__ Resident plan, View x, View y, Profile<float> profile) {
@@ -157,11 +166,7 @@ __global__ void __launch_bounds__(kStagedThreads, 2)
   float base[VEC];
 #pragma unroll
   for (int k = 0; k < VEC; ++k) base[k] = profile.base[(channel + k) * profile.base_c];
-  for (int k = threadIdx.x; k < kChannels * kSlots; k += blockDim.x) {
-    const int c = chunk + k / kSlots, slot = k % kSlots, shell = slot / 4;
-    const bool exists = c < plan.channels && shell < plan.shells;
-    modes[k / kSlots].v[slot] = exists ? plan.weight[slot] * profile.gain[shell * profile.gain_s + c * profile.gain_c] : 0;
-  }
+  fill_gains(plan, profile, chunk, kChannels, modes);
   copies_wait();
   load_waves(plan, columns);
 
@@ -295,11 +300,7 @@ __global__ void __launch_bounds__((kResidentWords * SIZE + 31) / 32 * 32, SIZE <
   float base[VEC];
 #pragma unroll
   for (int k = 0; k < VEC; ++k) base[k] = profile.base[(channel + k) * profile.base_c];
-  for (int k = threadIdx.x; k < kChannels * kSlots; k += blockDim.x) {
-    const int c = chunk + k / kSlots, slot = k % kSlots, shell = slot / 4;
-    const bool exists = c < plan.channels && shell < plan.shells;
-    modes[k / kSlots].v[slot] = exists ? plan.weight[slot] * profile.gain[shell * profile.gain_s + c * profile.gain_c] : 0;
-  }
+  fill_gains(plan, profile, chunk, kChannels, modes);
   load_waves(plan, columns);
 
   float v[5][VEC], z[VEC * kSlots] = {};
