@@ -11,6 +11,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
+from spanet.images import save_picture
+
 from .tables import Results, median, targets
 
 COLOURS = {"ours": "#1f6feb", "clone": "#8c959f", "rfft2": "#d4790f", "published": "#b62324"}
@@ -47,7 +49,7 @@ def bars(ax: Axes, rows: Rows, values: dict[str, list[float | None]], colours: d
 
 
 def save(fig: Any, path: Path) -> Path:
-    fig.savefig(path, dpi=100, facecolor="white")
+    save_picture(fig, path)
     plt.close(fig)
     return path
 

@@ -14,6 +14,7 @@ import skimage.data
 import torch
 from torch import Tensor
 
+from spanet.images import save_picture
 from spanet_kernels import reference, spectral_pool
 
 from .ops import check
@@ -85,5 +86,5 @@ def figure(device: torch.device, path: Path) -> None:
     for ax, title in zip(axes[0], titles, strict=True):
         ax.set_title(title, fontsize=11)
     path.parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(path, dpi=100, facecolor="white", pil_kwargs={"quality": 80})
+    save_picture(fig, path, pil_kwargs={"quality": 80})
     plt.close(fig)

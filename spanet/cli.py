@@ -131,7 +131,7 @@ def predict(
     x = next(images.read_images(network, image, size or own_size))
     guesses = predict.predict(network, x, classes, top)
     if out:
-        predict.prediction_figure(network, x, guesses[0]).savefig(out, dpi=100)
+        images.save_picture(predict.prediction_figure(network, x, guesses[0]), out)
     for guess in guesses:
         _say(f"{guess.probability:7.2%}  {guess.name}")
 
@@ -154,7 +154,7 @@ def segment(
     network = segmentation.semantic_fpn(model, num_classes)
     load_task(network, checkpoint) if checkpoint else _warn_random()
     classes = segmentation.segment(network, photograph, size)
-    segmentation.draw_segmentation(photograph, classes).save(out)
+    images.save_picture(segmentation.draw_segmentation(photograph, classes), out)
     shares = classes.flatten().bincount(minlength=num_classes) / classes.numel()
     for share, index in zip(*shares.topk(min(5, int((shares > 0).sum()))), strict=True):
         _say(f"{share:7.2%}  class {index}")
@@ -180,7 +180,7 @@ def detect(
     network = (detection.mask_rcnn if masks else detection.retinanet)(model, num_classes, min_size=size, max_size=size * 5 // 3)
     load_task(network, checkpoint) if checkpoint else _warn_random()
     found = detection.detect(network, photograph)
-    detection.draw_detections(photograph, found, threshold=threshold).save(out)
+    images.save_picture(detection.draw_detections(photograph, found, threshold=threshold), out)
     _say(f"{out}: {int((found['scores'] >= threshold).sum())} objects that score at least {threshold:g}")
 
 

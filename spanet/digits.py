@@ -32,6 +32,7 @@ from torchvision.transforms import InterpolationMode
 import spanet_kernels
 
 from .data import Images
+from .images import save_picture
 from .model import SPANet
 from .recipe import Recipe, load_recipe, seed_all
 from .runs import replacing
@@ -105,7 +106,7 @@ def demo(out: Path, seeds: int = 1, recipe: Recipe | None = None) -> dict[str, A
     }
     with replacing(out / "digits.json") as file:
         file.write((json.dumps(result, indent=1) + "\n").encode())
-    figure(result).savefig(out / "digits.png", dpi=100, facecolor="white")
+    save_picture(figure(result), out / "digits.png")
     return result
 
 

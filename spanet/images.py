@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 from timm.data.config import resolve_data_config
 from torch import Tensor, nn
 
 from .data import as_rgb, evaluation_transform
 from .errors import as_value_error
+from .runs import replacing
 
 ENDINGS = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.SAVE}  # of pictures that can be written
 
@@ -40,6 +43,15 @@ def read_images(model: nn.Module, path: Path, size: int | None = None) -> Iterat
     transform = evaluation_transform(size, model)
     for file in image_files(path):
         yield transform(read_image(file))[None]
+
+
+def save_picture(picture: Figure | Image.Image, path: Path, **options: Any) -> None:
+    """Write a picture in one step, in the format that its ending tells. Raises OSError if it cannot be written."""
+    with replacing(path) as file:
+        if isinstance(picture, Image.Image):
+            picture.save(file, Image.registered_extensions()[path.suffix.lower()], **options)
+        else:
+            picture.savefig(file, format=path.suffix[1:].lower(), dpi=100, facecolor="white", **options)
 
 
 def as_picture(model: nn.Module, x: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from spanet_kernels import SPAM, reference, spectral_pool
 
 from .errors import as_value_error
-from .images import as_picture, read_images
+from .images import as_picture, read_images, save_picture
 
 # the child of a block whose output is the mixer's: MetaFormers; the residual branch of transformers; ConvNeXt; ResNet
 MIXERS = ("token_mixer", "drop_path1", "conv_dw", "conv2")
@@ -266,5 +266,5 @@ def save_figures(models: dict[str, nn.Module], source: Path, out: Path, size: in
     paths = []
     for name, figure in figures.items():
         paths.append(out / f"{name}.png")
-        figure.savefig(paths[-1], dpi=100)
+        save_picture(figure, paths[-1])
     return paths

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +10,13 @@ import pytest
 import skimage
 import timm
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 import spanet
 from spanet.cli import main
 from spanet.detection import detect, draw_detections, mask_rcnn, retinanet
-from spanet.images import read_image
+from spanet.images import read_image, save_picture
 from spanet.macs import count_macs
 from spanet.predict import class_activation, predict
 from spanet.pyramid import load_task
@@ -161,6 +163,24 @@ def test_commands_refuse_in_one_line(monkeypatch, capsys, tmp_path, arguments, m
     assert run(monkeypatch, *(str(argument).replace("{folder}", str(tmp_path)) for argument in arguments)) == 1
     *_, said = capsys.readouterr().err.strip().split("\n")
     assert said.startswith(f"spanet: {message}")
+
+
+@pytest.mark.parametrize("kind", [Image.Image, Figure])
+def test_a_picture_is_replaced_whole_or_not_at_all(kind, tmp_path, monkeypatch):
+    path, picture = tmp_path / "picture.png", Image.new("RGB", (8, 8), "red") if kind is Image.Image else Figure(figsize=(1, 1))
+    save_picture(picture, path)
+    Image.open(path).verify()
+    before = path.read_bytes()
+
+    def full(self, file, *args, **kwargs):
+        file.write(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(kind, "save" if kind is Image.Image else "savefig", full)
+    with pytest.raises(OSError, match=r"could not write .*picture\.png: No space left on device; the one before it is intact"):
+        save_picture(picture, path)
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["picture.png"]
 
 
 def test_photographs_stand_upright(tmp_path):
