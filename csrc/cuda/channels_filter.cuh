@@ -182,12 +182,7 @@ __global__ void __launch_bounds__(kStagedThreads, 2)
     float top[VEC], middle[VEC] = {};
     read(side, 0, top);
     if (plan.middle) read(side, plan.height / 2, middle);
-#pragma unroll
-    for (int k = 0; k < VEC; ++k) {
-      v[side][0][k] = v[side][3][k] = top[k] + middle[k];
-      v[side][1][k] = top[k] - middle[k];
-      v[side][2][k] = v[side][4][k] = 0;
-    }
+    start_sums(top, middle, v[side]);
   }
 #pragma unroll 3
   for (int m = 1; m <= plan.pairs; ++m) {
@@ -197,15 +192,7 @@ __global__ void __launch_bounds__(kStagedThreads, 2)
       float up[VEC], low[VEC];
       read(side, m, up);
       read(side, plan.height - m, low);
-#pragma unroll
-      for (int k = 0; k < VEC; ++k) {
-        const float even = up[k] + low[k], odd = up[k] - low[k];
-        v[side][0][k] += even;
-        v[side][1][k] += wave.v[0] * even;
-        v[side][2][k] += wave.v[1] * odd;
-        v[side][3][k] += wave.v[2] * even;
-        v[side][4][k] += wave.v[3] * odd;
-      }
+      add_pair(wave, up, low, v[side]);
     }
   }
   float z[VEC * kSlots];
@@ -254,8 +241,7 @@ __global__ void __launch_bounds__(kStagedThreads, 2)
     for (int side = 0; side < 2; ++side) {
       float values[VEC];
       read(side, row, values);
-#pragma unroll
-      for (int k = 0; k < VEC; ++k) values[k] = base[k] * values[k] + (u[side][0][k] + sign * u[side][1][k] + u[side][3][k]);
+      correct_edge(sign, base, u[side], values);
       write(side, row, values);
     }
   };
@@ -269,13 +255,7 @@ __global__ void __launch_bounds__(kStagedThreads, 2)
       float up[VEC], low[VEC];
       read(side, m, up);
       read(side, plan.height - m, low);
-#pragma unroll
-      for (int k = 0; k < VEC; ++k) {
-        const float even = u[side][0][k] + wave.v[0] * u[side][1][k] + wave.v[2] * u[side][3][k];
-        const float odd = wave.v[1] * u[side][2][k] + wave.v[3] * u[side][4][k];
-        up[k] = base[k] * up[k] + (even + odd);
-        low[k] = base[k] * low[k] + (even - odd);
-      }
+      correct_pair(wave, base, u[side], up, low);
       write(side, m, up);
       write(side, plan.height - m, low);
     }

@@ -61,6 +61,48 @@ struct Place {
   __device__ T* half(const Resident& plan) const { return EXACT ? up(SIZE / 2) : up(plan.height / 2); }
 };
 
+// v[a], the sums of function a times the words of the rows, from those of the rows without a partner, 0 and H / 2, which is 0 where there is none.
+template <int VEC>
+__device__ void start_sums(const float (&first)[VEC], const float (&middle)[VEC], float (&v)[5][VEC]) {
+#pragma unroll
+  for (int k = 0; k < VEC; ++k) {
+    v[0][k] = v[3][k] = first[k] + middle[k];
+    v[1][k] = first[k] - middle[k];
+    v[2][k] = v[4][k] = 0;
+  }
+}
+
+// And the words of a pair of rows with this wave.
+template <int VEC>
+__device__ void add_pair(const Wave4& wave, const float (&up)[VEC], const float (&low)[VEC], float (&v)[5][VEC]) {
+#pragma unroll
+  for (int k = 0; k < VEC; ++k) {
+    const float even = up[k] + low[k], odd = up[k] - low[k];
+    v[0][k] += even;
+    v[1][k] += wave.v[0] * even;
+    v[2][k] += wave.v[1] * odd;
+    v[3][k] += wave.v[2] * even;
+    v[4][k] += wave.v[3] * odd;
+  }
+}
+
+// x = base x + sum over a of function a times u[a]: in row 0 (sign 1) or H / 2 (sign -1), and in a pair of rows.
+template <int VEC>
+__device__ void correct_edge(float sign, const float (&base)[VEC], const float (&u)[5][VEC], float (&x)[VEC]) {
+#pragma unroll
+  for (int k = 0; k < VEC; ++k) x[k] = base[k] * x[k] + (u[0][k] + sign * u[1][k] + u[3][k]);
+}
+template <int VEC>
+__device__ void correct_pair(const Wave4& wave, const float (&base)[VEC], const float (&u)[5][VEC], float (&up)[VEC], float (&low)[VEC]) {
+#pragma unroll
+  for (int k = 0; k < VEC; ++k) {
+    const float even = u[0][k] + wave.v[0] * u[1][k] + wave.v[2] * u[3][k];
+    const float odd = wave.v[1] * u[2][k] + wave.v[3] * u[4][k];
+    up[k] = base[k] * up[k] + (even + odd);
+    low[k] = base[k] * low[k] + (even - odd);
+  }
+}
+
 // A word in the rows of a plane; rows that do not exist are 0 and stay unwritten.
 template <typename T, int VEC, int SIZE, int KNOWN>
 struct Rows {
@@ -86,26 +128,13 @@ struct Rows {
     float first[VEC], middle[VEC];
     up[0].get(first);
     low[0].get(middle);
-#pragma unroll
-    for (int k = 0; k < VEC; ++k) {
-      v[0][k] = v[3][k] = first[k] + middle[k];
-      v[1][k] = first[k] - middle[k];
-      v[2][k] = v[4][k] = 0;
-    }
+    start_sums(first, middle, v);
 #pragma unroll
     for (int m = 1; m <= PAIRS; ++m) {
       float x[VEC], mirrored[VEC];
       up[m].get(x);
       low[m].get(mirrored);
-#pragma unroll
-      for (int k = 0; k < VEC; ++k) {
-        const float even = x[k] + mirrored[k], odd = x[k] - mirrored[k];
-        v[0][k] += even;
-        v[1][k] += plan.rows[m].v[0] * even;
-        v[2][k] += plan.rows[m].v[1] * odd;
-        v[3][k] += plan.rows[m].v[2] * even;
-        v[4][k] += plan.rows[m].v[3] * odd;
-      }
+      add_pair(plan.rows[m], x, mirrored, v);
     }
   }
 
@@ -125,8 +154,7 @@ struct Rows {
     const auto edge = [&](const Word& word, float sign, T* at) {
       float x[VEC];
       word.get(x);
-#pragma unroll
-      for (int k = 0; k < VEC; ++k) x[k] = base[k] * x[k] + (u[0][k] + sign * u[1][k] + u[3][k]);
+      correct_edge(sign, base, u, x);
       Word result;
       result.set(x);
       result.store(at);
@@ -139,13 +167,7 @@ struct Rows {
         float x[VEC], mirrored[VEC];
         up[m].get(x);
         low[m].get(mirrored);
-#pragma unroll
-        for (int k = 0; k < VEC; ++k) {
-          const float even = u[0][k] + plan.rows[m].v[0] * u[1][k] + plan.rows[m].v[2] * u[3][k];
-          const float odd = plan.rows[m].v[1] * u[2][k] + plan.rows[m].v[3] * u[4][k];
-          x[k] = base[k] * x[k] + (even + odd);
-          mirrored[k] = base[k] * mirrored[k] + (even - odd);
-        }
+        correct_pair(plan.rows[m], base, u, x, mirrored);
         Word above, below;
         above.set(x);
         below.set(mirrored);

@@ -50,16 +50,7 @@ __device__ void sum_words(const Resident& plan, const char* x, const char* grad,
       unpack(up[m], above);
       unpack(low[m], below);
 #pragma unroll
-      for (int k = 0; k < kOperands; ++k)
-#pragma unroll
-        for (int c = 0; c < VEC; ++c) {
-          const float even = above[k][c] + below[k][c], odd = above[k][c] - below[k][c];
-          v[k][0][c] += even;
-          v[k][1][c] += wave.v[0] * even;
-          v[k][2][c] += wave.v[1] * odd;
-          v[k][3][c] += wave.v[2] * even;
-          v[k][4][c] += wave.v[3] * odd;
-        }
+      for (int k = 0; k < kOperands; ++k) add_pair(wave, above[k], below[k], v[k]);
     }
   }
   float top[kOperands][VEC], half[kOperands][VEC];
