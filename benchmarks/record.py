@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 import spanet_kernels
-from spanet.runs import replacing
+from spanet.runs import write_json
 from spanet_kernels import _native
 
 ROOT = Path(__file__).parents[1]
@@ -119,8 +119,7 @@ def _gpu_state(uuid: str) -> str | None:
 def save(path: Path, result: dict[str, Any]) -> None:
     """Write JSON in one step: a reader sees the old file or the whole new one. Raises OSError if it cannot be written."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as file:
-        file.write((json.dumps(result, indent=1) + "\n").encode())
+    write_json(path, result)
 
 
 def load(path: Path) -> dict[str, Any] | None:

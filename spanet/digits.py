@@ -8,7 +8,6 @@ A small SPANet of two stages sees them at 32 x 32, so that its first stage mixes
 from __future__ import annotations
 
 import csv
-import json
 import os
 import platform
 import statistics
@@ -35,7 +34,7 @@ from .data import Images
 from .images import save_picture
 from .model import SPANet
 from .recipe import Recipe, load_recipe, seed_all
-from .runs import replacing
+from .runs import write_json
 from .train import fit, progress_bar
 
 WANTED = 0.98  # accuracy of the first variant
@@ -104,8 +103,7 @@ def demo(out: Path, seeds: int = 1, recipe: Recipe | None = None) -> dict[str, A
         },
         "rows": sorted(rows, key=lambda row: (list(VARIANTS).index(row["variant"]), row["seed"])),
     }
-    with replacing(out / "digits.json") as file:
-        file.write((json.dumps(result, indent=1) + "\n").encode())
+    write_json(out / "digits.json", result)
     save_picture(figure(result), out / "digits.png")
     return result
 

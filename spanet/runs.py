@@ -50,6 +50,12 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
         temporary.unlink(missing_ok=True)
 
 
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON in one step. Raises OSError if it cannot be written; path is as it was then."""
+    with replacing(path) as file:
+        file.write((json.dumps(value, indent=1) + "\n").encode())
+
+
 class Run:
     """The folder of a run, from its first step or, resumed, from the one after its last checkpoint.
 
