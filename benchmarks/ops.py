@@ -63,7 +63,7 @@ def problems(full: bool, gpu: bool) -> Iterator[tuple[str, str, tuple[int, int, 
     image, radius = CASES["radial_filter"].time[0]
     for kind in KINDS:
         yield "large", kind, (0, *image), radius
-    few = ((8, 16, 56, 56), (8, 64, 14, 14), (1, 8, 200, 334))
+    few = ((8, 64, 56, 56), (8, 64, 14, 14), (1, 64, 128, 128), (1, 8, 200, 334))
     for shape in ((128, 64, 56, 56), (128, 320, 14, 14), (8, 64, 200, 334)) if gpu else few:
         whole = math.ceil(math.hypot(shape[2] // 2, shape[3] // 2))
         for radius in (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128, whole):

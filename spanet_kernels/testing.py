@@ -114,6 +114,8 @@ CASES = {
             ((1, 2, 100, 167), 2),
             ((2, 18, 9, 18), 100),
             ((1, 2, 64, 61), 45),
+            ((2, 45, 14, 14), 4),
+            ((1, 70, 20, 52), 40),
         ),
         # the stages of SPANet-S and SPANet-B at 224 x 224, and those of S at the sizes of detection, unaligned ones among them
         time=(

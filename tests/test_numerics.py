@@ -34,15 +34,13 @@ class OperatorNames(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def check(shape, radius, dtype, layout, seed=0):
-    """radial_filter of a random input against fp64, by the error rule; returns what it computed."""
-    case = CASES["radial_filter"]
-    x, base, gain, _ = args = case.sample(shape, radius, dtype, layout, seed=seed)
-    y = case.function(*args)
-    assert y.dtype == dtype
-    wide = x.to(modes.profile_dtype(dtype))
-    exact = case.reference(x.double(), base.double(), gain.double(), radius)
-    assert_as_accurate(y, case.reference(wide, base, gain, radius).to(dtype), exact)
+def check(x, base, gain, radius, units=1.0):
+    """radial_filter against fp64, by the error rule; returns what it computed."""
+    y = radial_filter(x, base, gain, radius)
+    assert y.dtype == x.dtype
+    squared = modes.squared_radius(radius)
+    straight = reference.radial_filter(x.to(base.dtype), base, gain, squared).to(x.dtype)
+    assert_as_accurate(y, straight, reference.radial_filter(x.double(), base.double(), gain.double(), squared), units)
     return y
 
 
@@ -50,8 +48,8 @@ def check(shape, radius, dtype, layout, seed=0):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("shape", "radius"), CASES["radial_filter"].test, ids=str)
 def test_error_rule(shape, radius, dtype, layout):
-    y = check(shape, radius, dtype, layout)
-    x = make_input(shape, dtype, layout)
+    x, *profile = CASES["radial_filter"].sample(shape, radius, dtype, layout)
+    y = check(x, *profile)
     last = modes.channels_last(x)
     assert y.is_contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
@@ -61,7 +59,7 @@ def test_error_rule(shape, radius, dtype, layout):
 @pytest.mark.parametrize(("shape", "radius"), [((3, 48, 180, 180), 2), ((32, 768, 14, 14), 1)], ids=str)
 def test_beyond_the_caches(shape, radius, dtype, layout):
     """In NCHW written past the caches, by columns and as flat planes; in channels_last with the rows of an image shared among threads."""
-    check(shape, radius, dtype, layout)
+    check(*CASES["radial_filter"].sample(shape, radius, dtype, layout))
 
 
 def test_radius_counts_modes():
@@ -236,6 +234,37 @@ def test_strides_beyond_2_31(dtype):
         near = torch.ops.spanet_kernels.radial_filter_backward(grad, small, 4)
         for a, b in zip(ours, near, strict=True):
             torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_apart_in_memory(dtype):
+    """Planes that the kernels bring side by side, cut out of larger ones."""
+    for (b, c, h, w), radius in (((2, 33, 14, 13), 5), ((1, 83, 5, 16), 4), ((2, 64, 30, 47), 30)):
+        x, grad = (make_input((b, c, h + 2, w + 3), dtype, seed=seed)[..., 1:-1, 2:-1] for seed in (0, 1))
+        base, gain = make_profile(c, radius, dtype)
+        check(x, base, gain, radius)
+        squared = modes.squared_radius(radius)
+        found = torch.ops.spanet_kernels.radial_filter_backward(grad, x, squared)
+        for ours, wanted in zip(found, reference.radial_filter_backward(grad.double(), x.double(), squared), strict=True):
+            torch.testing.assert_close(ours.double(), wanted, rtol=0, atol=1e-5 * wanted.abs().max().item())
+
+
+@pytest.mark.parametrize(
+    ("shape", "radius", "by_fft"),
+    [
+        ((1, 64, 56, 56), 40, False),
+        ((1, 64, 128, 128), 20, False),
+        ((1, 64, 128, 128), 40, True),
+        ((1, 64, 100, 167), 40, False),  # the FFT of a prime is slow
+        ((1, 64, 100, 167), 90, True),
+    ],
+)
+def test_the_faster_of_modes_and_fft_serves(shape, radius, by_fft):
+    x, base, gain, _ = CASES["radial_filter"].sample(shape, radius, torch.float32)
+    with OperatorNames() as called:
+        radial_filter(x, base, gain, radius)
+    assert ("aten::_fft_r2c" in called.names) == by_fft
+    check(x, base, gain, radius, units=2)
 
 
 def test_beyond_the_crossover_the_fft_serves():

@@ -32,21 +32,31 @@ constexpr Compiled<RadialFilterKernels> compiled = SPANET_COMPILED(radial_filter
 // Work for a thread to be worth its start: this many elements.
 constexpr int64_t grain = 32768;
 
-// Channels of a chunk: adjacent elements are read at the speed of memory, others are not.
-constexpr int64_t chunk_vectors = 4;
+// Channels of a chunk: adjacent elements are read at the speed of memory, others are not; of planes that lie apart few stay in the cache.
+int64_t chunk_of(const Tensor& x, int64_t lanes) { return (x.stride(1) == 1 ? 4 : x.size(1) < 64 ? 1 : 2) * lanes; }
+
+// Whether planes in NCHW are brought side by side: to transpose them costs less than short rows do, from so many functions along a row on.
+// Discs (disc.h) are faster still. The same for any number of images, which are to give the same bits.
+bool are_gathered(const Tensor& x, int64_t radius_squared) {
+  const int64_t w = x.size(3);
+  return x.stride(3) == 1 && x.size(1) >= 32 && w <= 64 && radius_squared > 4 && 3 * axis_functions(w, radius_squared) > w + 6;
+}
+
+Cut cut_of(const Tensor& x, int64_t radius_squared) {
+  return is_channels_last(x) || are_gathered(x, radius_squared) ? Cut::lanes : Cut::columns;
+}
 
 // The work on the planes of x, cut into units of so many elements.
 template <class T> struct Plan : Work<T> {
   int64_t units, elements;
   bool passes = false;  // over one image after the other
 
-  Plan(const Tensor& x, int64_t lanes) : Work<T>{Cut::columns, x.size(1), 1, false} {
+  Plan(const Tensor& x, Cut cut, int64_t lanes) : Work<T>{cut, x.size(1), 1, false} {
     const int64_t plane = x.size(2) * x.size(3), image_bytes = x.size(1) * plane * x.element_size(), bytes = x.size(0) * image_bytes;
     units = x.size(0) * x.size(1);
     elements = plane;
-    if (is_channels_last(x)) {
-      this->cut = Cut::lanes;
-      this->chunk = chunk_vectors * lanes;
+    if (cut == Cut::lanes) {
+      this->chunk = chunk_of(x, lanes);
       units = x.size(0) * chunks();
       elements *= this->chunk;
       uint32_t threads;
@@ -77,17 +87,18 @@ template <class T> struct Plan : Work<T> {
 };
 
 // How many adjacent elements a kernel sees.
-int64_t adjacent(const Tensor& x, bool channels_last, int64_t radius_squared) {
+int64_t adjacent(const Tensor& x, Cut cut, int64_t radius_squared) {
   const int64_t h = x.size(2), w = x.size(3);
-  return channels_last ? x.size(1) : axis_functions(h, radius_squared) * axis_functions(w, radius_squared) <= 25 ? h * w : w;
+  return cut == Cut::lanes ? x.size(1) : axis_functions(h, radius_squared) * axis_functions(w, radius_squared) <= 25 ? h * w : w;
 }
 
 // Calls f(kernels, modes, plan) for the operator on x.
 template <class F> void for_planes(const char* op, const Tensor& x, int64_t radius_squared, Extent extent, F f) {
-  const int64_t lanes = adjacent(x, is_channels_last(x), radius_squared);
+  const Cut cut = cut_of(x, radius_squared);
+  const int64_t lanes = adjacent(x, cut, radius_squared);
   for_dtype(op, compiled, x.scalar_type(), lanes, [&]<class T, class IO>(const RadialFilterKernels<T, IO>& kernel) {
     const auto table = mode_table<T>(x.size(2), x.size(3), radius_squared, extent, kernel.lanes);
-    f(kernel, table->modes, Plan<T>(x, kernel.lanes));
+    f(kernel, table->modes, Plan<T>(x, cut, kernel.lanes));
   });
 }
 
@@ -139,16 +150,16 @@ std::tuple<Tensor, Tensor> radial_filter_backward(const Tensor& grad, const Tens
   if (x.numel() == 0) return {std::move(base_grad), std::move(gain_grad)};
   check_grad("radial_filter_backward", grad, x);
   const bool channels_last = grad.stride(1) == 1 && x.stride(1) == 1 && channels > 1;
-  const int64_t lanes = adjacent(x, channels_last, radius_squared);
+  const bool gathered = are_gathered(grad, radius_squared) && are_gathered(x, radius_squared);
+  const Cut cut = channels_last || gathered ? Cut::lanes : Cut::columns;
+  const int64_t lanes = adjacent(x, cut, radius_squared);
   for_dtype("radial_filter_backward", compiled, x.scalar_type(), lanes, [&]<class T, class IO>(const RadialFilterKernels<T, IO>& kernel) {
     const auto table = mode_table<T>(h, w, radius_squared, Extent::disc, kernel.lanes);
     const Modes<T>& modes = table->modes;
-    Cut cut = Cut::columns;
     int64_t chunk = 1, blocks = 1, units = channels, elements = images * h * w;
-    if (channels_last) {
+    if (cut == Cut::lanes) {
       constexpr int64_t enough_units = 16;
-      cut = Cut::lanes;
-      chunk = chunk_vectors * kernel.lanes;
+      chunk = chunk_of(x, kernel.lanes);
       units = chunks_of(channels, chunk);
       blocks = std::min(images, (enough_units + units - 1) / units);
       units *= blocks;

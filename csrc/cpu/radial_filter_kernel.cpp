@@ -29,20 +29,23 @@ namespace {
 
 template <class T, class IO>
 void filter(const Work<T>& work, const Modes<T>& m, Planes<const IO> x, Planes<IO> y, const Profile<T>& p, int64_t begin, int64_t end) {
-  if (work.cut == Cut::lanes) filter_lanes(work, m, x, y, p, begin, end);
+  if (work.cut == Cut::lanes && x.c == 1) filter_lanes<false>(work, m, x, y, p, begin, end);
+  else if (work.cut == Cut::lanes) filter_lanes<true>(work, m, x, y, p, begin, end);
   else filter_columns(m, x, y, p, work.channels, work.stream, begin, end);
 }
 
 template <class T, class IO>
 void mode_coefficients(const Work<T>& work, const Modes<T>& m, Planes<const IO> x, T* out, int64_t begin, int64_t end) {
-  if (work.cut == Cut::lanes) mode_coefficients_lanes(work, m, x, out, begin, end);
+  if (work.cut == Cut::lanes && x.c == 1) mode_coefficients_lanes<false>(work, m, x, out, begin, end);
+  else if (work.cut == Cut::lanes) mode_coefficients_lanes<true>(work, m, x, out, begin, end);
   else mode_coefficients_columns(m, x, out, work.channels, begin, end);
 }
 
 template <class T, class IO>
 void backward(Cut cut, const Modes<T>& m, Planes<const IO> grad, Planes<const IO> x, double* sums, int64_t images, int64_t blocks,
               int64_t channels, int64_t chunk, int64_t begin, int64_t end) {
-  if (cut == Cut::lanes) backward_lanes(m, grad, x, sums, images, blocks, channels, chunk, begin, end);
+  if (cut == Cut::lanes && x.c == 1) backward_lanes<false>(m, grad, x, sums, images, blocks, channels, chunk, begin, end);
+  else if (cut == Cut::lanes) backward_lanes<true>(m, grad, x, sums, images, blocks, channels, chunk, begin, end);
   else backward_columns(m, grad, x, sums, images, channels, begin, end);
 }
 

@@ -1,4 +1,5 @@
-// The lanes cut of radial_filter_kernel.cpp: planes in channels_last, chunks of adjacent channels of an image side by side.
+// The lanes cut of radial_filter_kernel.cpp: chunks of channels of an image side by side, as they lie in channels_last; those of NCHW are
+// brought there a few rows at a time.
 // Included once by a file that is compiled per instruction set.
 #pragma once
 
@@ -19,18 +20,18 @@ inline Chunk chunk_of(int64_t channels, int64_t chunk, int64_t i) {
 }
 
 // What the lanes cut works in, for up to 2 chunks of lanes and at least one vector of them; lanes beyond the chunk's are zeros.
-// u has `sides` sides; z and the copies of a few rows have two, for the gradients; row is one that is still to be narrowed.
+// u has `sides` sides; z and the copies of a few rows have two, for the gradients; written are rows on their way to memory.
 template <class T> struct LanesScratch {
-  LanesScratch(const Modes<T>& m, int64_t channels, int64_t chunk, bool widens, int sides)
+  LanesScratch(const Modes<T>& m, int64_t channels, int64_t chunk, bool copies_rows, int sides)
       : most(channels < 2 * chunk ? (channels < lanes_of<T> ? lanes_of<T> : channels) : 2 * chunk),
         modes(m.rows.count() * m.columns.count()), few_rows(m.columns.n < 64 ? 64 / m.columns.n : 1),
-        copied(widens ? few_rows * m.columns.n * most : 0),
-        scratch((sides * m.rows.n * m.columns.count() + 3 * modes + 3 * (widens ? few_rows * m.columns.n : 0) + 8) * line_up(most) + 256) {
+        copied(copies_rows ? few_rows * m.columns.n * most : 0),
+        scratch((sides * m.rows.n * m.columns.count() + 3 * modes + 3 * (copies_rows ? few_rows * m.columns.n : 0) + 8) * line_up(most) + 256) {
     for (int side = 0; side < sides; ++side) u[side] = scratch.take(m.rows.n * m.columns.count() * most);
     gains = scratch.zeros(modes * most);
     for (T*& part : z) part = scratch.zeros(modes * most);
     for (T*& part : copies) part = scratch.take(copied);
-    row = scratch.take(copied);
+    written = scratch.take(copied);
     base = scratch.zeros(most);
     partial = scratch.take(most);
     dots = reinterpret_cast<double*>(scratch.take(2 * most));
@@ -39,7 +40,7 @@ template <class T> struct LanesScratch {
   int64_t few_rows;  // they are still in the first-level cache, and in dot products over them T rounds little
   int64_t copied;
   Scratch<T> scratch;
-  T *u[2], *gains, *base, *partial, *z[2], *copies[2], *row;
+  T *u[2], *gains, *base, *partial, *z[2], *copies[2], *written;
   double* dots;
 };
 
@@ -49,10 +50,18 @@ template <class X> struct PixelRows {
   int64_t h, w;
 };
 
-// Rows of w pixels of `lanes` adjacent channels from x on: where they lie, or widened copies.
-template <class T, class IO>
-PixelRows<Read<T, IO>> adjacent_lanes(const IO* x, Planes<const IO> p, int64_t rows, int64_t w, int64_t lanes, [[maybe_unused]] T* copies) {
-  if constexpr (widened<T, IO>) {
+template <bool APART, class T, class IO> using ReadRows = PixelRows<std::conditional_t<APART, T, Read<T, IO>>>;
+
+// Rows of w pixels of `lanes` channels from x on: where they lie, or copies that are widened or brought side by side.
+template <bool APART, class T, class IO>
+ReadRows<APART, T, IO> adjacent_lanes(const IO* x, Planes<const IO> p, int64_t rows, int64_t w, int64_t lanes,
+                                      [[maybe_unused]] T* copies) {
+  if constexpr (APART) {
+    const bool together = p.h == w;
+    for (int64_t i = 0; i < (together ? 1 : rows); ++i)
+      gather_lanes<T>(x + i * p.h, p.c, lanes, together ? rows * w : w, copies + i * w * lanes);
+    return {copies, w * lanes, lanes};
+  } else if constexpr (widened<T, IO>) {
     const bool together = p.w == lanes;
     for (int64_t i = 0; i < rows; ++i)
       for (int64_t j = 0; j < (together ? 1 : w); ++j)
@@ -66,12 +75,13 @@ PixelRows<Read<T, IO>> adjacent_lanes(const IO* x, Planes<const IO> p, int64_t r
 // Units [begin, end) of the work, or one pass over them. between and WRITE as in over_columns; here z is (A_H, A_W, wide).
 // prepare(part, wide, base, gains) fills base (wide) and gains (like z), zeros before, whenever the chunk is another one;
 // if all channels have the same profile, whenever it has another number of lanes.
-template <bool WRITE, class T, class IO, class Prepare, class Between>
+template <bool APART, bool WRITE, class T, class IO, class Prepare, class Between>
 void over_lanes(const Work<T>& work, const Modes<T>& m, Planes<const IO> x, Planes<IO> y, int64_t begin, int64_t end, bool same,
                 Prepare prepare, Between between) {
   const int64_t h = m.rows.n, w = m.columns.n, columns = m.columns.count(), chunks = chunks_of(work.channels, work.chunk);
   const int64_t unit_rows = work.pass == reduce_pass || work.pass == expand_pass ? 1 : h, units = h / unit_rows;
-  LanesScratch<T> s(m, work.channels, work.chunk, widened<T, IO>, work.sums ? 0 : 1);
+  constexpr bool copies = APART || widened<T, IO>;
+  LanesScratch<T> s(m, work.channels, work.chunk, copies, work.sums ? 0 : 1);
   Chunk prepared{-1, 0};
   for (int64_t unit = begin, next; unit < end; unit = next) {
     const int64_t b = unit / units / chunks, first_row = unit % units;  // and the rows behind it that are units of the same chunk
@@ -86,38 +96,49 @@ void over_lanes(const Work<T>& work, const Modes<T>& m, Planes<const IO> x, Plan
       for (int64_t i = 0; i < m.rows.count() * row; ++i) s.gains[i] = T(0);
       prepare(part, wide, s.base, s.gains);
     }
-    for (int64_t i = first_row; work.pass & reduce_pass && i < end_row; ++i) {
-      const auto in = adjacent_lanes<T>(from + i * x.h, x, 1, w, part.lanes, s.copies[0]);
-      reduce(m.columns, in.data, in.w, part.lanes, false, u + i * row, wide);
-    }
+    // f(rows as they are read, the first of them, their number) for a few rows at a time
+    const auto for_rows = [&](auto f) {
+      for (int64_t i = first_row; i < end_row; i += s.few_rows) {
+        const int64_t rows = end_row - i < s.few_rows ? end_row - i : s.few_rows;
+        f(adjacent_lanes<APART>(from + i * x.h, x, rows, w, part.lanes, s.copies[0]), i, rows);
+      }
+    };
+    if (work.pass & reduce_pass)
+      for_rows([&](auto in, int64_t first, int64_t rows) {
+        for (int64_t i = 0; i < rows; ++i) reduce(m.columns, in.data + i * in.h, in.w, part.lanes, false, u + (first + i) * row, wide);
+      });
     if (work.pass & mix_pass) {
       reduce(m.rows, u, row, row, false, s.z[0], row);
       between(b, part, wide, s.z[0], s.gains);
       if constexpr (WRITE) expand<Out::sum>(m.rows, s.z[0], row, row, false, Rows<T, T, T>{s.base, u, 0, u, row});
     }
     if constexpr (WRITE) {
+      if (!(work.pass & expand_pass)) continue;
       IO* to = y.data + b * y.b + part.first * y.c;
-      for (int64_t i = first_row; work.pass & expand_pass && i < end_row; ++i) {
-        const auto in = adjacent_lanes<T>(from + i * x.h, x, 1, w, part.lanes, s.copies[0]);
-        const auto expand_row = [&](auto* out, int64_t stride) {
-          const Rows<T, Read<T, IO>, std::remove_pointer_t<decltype(out)>> rows{s.base, in.data, in.w, out, stride};
-          expand<Out::scaled>(m.columns, u + i * row, wide, part.lanes, false, rows);
+      for_rows([&](auto in, int64_t first, int64_t rows) {
+        const auto expand_row = [&](int64_t i, auto* out, int64_t stride) {
+          expand<Out::scaled>(m.columns, u + (first + i) * row, wide, part.lanes, false, Rows{s.base, in.data + i * in.h, in.w, out, stride});
         };
-        if constexpr (widened<T, IO>) {
-          expand_row(s.row, part.lanes);
-          for (int64_t j = 0; j < w; ++j) write_run(s.row + j * part.lanes, to + i * y.h + j * y.w, part.lanes, false);
-        } else {
-          expand_row(to + i * y.h, y.w);
+        for (int64_t i = 0; i < rows; ++i) {
+          IO* to_row = to + (first + i) * y.h;
+          if constexpr (!copies) {
+            expand_row(i, to_row, y.w);
+            continue;
+          }
+          T* written = s.written + i * w * part.lanes;
+          expand_row(i, written, part.lanes);
+          for (int64_t j = 0; !APART && j < w; ++j) write_run(written + j * part.lanes, to_row + j * y.w, part.lanes, false);
         }
-      }
+        if constexpr (APART) scatter_lanes(s.written, part.lanes, rows * w, to + first * y.h, y.c);
+      });
     }
   }
 }
 
-template <class T, class IO>
+template <bool APART, class T, class IO>
 void filter_lanes(const Work<T>& work, const Modes<T>& m, Planes<const IO> x, Planes<IO> y, const Profile<T>& p, int64_t begin,
                   int64_t end) {
-  over_lanes<true>(
+  over_lanes<APART, true>(
       work, m, x, y, begin, end, p.base_stride == 0 && p.gain_channel == 0,
       [&](Chunk part, int64_t wide, T* base, T* gains) {
         for (int64_t l = 0; l < part.lanes; ++l) base[l] = p.base[(part.first + l) * p.base_stride];
@@ -133,9 +154,9 @@ void filter_lanes(const Work<T>& work, const Modes<T>& m, Planes<const IO> x, Pl
       });
 }
 
-template <class T, class IO>
+template <bool APART, class T, class IO>
 void mode_coefficients_lanes(const Work<T>& work, const Modes<T>& m, Planes<const IO> x, T* out, int64_t begin, int64_t end) {
-  over_lanes<false>(
+  over_lanes<APART, false>(
       work, m, x, Planes<IO>{}, begin, end, true, [](Chunk, int64_t, T*, T*) {},
       [&](int64_t b, Chunk part, int64_t wide, T* z, const T*) {
         for (int64_t k = 0; k < m.inside; ++k) {
@@ -146,11 +167,11 @@ void mode_coefficients_lanes(const Work<T>& work, const Modes<T>& m, Planes<cons
       });
 }
 
-template <class T, class IO>
+template <bool APART, class T, class IO>
 void backward_lanes(const Modes<T>& m, Planes<const IO> grad, Planes<const IO> x, double* sums, int64_t images, int64_t blocks,
                     int64_t channels, int64_t chunk, int64_t begin, int64_t end) {
   const int64_t h = m.rows.n, w = m.columns.n, chunks = chunks_of(channels, chunk);
-  LanesScratch<T> s(m, channels, chunk, widened<T, IO>, 2);
+  LanesScratch<T> s(m, channels, chunk, APART || widened<T, IO>, 2);
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t block = unit / chunks;
     const Chunk part = chunk_of(channels, chunk, unit % chunks);
@@ -162,8 +183,8 @@ void backward_lanes(const Modes<T>& m, Planes<const IO> grad, Planes<const IO> x
       const IO* f = x.data + b * x.b + part.first * x.c;
       for (int64_t first = 0; first < h; first += s.few_rows) {
         const int64_t rows = h - first < s.few_rows ? h - first : s.few_rows;
-        const PixelRows<Read<T, IO>> from[2] = {adjacent_lanes<T>(g + first * grad.h, grad, rows, w, lanes, s.copies[0]),
-                                                adjacent_lanes<T>(f + first * x.h, x, rows, w, lanes, s.copies[1])};
+        const ReadRows<APART, T, IO> from[2] = {adjacent_lanes<APART>(g + first * grad.h, grad, rows, w, lanes, s.copies[0]),
+                                                adjacent_lanes<APART>(f + first * x.h, x, rows, w, lanes, s.copies[1])};
         for (int64_t i = 0; i < rows; ++i)
           for (int side = 0; side < 2; ++side)
             reduce(m.columns, from[side].data + i * from[side].h, from[side].w, lanes, false, s.u[side] + (first + i) * row, wide);

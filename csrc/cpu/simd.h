@@ -93,6 +93,17 @@ SIMD_INLINE void narrow(float f, Half* p) {
 
 template <class IO> constexpr bool is_bf16 = std::is_base_of_v<Bf16, IO>;
 
+#if SIMD_BYTES == 64
+// Half word l / 2 for the upper half of lane l / 2: a table, which no loop fills where it is used.
+struct UpperHalves {
+  alignas(64) uint16_t of[32];
+  constexpr UpperHalves() : of() {
+    for (int l = 0; l < 32; ++l) of[l] = uint16_t(l / 2);
+  }
+};
+static constexpr UpperHalves upper_halves;
+#endif
+
 template <class T, class IO> SIMD_INLINE Vec<T> load(const IO* p) {
   if constexpr (std::is_same_v<IO, T>) {
     return load_raw<Vec<T>>(p);
@@ -100,10 +111,7 @@ template <class T, class IO> SIMD_INLINE Vec<T> load(const IO* p) {
 #if SIMD_BYTES == 64
     // each half word goes to the upper half of a lane, by one permutation
     const __m512i halves = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)p));
-    typedef uint16_t Words __attribute__((vector_size(64)));
-    Words at;
-    for (int l = 0; l < 32; ++l) at[l] = uint16_t(l / 2);
-    return (Vec<T>)_mm512_maskz_permutexvar_epi16(0xaaaaaaaau, (__m512i)at, halves);
+    return (Vec<T>)_mm512_maskz_permutexvar_epi16(0xaaaaaaaau, load_raw<__m512i>(upper_halves.of), halves);
 #elif SIMD_BYTES == 32
     return (Vec<T>)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
 #else
