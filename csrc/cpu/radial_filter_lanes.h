@@ -28,8 +28,8 @@ template <class T> struct LanesScratch {
         copied(copies_rows ? few_rows * m.columns.n * most : 0),
         scratch((sides * m.rows.n * m.columns.count() + 3 * modes + 3 * (copies_rows ? few_rows * m.columns.n : 0) + 8) * line_up(most) + 256) {
     for (int side = 0; side < sides; ++side) u[side] = scratch.take(m.rows.n * m.columns.count() * most);
-    gains = scratch.zeros(modes * most);
-    for (T*& part : z) part = scratch.zeros(modes * most);
+    gains = scratch.take(modes * most);
+    for (T*& part : z) part = scratch.take(modes * most);
     for (T*& part : copies) part = scratch.take(copied);
     written = scratch.take(copied);
     base = scratch.zeros(most);
