@@ -13,8 +13,9 @@
 //         by dot products, more by a small GEMM. Columns that are not adjacent are first copied, a plane at a time.
 //         Radii 1 and 2 over planes of a few vectors stay in registers, two planes in a vector if their rows fit in half of it
 //         (disc.h). Rows of y are brought together in the cache where they are not whole vectors, and written by whole ones.
-//       lanes (channels_last): l is a channel; reduce along columns, then along rows, expand in reverse. Threads share the rows of an
-//         image that leaves the cache or has too few channels for them.
+//       lanes (channels_last, and NCHW where are_gathered says so): l is a channel; reduce along columns, then along rows, expand in
+//         reverse. Planes in NCHW are transposed on their way in and out. Threads share the rows of an image that leaves the cache or has
+//         too few channels for them.
 // Every output is owned by one thread and the order of its sum is fixed: bit-equal for any number of threads.
 // Memory: x is read once from memory and once more from the cache, y is written once, past the cache if `stream` (columns).
 

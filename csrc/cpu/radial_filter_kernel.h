@@ -51,7 +51,7 @@ template <class T> struct Profile {
   int64_t base_stride, gain_shell, gain_channel;
 };
 
-// How the work is cut: by columns, one plane after the other, or by lanes, chunks of adjacent channels of one image.
+// How the work is cut: by columns, one plane after the other, or by lanes, chunks of channels of one image side by side.
 enum class Cut { columns, lanes };
 
 // What is done of a cut. The three steps of lanes can be passes over one image, whose rows the threads share in the first and the last.
