@@ -45,7 +45,7 @@ void mode_coefficients(const Work<T>& work, const Modes<T>& m, Planes<const IO> 
 template <class T, class IO>
 void backward(Cut cut, const Modes<T>& m, Planes<const IO> grad, Planes<const IO> x, double* sums, int64_t images, int64_t blocks,
               int64_t channels, int64_t chunk, int64_t begin, int64_t end) {
-  if (cut == Cut::lanes && x.c == 1) backward_lanes<false>(m, grad, x, sums, images, blocks, channels, chunk, begin, end);
+  if (cut == Cut::lanes && grad.c == 1 && x.c == 1) backward_lanes<false>(m, grad, x, sums, images, blocks, channels, chunk, begin, end);
   else if (cut == Cut::lanes) backward_lanes<true>(m, grad, x, sums, images, blocks, channels, chunk, begin, end);
   else backward_columns(m, grad, x, sums, images, channels, begin, end);
 }
