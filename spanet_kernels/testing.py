@@ -14,7 +14,7 @@ from .ops.axial_conv import axial_conv
 from .ops.radial_filter import radial_filter
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-LAYOUTS = ("contiguous", "channels_last", "sliced", "expanded", "transposed", "offset")
+LAYOUTS = ("contiguous", "channels_last", "sliced", "cropped", "expanded", "transposed", "offset")
 
 
 def make_input(shape: tuple[int, ...], dtype: torch.dtype, layout: str = "contiguous", device: str = "cpu", seed: int = 0) -> Tensor:
@@ -26,6 +26,8 @@ def make_input(shape: tuple[int, ...], dtype: torch.dtype, layout: str = "contig
         return x.contiguous(memory_format=torch.channels_last)
     if layout == "sliced":
         return x.new_full((b, c + 1, h + 2, 2 * w + 1), torch.nan)[:, 1:, 2:, 1::2].copy_(x)
+    if layout == "cropped":
+        return x.new_full((b, c, h + 2, w + 3), torch.nan)[..., 1:-1, 2:-1].copy_(x)
     if layout == "expanded":
         return x[:1].expand(shape)
     if layout == "transposed":
@@ -116,6 +118,8 @@ CASES = {
             ((1, 2, 64, 61), 45),
             ((2, 45, 14, 14), 4),
             ((1, 70, 20, 52), 40),
+            ((1, 64, 700, 12), 3),
+            ((3, 40, 1, 1), 0),
         ),
         # the stages of SPANet-S and SPANet-B at 224 x 224, and those of S at the sizes of detection, unaligned ones among them
         time=(

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+
+import hypothesis.strategies as st
 import pytest
 import torch
 from errors import assert_as_accurate
+from hypothesis import given, settings
 from torch.autograd import gradcheck, gradgradcheck
 
 from spanet_kernels import modes, radial_filter, reference, spectral_pool
@@ -62,9 +67,10 @@ def test_lam_is_learned(shape, radius, boundary):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_profile_gradients(dtype, layout):
-    for shape, radius in CASES["radial_filter"].test:
+    sides = (layout, layout), (layout, "contiguous"), ("contiguous", layout)
+    for (shape, radius), layouts in itertools.product(CASES["radial_filter"].test, sides if layout != "contiguous" else sides[:1]):
         squared = modes.squared_radius(radius)
-        x, grad = make_input(shape, dtype, layout), make_input(shape, dtype, "contiguous" if layout == "expanded" else layout, seed=4)
+        x, grad = (make_input(shape, dtype, side, seed=seed) for seed, side in zip((0, 4), layouts, strict=True))
         ours = torch.ops.spanet_kernels.radial_filter_backward(grad, x, squared)
         wide = modes.profile_dtype(dtype)
         same = reference.radial_filter_backward(grad.to(wide), x.to(wide), squared)
@@ -72,6 +78,25 @@ def test_profile_gradients(dtype, layout):
         for a, b, c in zip(ours, same, exact, strict=True):
             assert a.dtype == wide
             assert_as_accurate(a, b, c, units=2)
+
+
+@settings(max_examples=3_000)
+@given(
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 70), st.integers(1, 20), st.integers(1, 20)),
+    radius=st.one_of(st.integers(0, 6), st.floats(0, 15)),
+    dtype=st.sampled_from(DTYPES),
+    layouts=st.tuples(st.sampled_from(LAYOUTS), st.sampled_from(LAYOUTS)),
+    seed=st.integers(0, 2**31),
+)
+def test_fuzz_profile_gradients(shape, radius, dtype, layouts, seed):
+    """Whatever the layouts of both sides: errors as parts of the norms whose product bounds the result."""
+    grad, x = (make_input(shape, dtype, layout, seed=seed + side) for side, layout in enumerate(layouts))
+    squared = modes.squared_radius(radius)
+    found = torch.ops.spanet_kernels.radial_filter_backward(grad, x, squared)
+    norms = (side.double().square().sum((0, 2, 3)).sqrt() for side in (grad, x))
+    bound = math.prod(norms) * (1e-13 if dtype == torch.float64 else 1e-6)
+    for ours, exact in zip(found, reference.radial_filter_backward(grad.double(), x.double(), squared), strict=True):
+        assert ((ours.double() - exact).abs() <= bound).all()
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])

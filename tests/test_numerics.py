@@ -236,22 +236,6 @@ def test_strides_beyond_2_31(dtype):
             torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_rows_apart_in_memory(dtype):
-    """Planes that the kernels bring side by side, cut out of larger ones."""
-    cases = ((2, 33, 14, 13), 5), ((1, 83, 5, 16), 4), ((2, 64, 30, 47), 30), ((1, 64, 700, 12), 3), ((3, 40, 1, 1), 0)
-    for (b, c, h, w), radius in cases:
-        x, grad = (make_input((b, c, h + 2, w + 3), dtype, seed=seed)[..., 1:-1, 2:-1] for seed in (0, 1))
-        if h == 1:  # channels apart on one side alone
-            x = x.contiguous()
-        base, gain = make_profile(c, radius, dtype)
-        check(x, base, gain, radius)
-        squared = modes.squared_radius(radius)
-        found = torch.ops.spanet_kernels.radial_filter_backward(grad, x, squared)
-        for ours, wanted in zip(found, reference.radial_filter_backward(grad.double(), x.double(), squared), strict=True):
-            torch.testing.assert_close(ours.double(), wanted, rtol=0, atol=1e-5 * wanted.abs().max().item())
-
-
 @pytest.mark.parametrize(
     ("shape", "radius", "by_fft"),
     [
