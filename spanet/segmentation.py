@@ -83,8 +83,8 @@ def semantic_fpn(name: str, num_classes: int = 150, **backbone: Any) -> Semantic
 
 
 def segmentation_loss(logits: Tensor, target: Tensor) -> Tensor:
-    """Mean cross entropy over the pixels; target (B, H, W) integers, 255 where there is no label."""
-    return functional.cross_entropy(logits, target, ignore_index=IGNORE)
+    """Mean cross entropy over the pixels that have a label, 0 if none has; target (B, H, W) integers, 255 where there is no label."""
+    return functional.cross_entropy(logits, target, ignore_index=IGNORE, reduction="sum") / (target != IGNORE).sum().clamp(min=1)
 
 
 @torch.inference_mode()

@@ -79,6 +79,8 @@ class TaskRecipe:
 
     def __post_init__(self) -> None:
         check_ranges(self, _RANGES)
+        if not all(type(epoch) is int for epoch in self.milestones):
+            raise ValueError(f"recipe: milestones must be a list of epochs, got {self.milestones}")
         if self.task not in BUILDERS:
             raise ValueError(f"recipe: task must be one of {', '.join(BUILDERS)}, got {self.task}")
         if (self.steps > 0) == (self.epochs > 0):
@@ -151,7 +153,8 @@ class Objects(Dataset[tuple[Tensor, dict[str, Tensor]]]):
     Labels are in the order of the categories' ids, from 0 on, or with masks from 1.
 
     Raises:
-        FileNotFoundError: no annotations; ValueError: they cannot be read, or have more categories than `classes`.
+        FileNotFoundError: no annotations; ValueError: they cannot be read, have more categories than `classes`, or one of them has an
+        image or a category that is not in the file, or no segmentation where there are to be masks.
     """
 
     def __init__(self, root: Path, split: str, classes: int, masks: bool, transform: Callable[..., Any]) -> None:
@@ -161,8 +164,13 @@ class Objects(Dataset[tuple[Tensor, dict[str, Tensor]]]):
         with as_value_error(f"data: {annotations} cannot be read"), contextlib.redirect_stdout(io.StringIO()):  # the reader prints
             self.coco = CocoDetection(root / split, annotations)
             self.coco.ids = sorted({a["image_id"] for a in self.coco.coco.anns.values() if not a["iscrowd"] and min(a["bbox"][2:]) >= 1})
+        truth = self.coco.coco
+        for index, a in truth.anns.items():
+            if a.get("image_id") not in truth.imgs or a.get("category_id") not in truth.cats or (masks and not a.get("segmentation")):
+                wanted = "an image and a category of the file" + " and a segmentation" * masks
+                raise ValueError(f"data: {annotations} must have {wanted} for every annotation, has not for that of id {index}")
         self.first = int(masks)
-        self.categories = sorted(self.coco.coco.cats)
+        self.categories = sorted(truth.cats)
         if len(self.categories) > classes:
             raise ValueError(f"data: {annotations} must have at most {classes} categories, num_classes, got {len(self.categories)}")
         self.labels = {category: label for label, category in enumerate(self.categories, self.first)}

@@ -210,6 +210,13 @@ def test_annotations_of_boxes_alone_and_such_that_do_not_fit(objects, tmp_path):
     assert tasks.training_data(recipe, tasks.build_task(recipe), tmp_path / "objects")[0][1].keys() == {"boxes", "labels"}
     with pytest.raises(ValueError, match=r"instances_train2017.json must have at most 1 categories, num_classes, got 2"):
         tasks.Objects(tmp_path / "objects", "train2017", 1, False, lambda *sample: sample)
+    with pytest.raises(ValueError, match=r"json must have an image and a category of the file and a segmentation for .* id 1$"):
+        tasks.Objects(tmp_path / "objects", "train2017", 2, True, lambda *sample: sample)
+    for key in ("image_id", "category_id"):
+        foreign = content["annotations"][-1] | {key: 1234}
+        path.write_text(json.dumps(content | {"annotations": [*content["annotations"][:-1], foreign]}))
+        with pytest.raises(ValueError, match=r"json must have an image and a category of the file for every .* id 99$"):
+            tasks.Objects(tmp_path / "objects", "train2017", 2, False, lambda *sample: sample)
     for damage in (path.read_text()[:100], "[]"):
         path.write_text(damage)
         with pytest.raises(ValueError, match=r"data: .*instances_train2017.json cannot be read: "):
@@ -241,6 +248,7 @@ def test_numbers_without_a_point(tmp_path):
         (f"{FIT}\nbatch_size: -1", "batch_size must be at least 1, got -1"),
         (f"{FIT}\nsize: 2", "size must be at least 3, got 2"),
         (f"{FIT}\nsteps: 1.5", "steps must be a int, got 1.5"),
+        (f"{FIT}\nmilestones: [8, late]", "milestones must be a list of epochs, got [8, 'late']"),
         ("task: pose\nnum_classes: 2\nbatch_size: 2\nlr: 0.1\nweight_decay: 0\nsize: 32\nsteps: 2", "task must be one of semantic_fpn,"),
         ("task: retinanet\nnum_classes: 2\nbatch_size: 2\nlr: 0.1\nweight_decay: 0\nsize: 32", "either steps or epochs must be"),
         ("task: retinanet\nnum_classes: 2\nbatch_size: 2\nlr: 0.1\nweight_decay: 0\nsize: 32\nsteps: 2", "there is no "),

@@ -81,6 +81,19 @@ def test_semantic_fpn_learns_and_draws_a_photograph(photograph, tmp_path):
     load_task_from_file(model, tmp_path)
 
 
+def test_pixels_without_a_label_cost_nothing():
+    logits = torch.randn(2, 3, 4, 5, requires_grad=True)
+    target = torch.randint(0, 3, (2, 4, 5))
+    target[0] = target[1, 2] = 255
+    labelled = target != 255
+    wanted = torch.nn.functional.cross_entropy(logits.movedim(1, -1)[labelled], target[labelled])
+    torch.testing.assert_close(segmentation_loss(logits, target), wanted)
+    loss = segmentation_loss(logits, torch.full_like(target, 255))
+    loss.backward()
+    assert loss == 0
+    assert not logits.grad.any()
+
+
 def load_task_from_file(model, folder):
     """A file of the whole model gives the same function; one of another model is refused."""
     torch.save(model.state_dict(), folder / "task.pth")
