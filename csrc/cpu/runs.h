@@ -64,45 +64,42 @@ template <class T, class IO> void write_run(const T* from, IO* to, int64_t n, bo
   write_part(i, n);
 }
 
-// f(first, there) for vectors that cover n elements; the last of several is moved back to end with them.
-template <class T, class F> SIMD_INLINE void for_vectors_of(int64_t n, F f) {
+// f(first element, elements, first lane) for squares of a vector by a vector that cover n elements of each of `lanes` planes; the last of
+// several is moved back to end with them.
+template <class T, class F> SIMD_INLINE void over_squares(int64_t n, int64_t lanes, F f) {
   constexpr int64_t vl = lanes_of<T>;
-  for (int64_t i = 0; i < n; i += vl) f(n < vl || i + vl <= n ? i : n - vl, n < vl ? n : vl);
+  for (int64_t i = 0; i < n; i += vl)
+    for (int64_t l = 0; l < lanes; l += vl)
+      f(n < vl || i + vl <= n ? i : n - vl, n < vl ? n : vl, l + vl <= lanes ? l : lanes - vl);
 }
 
-// n elements of each of `lanes` planes, `apart` elements from one to the next, to T side by side: squares of vl by vl, transposed.
+// n elements of each of `lanes` planes, a vector of them at least and `apart` elements from one to the next, to T side by side.
 template <class T, class IO> void gather_lanes(const IO* from, int64_t apart, int64_t lanes, int64_t n, T* to) {
   constexpr int64_t vl = lanes_of<T>;
-  for_vectors_of<T>(n, [&](int64_t first, int64_t elements) {
-    for (int64_t lane = 0; lane < lanes; lane += vl) {
-      const int64_t l = lane + vl <= lanes ? lane : lanes - vl;
-      Vec<T> square[vl];
-      _Pragma("GCC unroll 16")
-      for (int64_t k = 0; k < vl; ++k) {
-        const IO* plane = from + (l + k) * apart + first;
-        square[k] = elements == vl ? load<T>(plane) : load_part<T>(plane, elements);
-      }
-      transpose<T>(square);
-      for (int64_t k = 0; k < elements; ++k) store<T>(to + (first + k) * lanes + l, square[k]);
+  over_squares<T>(n, lanes, [&](int64_t first, int64_t elements, int64_t l) {
+    Vec<T> square[vl];
+    _Pragma("GCC unroll 16")
+    for (int64_t k = 0; k < vl; ++k) {
+      const IO* plane = from + (l + k) * apart + first;
+      square[k] = elements == vl ? load<T>(plane) : load_part<T>(plane, elements);
     }
+    transpose<T>(square);
+    for (int64_t k = 0; k < elements; ++k) store<T>(to + (first + k) * lanes + l, square[k]);
   });
 }
 
 // The way back.
 template <class T, class IO> void scatter_lanes(const T* from, int64_t lanes, int64_t n, IO* to, int64_t apart) {
   constexpr int64_t vl = lanes_of<T>;
-  for_vectors_of<T>(n, [&](int64_t first, int64_t elements) {
-    for (int64_t lane = 0; lane < lanes; lane += vl) {
-      const int64_t l = lane + vl <= lanes ? lane : lanes - vl;
-      Vec<T> square[vl];
-      _Pragma("GCC unroll 16")
-      for (int64_t k = 0; k < vl; ++k) square[k] = k < elements ? load<T>(from + (first + k) * lanes + l) : Vec<T>{};
-      transpose<T>(square);
-      for (int64_t k = 0; k < vl; ++k) {
-        IO* plane = to + (l + k) * apart + first;
-        if (elements == vl) store<T>(plane, square[k]);
-        else store_part<T>(plane, square[k], elements);
-      }
+  over_squares<T>(n, lanes, [&](int64_t first, int64_t elements, int64_t l) {
+    Vec<T> square[vl];
+    _Pragma("GCC unroll 16")
+    for (int64_t k = 0; k < vl; ++k) square[k] = k < elements ? load<T>(from + (first + k) * lanes + l) : Vec<T>{};
+    transpose<T>(square);
+    for (int64_t k = 0; k < vl; ++k) {
+      IO* plane = to + (l + k) * apart + first;
+      if (elements == vl) store<T>(plane, square[k]);
+      else store_part<T>(plane, square[k], elements);
     }
   });
 }
