@@ -33,7 +33,7 @@ constexpr Compiled<RadialFilterKernels> compiled = SPANET_COMPILED(radial_filter
 constexpr int64_t grain = 32768;
 
 // Channels of a chunk: adjacent elements are read at the speed of memory, others are not; of planes that lie apart few stay in the cache.
-int64_t chunk_of(const Tensor& x, int64_t lanes) { return (x.stride(1) == 1 ? 4 : x.size(1) < 64 ? 1 : 2) * lanes; }
+int64_t chunk_size(Cut cut, int64_t channels, int64_t lanes) { return (cut == Cut::lanes ? 4 : channels < 64 ? 1 : 2) * lanes; }
 
 // Whether planes in NCHW are brought side by side: to transpose them costs less than short rows do, and less than longer ones from so many
 // functions along a row on. What stays in registers (disc.h) is faster still; fp16 does not (runs.h). The same for any number of images,
@@ -47,7 +47,9 @@ bool are_gathered(const Tensor& x, int64_t radius_squared) {
 }
 
 Cut cut_of(const Tensor& x, int64_t radius_squared) {
-  return is_channels_last(x) || are_gathered(x, radius_squared) ? Cut::lanes : Cut::columns;
+  if (is_channels_last(x)) return Cut::lanes;
+  if (!are_gathered(x, radius_squared)) return Cut::columns;
+  return x.stride(1) == 1 ? Cut::lanes : Cut::gathered;  // planes of one pixel lie side by side
 }
 
 // The work on the planes of x, cut into units of so many elements.
@@ -59,8 +61,8 @@ template <class T> struct Plan : Work<T> {
     const int64_t plane = x.size(2) * x.size(3), image_bytes = x.size(1) * plane * x.element_size(), bytes = x.size(0) * image_bytes;
     units = x.size(0) * x.size(1);
     elements = plane;
-    if (cut == Cut::lanes) {
-      this->chunk = chunk_of(x, lanes);
+    if (cut != Cut::columns) {
+      this->chunk = chunk_size(cut, x.size(1), lanes);
       units = x.size(0) * chunks();
       elements *= this->chunk;
       uint32_t threads;
@@ -93,7 +95,7 @@ template <class T> struct Plan : Work<T> {
 // How many adjacent elements a kernel sees.
 int64_t adjacent(const Tensor& x, Cut cut, int64_t radius_squared) {
   const int64_t h = x.size(2), w = x.size(3);
-  return cut == Cut::lanes ? x.size(1) : axis_functions(h, radius_squared) * axis_functions(w, radius_squared) <= 25 ? h * w : w;
+  return cut != Cut::columns ? x.size(1) : axis_functions(h, radius_squared) * axis_functions(w, radius_squared) <= 25 ? h * w : w;
 }
 
 // Calls f(kernels, modes, plan) for the operator on x.
@@ -155,15 +157,15 @@ std::tuple<Tensor, Tensor> radial_filter_backward(const Tensor& grad, const Tens
   check_grad("radial_filter_backward", grad, x);
   const bool channels_last = grad.stride(1) == 1 && x.stride(1) == 1 && channels > 1;
   const bool gathered = are_gathered(grad, radius_squared) && are_gathered(x, radius_squared);
-  const Cut cut = channels_last || gathered ? Cut::lanes : Cut::columns;
+  const Cut cut = channels_last ? Cut::lanes : gathered ? Cut::gathered : Cut::columns;
   const int64_t lanes = adjacent(x, cut, radius_squared);
   for_dtype("radial_filter_backward", compiled, x.scalar_type(), lanes, [&]<class T, class IO>(const RadialFilterKernels<T, IO>& kernel) {
     const auto table = mode_table<T>(h, w, radius_squared, Extent::disc, kernel.lanes);
     const Modes<T>& modes = table->modes;
     int64_t chunk = 1, blocks = 1, units = channels, elements = images * h * w;
-    if (cut == Cut::lanes) {
+    if (cut != Cut::columns) {
       constexpr int64_t enough_units = 16;
-      chunk = chunk_of(x, kernel.lanes);
+      chunk = chunk_size(cut, channels, kernel.lanes);
       units = chunks_of(channels, chunk);
       blocks = std::min(images, (enough_units + units - 1) / units);
       units *= blocks;

@@ -13,9 +13,8 @@
 //         by dot products, more by a small GEMM. Columns that are not adjacent are first copied, a plane at a time.
 //         Radii 1 and 2 over planes of a few vectors stay in registers, two planes in a vector if their rows fit in half of it
 //         (disc.h). Rows of y are brought together in the cache where they are not whole vectors, and written by whole ones.
-//       lanes (channels_last, and NCHW where are_gathered says so): l is a channel; reduce along columns, then along rows, expand in
-//         reverse. Planes in NCHW are transposed on their way in and out. Threads share the rows of an image that leaves the cache or has
-//         too few channels for them.
+//       lanes (channels_last), gathered (NCHW, transposed on the way in and out): l is a channel; reduce along columns, then along rows,
+//         expand in reverse. Threads share the rows of an image that leaves the cache or has too few channels for them.
 // Every output is owned by one thread and the order of its sum is fixed: bit-equal for any number of threads.
 // Memory: x is read once from memory and once more from the cache, y is written once, past the cache if `stream` (columns).
 
@@ -30,23 +29,23 @@ namespace {
 
 template <class T, class IO>
 void filter(const Work<T>& work, const Modes<T>& m, Planes<const IO> x, Planes<IO> y, const Profile<T>& p, int64_t begin, int64_t end) {
-  if (work.cut == Cut::lanes && x.c == 1) filter_lanes<false>(work, m, x, y, p, begin, end);
-  else if (work.cut == Cut::lanes) filter_lanes<true>(work, m, x, y, p, begin, end);
+  if (work.cut == Cut::lanes) filter_lanes<false>(work, m, x, y, p, begin, end);
+  else if (work.cut == Cut::gathered) filter_lanes<true>(work, m, x, y, p, begin, end);
   else filter_columns(m, x, y, p, work.channels, work.stream, begin, end);
 }
 
 template <class T, class IO>
 void mode_coefficients(const Work<T>& work, const Modes<T>& m, Planes<const IO> x, T* out, int64_t begin, int64_t end) {
-  if (work.cut == Cut::lanes && x.c == 1) mode_coefficients_lanes<false>(work, m, x, out, begin, end);
-  else if (work.cut == Cut::lanes) mode_coefficients_lanes<true>(work, m, x, out, begin, end);
+  if (work.cut == Cut::lanes) mode_coefficients_lanes<false>(work, m, x, out, begin, end);
+  else if (work.cut == Cut::gathered) mode_coefficients_lanes<true>(work, m, x, out, begin, end);
   else mode_coefficients_columns(m, x, out, work.channels, begin, end);
 }
 
 template <class T, class IO>
 void backward(Cut cut, const Modes<T>& m, Planes<const IO> grad, Planes<const IO> x, double* sums, int64_t images, int64_t blocks,
               int64_t channels, int64_t chunk, int64_t begin, int64_t end) {
-  if (cut == Cut::lanes && grad.c == 1 && x.c == 1) backward_lanes<false>(m, grad, x, sums, images, blocks, channels, chunk, begin, end);
-  else if (cut == Cut::lanes) backward_lanes<true>(m, grad, x, sums, images, blocks, channels, chunk, begin, end);
+  if (cut == Cut::lanes) backward_lanes<false>(m, grad, x, sums, images, blocks, channels, chunk, begin, end);
+  else if (cut == Cut::gathered) backward_lanes<true>(m, grad, x, sums, images, blocks, channels, chunk, begin, end);
   else backward_columns(m, grad, x, sums, images, channels, begin, end);
 }
 

@@ -51,8 +51,9 @@ template <class T> struct Profile {
   int64_t base_stride, gain_shell, gain_channel;
 };
 
-// How the work is cut: by columns, one plane after the other, or by lanes, chunks of channels of one image side by side.
-enum class Cut { columns, lanes };
+// How the work is cut: by columns, one plane after the other, or by lanes, chunks of channels of one image side by side, as they lie or
+// gathered.
+enum class Cut { columns, lanes, gathered };
 
 // What is done of a cut. The three steps of lanes can be passes over one image, whose rows the threads share in the first and the last.
 enum Pass { reduce_pass = 1, mix_pass = 2, expand_pass = 4, all_passes = 7 };
@@ -60,7 +61,7 @@ enum Pass { reduce_pass = 1, mix_pass = 2, expand_pass = 4, all_passes = 7 };
 // Chunks that the channels are cut into; the last one takes the rest, so that none is shorter than `chunk` unless all are.
 inline int64_t chunks_of(int64_t channels, int64_t chunk) { return channels < chunk ? 1 : channels / chunk; }
 
-// Its units are planes (columns), image x chunk (lanes), or in a pass over one image chunks (mix_pass) or chunk x row.
+// Its units are planes (columns), image x chunk (lanes, gathered), or in a pass over one image chunks (mix_pass) or chunk x row.
 template <class T> struct Work {
   Cut cut;
   int64_t channels, chunk;
@@ -74,7 +75,7 @@ template <class T, class IO> struct RadialFilterKernels {
   void (*filter)(const Work<T>&, const Modes<T>&, Planes<const IO> x, Planes<IO> y, const Profile<T>&, int64_t begin, int64_t end);
   // over the same units; out is (B, C, inside)
   void (*mode_coefficients)(const Work<T>&, const Modes<T>&, Planes<const IO> x, T* out, int64_t begin, int64_t end);
-  // gradient of the profile over units [begin, end): channels over all images (columns), or block of images x chunk (lanes);
+  // gradient of the profile over units [begin, end): channels over all images (columns), or block of images x chunk (else);
   // sums is (blocks, inside + 1, C), zeros before: the products of every mode, not normalised, then <grad, x>
   void (*backward)(Cut, const Modes<T>&, Planes<const IO> grad, Planes<const IO> x, double* sums, int64_t images, int64_t blocks,
                    int64_t channels, int64_t chunk, int64_t begin, int64_t end);
