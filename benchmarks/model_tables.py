@@ -22,9 +22,11 @@ def problem(row: Row) -> tuple[int, int, str]:
     return row["size"], row["batch"], row["dtype"]
 
 
-def rate(row: Row | None, form: str = "eager") -> float | None:
-    """Images per second, or None for a model that did not compete."""
-    seconds = median(row, form) if row else None
+def rate(row: Row | None, form: str | None = None) -> float | None:
+    """Images per second, without a form in a CUDA graph on a GPU, else eager; None for a model that did not compete."""
+    if row and form is None:
+        form = "graph" if median(row, "graph") else "eager"
+    seconds = median(row, form) if row and form else None
     return row["batch"] / seconds if row and seconds else None
 
 
@@ -58,7 +60,7 @@ def targets(row: Row, rows: list[Row], environment: dict[str, Any]) -> list[Targ
         ratio("published network in fp32", ours, fastest(beside(rows, row, published, "fp32")), 3.5)
     if pool := POOLFORMERS.get(row["model"]):
         other = beside(rows, row, f"poolformer_{pool}")
-        ratio("PoolFormer of the same size, eager", ours, rate(other, "graph") or rate(other), 1)
+        ratio("PoolFormer of the same size, eager", ours, rate(other), 1)
         ratio("PoolFormer of the same size, compiled", rate(row, "compiled"), rate(other, "compiled"), 0.75)
     if row["model"] == "spanet_small":
         for name in FIELD:
@@ -85,7 +87,7 @@ def targets_table(section: str) -> Callable[[Results], str]:
 
 
 def measured_forms(rows: list[Row]) -> list[str]:
-    return [form for form in NAMES if form != "graph" or any(form in row["competitors"] for row in rows)]
+    return [form for form in NAMES if form == "compiled" or any(form in row["competitors"] for row in rows)]
 
 
 def cells(row: Row, rows: list[Row], environment: dict[str, Any]) -> list[str]:
@@ -93,11 +95,10 @@ def cells(row: Row, rows: list[Row], environment: dict[str, Any]) -> list[str]:
     batch = f"{row['batch']}" + (f" (of {row['asked batch']})" if row["batch"] != row["asked batch"] else "")
     start = [row["title"], f"{row['size']}", batch, row["dtype"], row.get("layout", "-").replace("nchw", "NCHW")]
     forms = measured_forms(rows)
-    if rate(row) is None:
+    if not rate(row):
         return [*start, "refused", *["-"] * (len(forms) + 6)]
-    form = "graph" if "graph" in forms else "eager"
-    speed, small = rate(row, form), rate(beside(rows, row, "spanet_small"), form)
-    seconds = row["batch"] / (speed or rate(row))
+    speed, small = rate(row), rate(beside(rows, row, "spanet_small"))
+    seconds = row["batch"] / speed
     speeds = {name: rate(row, name) for name in forms}
     return [
         *start,
@@ -127,8 +128,9 @@ LEGEND = (
 def speed_table(section: str) -> Callable[[Results], str]:
     def table(results: Results) -> str:
         rows, environment = results[section]["rows"], results[section]["environment"]
-        header = [*START, *(NAMES[form] for form in measured_forms(rows)), *REST]
-        return markdown(header, (cells(row, rows, environment) for row in rows)) + LEGEND + notes(rows, environment, "eager")
+        forms = measured_forms(rows)
+        header = [*START, *(NAMES[form] for form in forms), *REST]
+        return markdown(header, (cells(row, rows, environment) for row in rows)) + LEGEND + notes(rows, environment, forms[0])
 
     return table
 

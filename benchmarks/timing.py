@@ -44,14 +44,23 @@ class Clock(Protocol):
         """Seconds of each function, run in the order given."""
 
 
-class CpuClock:
-    """Wall time of a call; its result is freed after the clock has stopped."""
+class WallClock:
+    """Wall time of a call, the host's part and the device's, which is idle before; its result is freed after the clock has stopped."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def _settle(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     def round(self, functions: Sequence[Function]) -> list[float]:
         seconds = []
         for function in functions:
+            self._settle()
             start = time.perf_counter()
             result = function()
+            self._settle()
             seconds.append(time.perf_counter() - start)
             del result
         return seconds
@@ -124,7 +133,8 @@ class CallClock:
 
 
 def clock_for(device: torch.device) -> Clock:
-    return CudaClock(device) if device.type == "cuda" else CpuClock()
+    """That of operators: without the host's part on a GPU."""
+    return CudaClock(device) if device.type == "cuda" else WallClock(device)
 
 
 def interleave(functions: Mapping[str, Function], clock: Clock, budget: float, samples: int = 100, least: int = 3) -> dict[str, Timing]:

@@ -24,6 +24,7 @@ def launch_all(dtypes: list[torch.dtype]) -> int:
     launches = 0
     for (shape, radius), dtype, layout in itertools.product(SHAPES, dtypes, LAYOUTS):
         x, grad = make_input(shape, dtype, layout, "cuda"), make_input(shape, dtype, layout, "cuda", seed=1)
+        grad.mul_(1 / 64)  # its sums over a batch stay below 65504
         base, gain = make_profile(shape[1], radius, dtype, "cuda")
         squared = modes.squared_radius(radius)
         y = torch.ops.spanet_kernels.radial_filter(x, base, gain, squared)
