@@ -23,14 +23,21 @@ inline int vector_columns(const Shape& shape, int64_t size, std::initializer_lis
   return 1;
 }
 
+// Whether the planes of a contiguous tensor lie behind one another.
+inline bool is_run(const Shape& shape, const View& view) {
+  const auto [batch, channels, height, width, last] = shape;
+  const int64_t plane = height * width;
+  return !last && (width == 1 || view.w == 1) && (height == 1 || view.h == width) && (channels == 1 || view.c == plane) &&
+         (batch == 1 || view.b == channels * plane);
+}
+
 // How a tensor moves to and from the tiles of a plan.
 inline Move movement(const Shape& shape, const Tiling& plan, const View& view, int64_t size) {
   const auto [batch, channels, height, width, last] = shape;
   const int64_t word = 16 / size, plane = height * width;
   const bool rows = width == 1 || view.w == 1, planes = rows && (height == 1 || view.h == width);
-  const bool dense = planes && (channels == 1 || view.c == plane) && (batch == 1 || view.b == channels * plane);
   const bool bands = !plan.mirrored && plan.columns == width;  // of whole rows
-  if (!last && bands && dense) return Move::kRun;
+  if (bands && is_run(shape, view)) return Move::kRun;
   bool aligned = reinterpret_cast<uintptr_t>(view.data) % 16 == 0 && (batch == 1 || view.b % word == 0);
   if (last) {
     aligned = aligned && (channels == 1 || view.c == 1) && (height == 1 || view.h % word == 0) && (width == 1 || view.w % word == 0);

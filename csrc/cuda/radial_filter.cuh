@@ -5,7 +5,8 @@
 //   U[a][j] = sum_b Z[a][b] cos|sin(2 pi f_b j / W)
 //   y[i][j] = base x[i][j] + sum_a cos|sin(2 pi f_a i / H) U[a][j]
 //
-// Small planes (resident_filter.cuh) and planes beyond shared memory (large_filter.cuh) with r^2 <= 4 have kernels of their own.
+// With r^2 <= 4, small planes (resident_filter.cuh, pixels_filter.cuh, channels_filter.cuh) and others whose rows or pixels are adjacent
+// (large_filter.cuh) have kernels of their own.
 //
 // Rows m and H - m share their cosines and, up to sign, their sines: the sums over rows run over such pairs.
 // Tile (shared memory, dtype of x): contiguous [plane p][row i][column j], channels_last [row i][column j][channel p].

@@ -9,6 +9,7 @@ constexpr int kMaxThreads = 384;   // twice on a multiprocessor with 80 register
 constexpr int kSlicedBlock = 4;    // frequencies FB at a time where a plane does not fit or has more of them
 constexpr int kChunk = 3;          // functions of the H axis that are projected at a time
 constexpr int kSmallShells = 32;   // shells of a squared radius below this travel with the launch
+constexpr int64_t kWorkspaceBytes = 256 << 20;  // partial sums of a plane for one sequence of launches
 
 struct Plan : Tiling {  // mirrored: slices of planes, else whole ones
   int64_t first_plane;

@@ -16,7 +16,6 @@ namespace spanet {
 
 constexpr int64_t kTileBytes = 24 << 10;        // small planes are gathered up to this: several blocks per multiprocessor
 constexpr int64_t kSliceBytes = 48 << 10;       // slices of large planes
-constexpr int64_t kWorkspaceBytes = 256 << 20;  // partial coefficients of one pair of launches
 
 // tiles: operands that share a block's memory. Returns a plan with threads = 0 if whole planes do not fit.
 template <typename T, int FB>
@@ -116,8 +115,10 @@ template <int FB> int64_t partial_size(const Plan& plan) {
 template <typename T>
 void RadialFilter<T>::forward(const Shape& shape, View x, View y, const Profile<Wide<T>>& profile, int64_t radius_squared, Device& device) {
   using W = Wide<T>;
-  if constexpr (sizeof(T) < 8)
+  if constexpr (sizeof(T) < 8) {
     if (run_resident_filter<T>(shape, x, y, profile, radius_squared, device)) return;
+    if (run_large_filter<T>(shape, x, y, profile, radius_squared, device)) return;
+  }
   const int vec = vector_columns(shape, sizeof(T), {x.data, y.data});
   const int64_t limit = spectrum_limit(shape, radius_squared), frequency = integer_root(limit);
   const auto whole = [&](auto vec_constant, auto fb) {
@@ -160,9 +161,6 @@ void RadialFilter<T>::forward(const Shape& shape, View x, View y, const Profile<
       if (frequency <= 2 && vec == 2 && whole(Constant<2>{}, Constant<2>{})) return;
   }
   if (frequency <= 2 && vec != 4 && whole(Constant<1>{}, Constant<2>{})) return;
-  if constexpr (sizeof(T) < 8) {
-    if (run_large_filter<T>(shape, x, y, profile, radius_squared, device)) return;
-  }
   if constexpr (kVectors) {
     if (frequency <= kSlicedBlock && vec == 4 && whole(Constant<4>{}, Constant<kSlicedBlock>{})) return;
     if (vec == 4) return sliced(Constant<4>{});

@@ -3,6 +3,7 @@
 
 #include "channels_filter.cuh"
 #include "moves.cuh"
+#include "pixels_filter.cuh"
 #include "resident_filter.cuh"
 
 namespace spanet {
@@ -81,6 +82,16 @@ inline void share_lanes(Resident& plan, int words) {
   for (plan.shift = 3; 1 << plan.shift < words; ++plan.shift) {}
 }
 
+template <typename T, int VEC, int SIZE, int TEAMS, bool LAST>
+bool run_pixels(const Shape& shape, Resident plan, const View& x, const View& y, const Profile<float>& profile, const Device& device) {
+  in_images(shape, [&](int64_t image, int64_t count) {
+    plan.planes = static_cast<unsigned>(count / VEC);
+    launch(pixels_kernel<T, VEC, SIZE, TEAMS, LAST>, ceil_div(plan.planes, kPixelThreads / TEAMS), kPixelThreads, 0, device.stream, plan,
+           from_image(x, image, sizeof(T)), from_image(y, image, sizeof(T)), profile);
+  });
+  return true;
+}
+
 template <typename T>
 bool run_channels_filter(const Shape& shape, const View& x, const View& y, const Profile<float>& profile, int64_t radius_squared,
                          const Device& device) {
@@ -92,15 +103,6 @@ bool run_channels_filter(const Shape& shape, const View& x, const View& y, const
   plan.pitch_y = row_pitch(shape, y, sizeof(T));
   plan.words = static_cast<int>(shape.channels / VEC);
   plan.chunks = static_cast<int>(ceil_div(shape.channels, kChannels));
-  const auto pixels = [&](auto rows, auto teams) {
-    constexpr int TEAMS = decltype(teams)::value;
-    in_images(shape, [&](int64_t image, int64_t count) {
-      plan.planes = static_cast<unsigned>(count / VEC);
-      launch(pixels_kernel<T, VEC, decltype(rows)::value, TEAMS>, ceil_div(plan.planes, kPixelThreads / TEAMS), kPixelThreads, 0, device.stream,
-             plan, from_image(x, image, sizeof(T)), from_image(y, image, sizeof(T)), profile);
-    });
-    return true;
-  };
   const auto by_chunks = [&](auto kernel, int64_t columns, int64_t tile_bytes) {  // columns: to a word
     const int threads = static_cast<int>(ceil_div(columns * kResidentWords, 32)) * 32;
     const int64_t floats = shape.width * 4 + kChannels * kSlots * (1 + threads / 32), bytes = floats * sizeof(float) + tile_bytes;
@@ -118,13 +120,16 @@ bool run_channels_filter(const Shape& shape, const View& x, const View& y, const
   using Some = Constant<kNothing>;
   using Exact = Constant<kHeight>;
   const bool square = shape.height == shape.width && spectrum_limit(shape, radius_squared) <= 1;
+  const auto pixels = [&](auto rows, auto teams) {
+    return run_pixels<T, VEC, decltype(rows)::value, decltype(teams)::value, true>(shape, plan, x, y, profile, device);
+  };
   if (square && size == 7) return pixels(Constant<7>{}, Constant<1>{});
   if (square && size == 14) return pixels(Constant<14>{}, Constant<2>{});
   if (size <= 7) return shape.height == 7 ? in_registers(Constant<7>{}, Exact{}) : in_registers(Constant<14>{}, Some{});
   if (size <= 14) return shape.height == 14 ? in_registers(Constant<14>{}, Exact{}) : in_registers(Constant<14>{}, Some{});
   if (size <= 28) return shape.height == 28 ? in_registers(Constant<28>{}, Exact{}) : in_registers(Constant<28>{}, Some{});
   const int64_t tile_bytes = shape.height * shape.width * kChannels * sizeof(T);
-  const bool staged = words_in_pixels(shape, x, sizeof(T), 16 / sizeof(T)) && by_chunks(staged_kernel<T, VEC>, ceil_div(shape.width, 2), tile_bytes);
+  const bool staged = words_in_pixels(shape, x, sizeof(T), 16 / sizeof(T)) && by_chunks(staged_kernel<T, VEC>, shape.width, tile_bytes);
   return staged || in_registers(Constant<56>{}, Some{});
 }
 
@@ -149,6 +154,13 @@ bool run_resident_filter(const Shape& shape, const View& x, const View& y, const
     });
     return true;
   };
+  const auto run_of_words = [&](const View& view) { return is_run(shape, view) && reinterpret_cast<uintptr_t>(view.data) % 16 == 0; };
+  if (shape.height == shape.width && spectrum_limit(shape, radius_squared) <= 1 && run_of_words(x) && run_of_words(y)) {
+    Resident plan = make_resident(shape, radius_squared);
+    plan.words = plan.channels;
+    if (shape.height == 7) return run_pixels<T, 1, 7, 1, false>(shape, plan, x, y, profile, device);
+    if (shape.height == 14) return run_pixels<T, 1, 14, 2, false>(shape, plan, x, y, profile, device);
+  }
   const auto words = [&](int vec) { return words_in_rows(shape, x, sizeof(T), vec) && words_in_rows(shape, y, sizeof(T), vec); };
   const bool two = words(2), one = words(1) && shape.width <= 32;
   const auto exact = [&](int size) { return shape.height == size && shape.width == size && x.h == size && y.h == size; };

@@ -152,7 +152,7 @@ def _by_fft(x: Tensor, base: Tensor, gain: Tensor, radius_squared: int) -> Tenso
     shells = modes.half_spectrum_shells(height, width, radius_squared, x.device)
     if base.stride(0) == 0 and gain.stride(1) == 0:  # one profile for all channels
         base, gain = base[:1], gain[:, :1]
-    values = torch.cat([gain + base, base[None]])
+    values = torch.cat([gain + base, base[None]]) / (height * width)  # what the inverse transform would take a pass of its own for
     if values.requires_grad or values.shape[1] != 1:
         mask = values.T.contiguous().index_select(1, shells[..., 0].flatten()).unflatten(1, (height, -1))
         spectrum = torch.fft.rfft2(x.to(base.dtype))
@@ -161,7 +161,7 @@ def _by_fft(x: Tensor, base: Tensor, gain: Tensor, radius_squared: int) -> Tenso
         mask = values.flatten().index_select(0, shells.flatten()).view(shells.shape)
         spectrum = torch.fft.rfft2(x.to(base.dtype))
         torch.view_as_real(spectrum).mul_(mask)
-    y = torch.fft.irfft2(spectrum, s=(height, width)).to(x.dtype)
+    y = torch.fft.irfft2(spectrum, s=(height, width), norm="forward").to(x.dtype)
     return modes.like(y, x)
 
 
