@@ -10,6 +10,7 @@ Importing this module loads the compiled operators and fills the dispatcher's em
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.metadata
 import importlib.util
@@ -63,12 +64,13 @@ def _triton_missing() -> str | None:
 
 
 def _triton(op: str) -> Callable[..., Any]:
-    def launch(*args: Any) -> Any:
+    @functools.cache
+    def launcher() -> Callable[..., Any]:
         # triton is imported by the first call, not by the package
-        kernels = importlib.import_module(f"spanet_kernels.triton_kernels.{_IN_TRITON[op]}")
-        return getattr(kernels, op)(*args)
+        found: Callable[..., Any] = getattr(importlib.import_module(f"spanet_kernels.triton_kernels.{_IN_TRITON[op]}"), op)
+        return found
 
-    return launch
+    return lambda *args: launcher()(*args)
 
 
 _BY_MODES = {

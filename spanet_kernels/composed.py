@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import modes
-from .products import Branch, column_sums, image, linear, multiplied_in, pair, pair_serves, parts, product, rows, summed, write
+from .products import Branch, cast, column_sums, image, linear, multiplied_in, pair, pair_serves, parts, product, rows, summed, write
 
 PART = 2 * 2**20  # bytes of a tensor of the images that a CPU takes at a time; in the backward pass, with more of them in use:
 BACKWARD_PART = 7 * 2**18
@@ -32,6 +32,9 @@ def exact(function: Callable[P, T]) -> Callable[P, T]:
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        if not torch.compiler.is_compiling():
+            with torch._C._DisableAutocast():  # in a fifth of the time of torch.autocast
+                return function(*args, **kwargs)
         x = args[0]
         assert isinstance(x, Tensor)
         if x.is_meta or not torch.is_autocast_enabled(x.device.type):
@@ -174,10 +177,12 @@ def spectral_mixer(
     branch: Branch = Branch(),  # noqa: B008  an immutable value
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`reference.spectral_mixer`; keep returns for the gradients t and, on GPUs, z and its coefficients, on a CPU W F(z) + b of
-    many channels; what it does not keep is empty.
+    many channels; what it does not keep is empty. The weights may be of any dtype.
 
     With a branch, the residual branch that the mixer makes; x and its residual are then dense, and in one dtype with all the weights.
     """
+    in_weight, in_bias, weight, bias, out_weight, out_bias = cast((in_weight, in_bias, weight, bias, out_weight, out_bias), (x.dtype,) * 6)
+    row_weight, row_bias, column_weight, column_bias = cast((row_weight, row_bias, column_weight, column_bias), (base.dtype,) * 4)
     wanted = radius_squared if takes_coefficients(x) else -1
     out = _whole(x, modes.memory_format(x))
     with_context = keep and keeps_context(x)
@@ -243,7 +248,12 @@ def spectral_mixer_backward(
     radius_squared: int,
     profile_learns: bool,
 ) -> tuple[Tensor, ...]:
-    """Gradients of `spectral_mixer` to x and, in its order, to every weight, bias, base and gain; what was not kept is computed again."""
+    """Gradients of `spectral_mixer` to x and, in its order, to every weight, bias, base and gain, each in its dtype, of in_bias and
+    out_bias that of their weights; what was not kept is computed again."""
+    convs = row_weight, row_bias, column_weight, column_bias
+    given = in_weight, in_weight, *convs, weight, bias, base, gain, out_weight, out_weight
+    in_weight, weight, bias, out_weight = cast((in_weight, weight, bias, out_weight), (x.dtype,) * 4)
+    row_weight, row_bias, column_weight, column_bias = cast(convs, (base.dtype,) * 4)
     x_grad = torch.empty_like(x, memory_format=modes.memory_format(x))
     gate_args = weight, bias, base, gain, radius_squared
     sums: list[Tensor] = []
@@ -264,5 +274,4 @@ def spectral_mixer_backward(
         grads = [product(t_grad.mT, rows(x[part])), column_sums(t_grad), *conv, *gate, column_sums(g)]
         sums = summed(sums, grads, part.stop >= len(x))
         del t_grad, grads
-    dtypes = [x.dtype] * 2 + [base.dtype] * 4 + [x.dtype] * 2 + [base.dtype] * 2 + [x.dtype] * 2
-    return x_grad, *(total.to(dtype) for total, dtype in zip(sums, dtypes, strict=True))
+    return x_grad, *cast(sums, [like.dtype for like in given])

@@ -98,6 +98,12 @@ def _spectral_gate(
 
 def _spectral_mixer(x: Tensor, in_weight: Tensor, in_bias: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     row_weight, row_bias, column_weight, column_bias, weight, bias, base, gain, out_weight, out_bias, radius_squared, _ = args
+    in_weight, in_bias, weight, bias, out_weight, out_bias = (
+        value.to(x.dtype) for value in (in_weight, in_bias, weight, bias, out_weight, out_bias)
+    )
+    row_weight, row_bias, column_weight, column_bias = (
+        value.to(base.dtype) for value in (row_weight, row_bias, column_weight, column_bias)
+    )
     t = functional.conv2d(x, in_weight[:, :, None, None], in_bias)
     z, coefficients = _axial_conv(t, row_weight, row_bias, column_weight, column_bias, radius_squared)
     y = _spectral_gate(z, coefficients, weight, bias, base, gain, radius_squared)

@@ -10,7 +10,7 @@ Nothing here is differentiable.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -47,9 +47,23 @@ def product(left: Tensor, right: Tensor) -> Tensor:
     return product(left.float(), right).to(left.dtype) if widens(left) else left @ right.to(left.dtype)
 
 
+def cast(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
+    """Each of the tensors in its dtype; on a GPU all that change in one launch."""
+    changed = [(index, dtype) for index, (tensor, dtype) in enumerate(zip(tensors, dtypes, strict=True)) if tensor.dtype != dtype]
+    results = list(tensors)
+    if changed and results[0].is_cuda and not torch.compiler.is_compiling():
+        for index, dtype in changed:
+            results[index] = torch.empty_like(tensors[index], dtype=dtype)
+        torch._foreach_copy_([results[index] for index, _ in changed], [tensors[index] for index, _ in changed])
+        return results
+    for index, dtype in changed:
+        results[index] = tensors[index].to(dtype)
+    return results
+
+
 def widens(x: Tensor) -> bool:
     """Whether products of it are faster in float32, conversions included."""
-    return x.device.type == "cpu" and x.dtype in _WIDENED
+    return x.is_cpu and x.dtype in _WIDENED
 
 
 def multiplied_in(x: Tensor) -> torch.dtype:
@@ -69,7 +83,7 @@ def place(y: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
 
 
 def onednn_serves(x: Tensor) -> bool:
-    return bool(x.device.type == "cpu" and x.dtype in _DTYPES and x.numel() > 0 and torch.backends.mkldnn.enabled)
+    return bool(x.is_cpu and x.dtype in _DTYPES and x.numel() > 0 and torch.backends.mkldnn.enabled)
 
 
 class Branch(NamedTuple):
@@ -141,11 +155,12 @@ def parts(x: Tensor, size: int) -> list[slice]:
 
     All at once in a graph, which serves any number of images.
     """
-    if torch.compiler.is_compiling():
-        return [slice(0, len(x))]
-    count = min(len(x), -(-x.numel() * multiplied_in(x).itemsize // size)) if x.device.type == "cpu" else 1
-    step = -(-len(x) // max(count, 1))
-    return [slice(start, start + step) for start in range(0, len(x), step or 1)] or [slice(0, 0)]
+    images = x.shape[0]
+    if not x.is_cpu or torch.compiler.is_compiling():
+        return [slice(0, images)]
+    count = min(images, -(-x.numel() * multiplied_in(x).itemsize // size))
+    step = -(-images // max(count, 1))
+    return [slice(start, start + step) for start in range(0, images, step or 1)] or [slice(0, 0)]
 
 
 def summed(sums: list[Tensor], more: list[Tensor], last: bool) -> list[Tensor]:

@@ -198,7 +198,16 @@ def spectral_mixer(
     radius_squared: int,
     keep: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """proj_out(gate(axial_conv(proj_in(x)))), proj_in and proj_out being 1x1 convolutions; and what its gradients need, or nothing."""
+    """proj_out(gate(axial_conv(proj_in(x)))), proj_in and proj_out being 1x1 convolutions; and what its gradients need, or nothing.
+
+    The weights, of any dtype, are computed with in that of x, those of the axial convolution in that of base.
+    """
+    row_weight, row_bias, column_weight, column_bias = (
+        value.to(base.dtype) for value in (row_weight, row_bias, column_weight, column_bias)
+    )
+    in_weight, in_bias, weight, bias, out_weight, out_bias = (
+        value.to(x.dtype) for value in (in_weight, in_bias, weight, bias, out_weight, out_bias)
+    )
     t = torch.einsum("oc,bchw->bohw", in_weight, x) + in_bias[:, None, None]
     z, coefficients = axial_conv(t, row_weight, row_bias, column_weight, column_bias, radius_squared)
     y = spectral_gate(z, coefficients, weight, bias, base, gain, radius_squared)
@@ -207,19 +216,21 @@ def spectral_mixer(
 
 
 def spectral_mixer_backward(grad: Tensor, x: Tensor, t: Tensor, z: Tensor, coefficients: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    """Gradients of <grad, spectral_mixer(x, ...)>: to x, then in its order to all weights, biases, base and gain."""
+    """Gradients of <grad, spectral_mixer(x, ...)>: to x, then in its order to all weights, biases, base and gain, each in its dtype."""
     in_weight, row_weight, row_bias, column_weight, column_bias, weight, bias, base, gain, out_weight, radius_squared, _ = args
     zero = torch.zeros_like
-    args = (in_weight, zero(bias), row_weight, row_bias, column_weight, column_bias, weight, bias, base, gain, out_weight, zero(bias))
+    convs, gate = (row_weight, row_bias, column_weight, column_bias), (weight, bias, base, gain)
+    args = in_weight, zero(in_weight[0]), *convs, *gate, out_weight, zero(out_weight[0])
     with torch.enable_grad():
-        inputs = [a.detach().requires_grad_() for a in (x, *args)]
+        given = [a.detach().requires_grad_() for a in (x, *args)]
+        inputs = [value.to(base.dtype if 3 <= i <= 6 or 9 <= i <= 10 else x.dtype) for i, value in enumerate(given)]
         # t depends on a bias that the gradients do not: take it as it was
         hidden = torch.einsum("oc,bchw->bohw", inputs[1], inputs[0]) + inputs[2][:, None, None]
         hidden = hidden + (t - hidden).detach()
         moved, _ = axial_conv(hidden, inputs[3], inputs[4], inputs[5], inputs[6], -1)
         y = spectral_gate(moved, coefficients, inputs[7], inputs[8], inputs[9], inputs[10], radius_squared)
         out = torch.einsum("oc,bchw->bohw", inputs[11], y) + inputs[12][:, None, None]
-    return torch.autograd.grad(out, inputs, grad)
+    return torch.autograd.grad(out, given, grad)
 
 
 def gelu(x: Tensor, bias: Tensor | None, grad: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -26,13 +26,15 @@ class Log(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.ours, self.copies = Counter(), Counter()
+        self.ours, self.copies, self.casts = Counter(), Counter(), Counter()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         namespace, name, *_ = str(function).split(".")
         if namespace == "spanet_kernels":
             self.ours[name] += 1
-        elif name in COPIES and any(isinstance(arg, torch.Tensor) and arg.numel() >= math.prod(SHAPE[1:]) for arg in args):
+        elif name in ("_foreach_copy_", "_to_copy"):
+            self.casts[name] += 1
+        if name in COPIES and any(isinstance(arg, torch.Tensor) and arg.numel() >= math.prod(SHAPE[1:]) for arg in args):
             self.copies[name] += 1
         return function(*args, **(kwargs or {}))
 
@@ -86,3 +88,18 @@ def test_training_copies_no_image(dtype, gate):
         assert grads[0].is_contiguous(memory_format=torch.channels_last)
     assert log.ours[gate] == 1
     assert not log.copies
+
+
+def test_weights_in_fp32_are_cast_in_one_launch():
+    """And the gradients of those that were, from 16 bits; biases are summed in fp32, which theirs stay."""
+    with FakeTensorMode(), torch.no_grad():
+        x, weight, vector = image(torch.bfloat16), torch.empty(64, 64, device="cuda"), torch.empty(64, device="cuda")
+        taps, gain = torch.empty(64, 7, device="cuda"), torch.empty(4, 64, device="cuda")
+        args = weight, vector, taps, vector, taps, vector, weight, vector, vector, gain, weight, vector
+        with Log() as forward:
+            out, *kept = composed.spectral_mixer(x, *args, 4, True)
+        with Log() as backward:
+            grads = composed.spectral_mixer_backward(out, x, *kept, *(arg for i, arg in enumerate(args) if i not in (1, 11)), 4, True)
+        assert [grad.dtype for grad in grads] == [x.dtype, *[torch.float32] * 12]
+    assert forward.casts == {"_foreach_copy_": 1}
+    assert backward.casts["_foreach_copy_"] == 2

@@ -29,6 +29,7 @@ from spanet_kernels import (
     reference,
     spectral_gate,
     spectral_mixer,
+    use,
 )
 from spanet_kernels._native import cpu_capability
 from spanet_kernels.testing import DTYPES, LAYOUTS, make_input, make_profile
@@ -179,6 +180,21 @@ def test_opcheck(shape, dtype, layout):
         OPS.spectral_gate_backward.default, (y, plain[0], OPS.mode_coefficients(plain[0], 1), *inputs[5:9], 1, False), **tolerance
     )
     torch.library.opcheck(OPS.mode_coefficients.default, (plain[0], 1), **tolerance)
+
+
+def test_weights_of_the_operator_are_of_any_dtype():
+    """As autocast has them: the same result as of weights that are cast before, and gradients in the dtypes of the weights."""
+    x, *weights = mixer_arguments((2, 8, 5, 6), 2, torch.bfloat16, "channels_last")
+    flat = [a.flatten(1) if a.dim() == 4 else a for a in weights]
+    wide = [a.float().requires_grad_() for a in flat]
+    torch.library.opcheck(OPS.spectral_mixer.default, (x, *wide, 4, True), rtol=4e-2, atol=4e-2)
+    for y, again in zip(OPS.spectral_mixer(x, *flat, 4, True), OPS.spectral_mixer(x, *wide, 4, True), strict=True):
+        torch.testing.assert_close(y, again.detach(), rtol=0, atol=0)
+    for implementation in ("modes", "reference"):
+        with use(implementation):
+            y, *_ = OPS.spectral_mixer(x, *wide, 4, True)
+            grads = torch.autograd.grad(y, wide, torch.ones_like(y))
+        assert [grad.dtype for grad in grads] == [torch.float32] * 12
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])

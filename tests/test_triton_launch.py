@@ -10,6 +10,7 @@ import torch
 pytest.importorskip("triton")
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.knobs import HookChain
 from triton.runtime.jit import JITFunction
 
 from spanet_kernels.triton_kernels import launch as module
@@ -20,7 +21,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU it
 
 
 class Driver:
-    """Compiles for sm_90, loads nothing, and keeps what is launched: grid, machine code and arguments."""
+    """Compiles for sm_90, loads nothing, and keeps what is launched: grid, machine code, arguments and hooks."""
 
     def __init__(self):
         self.launches = []
@@ -36,9 +37,16 @@ class Driver:
 
     def launcher_cls(self, source, metadata):
         def run(x, y, z, stream, function, packed, about, before, after, *args):
-            self.launches.append(((x, y, z), function, args))
+            self.launches.append(((x, y, z), function, args, (before, after)))
 
         return run
+
+
+class Elsewhere(torch.Tensor):
+    """Of a GPU that is not there."""
+
+    def get_device(self):
+        return 1
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +75,12 @@ def launches():
 
 
 def same(left, right):
-    """Tensors themselves, not equal ones."""
-    return left[:2] == right[:2] and len(left[2]) == len(right[2]) and all(a is b or a == b for a, b in zip(left[2], right[2], strict=True))
+    """As a kernel has them: of tensors their addresses."""
+    return addressed(left) == addressed(right)
+
+
+def addressed(launch):
+    return *launch[:2], [arg.data_ptr() if isinstance(arg, torch.Tensor) else arg for arg in launch[2]]
 
 
 def test_a_remembered_launch_is_tritons(driver, monkeypatch):
@@ -85,7 +97,29 @@ def test_a_remembered_launch_is_tritons(driver, monkeypatch):
     assert len(driver.launches) == 3 * count
     assert all(map(same, theirs, first))
     assert all(map(same, theirs, again))
-    assert len({function for _, function, _ in theirs}) >= 6  # the cases tell kernels apart
+    assert len({function for _, function, *_ in theirs}) >= 6  # the cases tell kernels apart
+
+
+@pytest.mark.parametrize("hook", ["launch_enter_hook", "launch_exit_hook"])
+def test_hooks_see_the_launches(driver, monkeypatch, hook):
+    """Those of a profiler, whose kernels may not be launched past them."""
+    x, chain = torch.zeros(64, 32), HookChain()
+    monkeypatch.setattr(triton.knobs.runtime, hook, chain)
+    for watches in (False, False, True, False):
+        chain.calls = [print] if watches else []
+        launch(_sums_kernel, (1, 2), x, x, 64, 32, 64, BR=64, BC=16, V=1, num_warps=4)
+    hooks = [launched[3][hook == "launch_exit_hook"] for launched in driver.launches]
+    assert hooks == [chain, None, chain, None]
+    assert len({launched[:2] for launched in driver.launches}) == 1
+
+
+def test_a_tensor_of_another_device_is_tritons_to_refuse(driver):
+    """Addresses say nothing of the device, so it is part of what is remembered."""
+    x, elsewhere = torch.zeros(64, 32), Elsewhere(torch.zeros(64, 32))
+    for out in (x, x, elsewhere):
+        launch(_sums_kernel, (1, 2), x, out, 64, 32, 64, BR=64, BC=16, V=1, num_warps=4)
+    assert driver.launches[1][2][1] == x.data_ptr()
+    assert driver.launches[2][2][1] is elsewhere
 
 
 def test_remembered_launches_are_few(driver, monkeypatch):
@@ -94,7 +128,7 @@ def test_remembered_launches_are_few(driver, monkeypatch):
     for programs in range(1, 9):
         launch(_sums_kernel, (programs, 2), x, x, 64, 32, 64, BR=64, BC=16, V=1, num_warps=4)
         assert len(module._known) <= 3
-    assert [grid for grid, _, _ in driver.launches] == [(programs, 2, 1) for programs in range(1, 9)]
+    assert [grid for grid, *_ in driver.launches] == [(programs, 2, 1) for programs in range(1, 9)]
 
 
 def test_sizes_are_tritons():

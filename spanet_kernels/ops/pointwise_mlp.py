@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from .. import modes
 from ..composed import exact
 from ..products import (
     Branch,
+    cast,
     column_sums,
     linear,
     multiplied_in,
@@ -76,12 +78,12 @@ def pointwise_mlp(
     inferred, dtype = infers(x, *weights, *branch) and not is_traced(), autocast_dtype(x)
     if inferred and dtype in (None, x.dtype):
         return _inferred(x, *(*weights, branch))
-    x = normalised(branch, x)
+    x = normalised(branch, x).to(dtype or x.dtype)
+    if not inferred and is_eager() and not is_traced():
+        return branch.added(_Mlp.apply(x, *weights))
     if dtype:
-        x, weights = x.to(dtype), tuple(None if weight is None else weight.to(dtype) for weight in weights)
-    if inferred:
-        return branch.added(_inferred(x, *(*weights, Branch())))
-    return branch.added(_Mlp.apply(x, *weights) if is_eager() and not is_traced() else _composition(x, *weights))
+        weights = tuple(None if weight is None else weight.to(dtype) for weight in weights)
+    return branch.added(_inferred(x, *(*weights, Branch())) if inferred else _composition(x, *weights))
 
 
 def _inferred(x: Tensor, weight_in: Tensor, bias_in: Tensor | None, weight_out: Tensor, bias_out: Tensor | None, branch: Branch) -> Tensor:
@@ -107,26 +109,38 @@ def _composition(x: Tensor, weight_in: Tensor, bias_in: Tensor | None, weight_ou
 
 
 class _Mlp(torch.autograd.Function):
+    """The MLP in the dtype of x, with weights of any."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_in: Tensor, bias_in: Tensor | None, weight_out: Tensor, bias_out: Tensor | None) -> Tensor:
-        y, h = _by_parts(x, weight_in.flatten(1), bias_in, weight_out.flatten(1), bias_out)
-        ctx.save_for_backward(x, weight_in, bias_in, weight_out, h)
+        matrices = _in_dtype_of(x, weight_in, bias_in, weight_out, bias_out)
+        y, h = _by_parts(x, *matrices)
+        ctx.save_for_backward(x, weight_in, bias_in, weight_out, h, *matrices[:3])
+        ctx.dtypes = [x.dtype if weight is None else weight.dtype for weight in (weight_in, bias_in, weight_out, bias_out)]
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight_in, bias_in, weight_out, h = ctx.saved_tensors
+        x, weight_in, bias_in, weight_out, h, matrix_in, row_in, matrix_out = ctx.saved_tensors
+        needs = ctx.needs_input_grad
         if not torch.is_grad_enabled():
-            matrices = weight_in.flatten(1), bias_in, weight_out.flatten(1)
-            found = _gradients_by_parts(grad, x, *matrices, h, ctx.needs_input_grad[0])
-            return tuple(value if needed else None for value, needed in zip(found, ctx.needs_input_grad, strict=True))
-        h = functional.conv2d(x, weight_in, bias_in)  # to be differentiated again
-        needs_x, needs_in, needs_in_bias, needs_out, needs_out_bias = ctx.needs_input_grad
-        a_grad, weight_out_grad, bias_out_grad = _convolution_backward(
-            grad, functional.gelu(h), weight_out, True, needs_out, needs_out_bias
-        )
-        h_grad = torch.ops.aten.gelu_backward(a_grad, h)
-        return *_convolution_backward(h_grad, x, weight_in, needs_x, needs_in, needs_in_bias), weight_out_grad, bias_out_grad
+            found = _gradients_by_parts(grad, x, matrix_in, row_in, matrix_out, h, needs[0], ctx.dtypes)
+            return tuple(value if needed else None for value, needed in zip(found, needs, strict=True))
+        weight_in, weight_out = weight_in.to(x.dtype), weight_out.to(x.dtype)
+        h = functional.conv2d(x, weight_in, None if bias_in is None else bias_in.to(x.dtype))  # to be differentiated again
+        a_grad, *out_grads = _convolution_backward(grad, functional.gelu(h), weight_out, True, *needs[3:])
+        x_grad, *in_grads = _convolution_backward(torch.ops.aten.gelu_backward(a_grad, h), x, weight_in, *needs[:3])
+        grads = zip((*in_grads, *out_grads), ctx.dtypes, strict=True)
+        return x_grad, *(None if value is None else value.to(dtype) for value, dtype in grads)
+
+
+def _in_dtype_of(x: Tensor, weight_in: Tensor, bias_in: Tensor | None, weight_out: Tensor, bias_out: Tensor | None) -> Any:
+    """The weights as matrices and the biases, in the dtype of x."""
+    given = [weight for weight in (weight_in, weight_out, bias_in, bias_out) if weight is not None]
+    matrix_in, matrix_out, *biases = cast(given, [x.dtype] * len(given))
+    rest = iter(biases)
+    row_in, row_out = (None if bias is None else next(rest) for bias in (bias_in, bias_out))
+    return matrix_in.flatten(1), row_in, matrix_out.flatten(1), row_out
 
 
 def _by_parts(x: Tensor, weight_in: Tensor, bias_in: Tensor | None, weight_out: Tensor, bias_out: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -154,9 +168,17 @@ def _places(bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
 
 @exact
 def _gradients_by_parts(
-    grad: Tensor, x: Tensor, weight_in: Tensor, bias_in: Tensor | None, weight_out: Tensor, h: Tensor, needs_x: bool
+    grad: Tensor,
+    x: Tensor,
+    weight_in: Tensor,
+    bias_in: Tensor | None,
+    weight_out: Tensor,
+    h: Tensor,
+    needs_x: bool,
+    dtypes: Sequence[torch.dtype],
 ) -> tuple[Tensor, ...]:
-    """Gradients to x (nothing if it needs none), weight_in, bias_in, weight_out and bias_out; h as `_by_parts` returns it."""
+    """Gradients to x (nothing if it needs none) and, in these dtypes, weight_in, bias_in, weight_out and bias_out; h as `_by_parts` returns
+    it."""
     x_grad = torch.empty_like(x, memory_format=modes.memory_format(x)) if needs_x else x
     sums: list[Tensor] = []
     wide = multiplied_in(x)
@@ -172,7 +194,7 @@ def _gradients_by_parts(
             with place(x_grad[part], wide) as x_grad_part:
                 write(x_grad_part, h_grad, weight_in.mT)
         sums = summed(sums, [product(h_grad.mT, x_part), bias_grad, weight_out_grad, column_sums(g)], part.stop >= len(x))
-    weight_in_grad, bias_in_grad, weight_out_grad, bias_out_grad = (total.to(x.dtype) for total in sums)
+    weight_in_grad, bias_in_grad, weight_out_grad, bias_out_grad = cast(sums, dtypes)
     return x_grad, weight_in_grad[:, :, None, None], bias_in_grad, weight_out_grad[:, :, None, None], bias_out_grad
 
 

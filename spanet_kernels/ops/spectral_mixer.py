@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .. import composed, modes
-from ..products import Branch, pair_serves
+from ..products import Branch, cast, pair_serves
 from .autograd import by_composition, call_below_autograd, infers, is_traced
 from .axial_conv import axial_conv, coefficients_fake
 from .checks import PROFILE_DTYPE, autocast_dtype, check_branch, check_input, check_parameter, check_radius, odd_size
@@ -73,27 +73,29 @@ def spectral_mixer(
     size = odd_size("spectral_mixer", row_weight)
     square, flat = (channels, channels), (channels,)
     args: list[Any] = [
-        check_parameter("spectral_mixer", name, value, shape, x).to(wanted)
-        for name, value, shape, wanted in (
-            ("in_weight", in_weight, square, dtype),
-            ("in_bias", in_bias, flat, dtype),
-            ("row_weight", row_weight, (channels, 1, 1, size), wide),
-            ("row_bias", row_bias, flat, wide),
-            ("column_weight", column_weight, (channels, 1, size, 1), wide),
-            ("column_bias", column_bias, flat, wide),
-            ("weight", weight, square, dtype),
-            ("bias", bias, flat, dtype),
-            ("base", base, flat, wide),
-            ("gain", gain, (len(modes.shells(squared)), channels), wide),
-            ("out_weight", out_weight, square, dtype),
-            ("out_bias", out_bias, flat, dtype),
+        check_parameter("spectral_mixer", name, value, shape, x)
+        for name, value, shape in (
+            ("in_weight", in_weight, square),
+            ("in_bias", in_bias, flat),
+            ("row_weight", row_weight, (channels, 1, 1, size)),
+            ("row_bias", row_bias, flat),
+            ("column_weight", column_weight, (channels, 1, size, 1)),
+            ("column_bias", column_bias, flat),
+            ("weight", weight, square),
+            ("bias", bias, flat),
+            ("base", base, flat),
+            ("gain", gain, (len(modes.shells(squared)), channels)),
+            ("out_weight", out_weight, square),
+            ("out_bias", out_bias, flat),
         )
     ]
-    args[2], args[4] = args[2].flatten(1), args[4].flatten(1)
+    args[2], args[4], args[8], args[9] = args[2].flatten(1), args[4].flatten(1), args[8].to(wide), args[9].to(wide)
     if is_traced():
         return branch.added(_parts(branch.normalised(x).to(dtype), *args, squared))
     compiling = torch.compiler.is_compiling()
     inferred = infers(x, *args, *branch)
+    if inferred:
+        args = cast(args, (dtype, dtype, wide, wide, wide, wide, dtype, dtype, wide, wide, dtype, dtype))
     if inferred and branch.has(dtype) and x.dtype == dtype and _fuses(x, branch, args[6], args[10]):
         run: Any = composed.spectral_mixer if compiling else functools.partial(call_below_autograd, composed.spectral_mixer)
         fused: Tensor = run(x, *args, squared, False, branch)[0]
@@ -125,6 +127,9 @@ def _gradients(grad: Tensor, needed: Any, kept: tuple[Tensor, ...], x: Tensor, *
 def _parts(x: Tensor, in_weight: Tensor, in_bias: Tensor, *args: Any) -> Tensor:
     """The mixer in smaller operators, in the layout that these give it."""
     row_weight, row_bias, column_weight, column_bias, weight, bias, base, gain, out_weight, out_bias, squared = args
+    in_weight, in_bias, weight, bias, out_weight, out_bias = (
+        value.to(x.dtype) for value in (in_weight, in_bias, weight, bias, out_weight, out_bias)
+    )
     t = functional.conv2d(x, in_weight[:, :, None, None], in_bias)
     z, _ = axial_conv(t, row_weight[:, None, None], row_bias, column_weight[:, None, :, None], column_bias)
     filtered = (z * base[:, None, None]).to(z.dtype) if squared < 0 else apply_profile(z, base, gain, squared)
@@ -154,11 +159,13 @@ def _mixer_fake(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 @torch.library.register_fake("spanet_kernels::spectral_mixer_backward")
 def _gradient_fake(grad: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    *_, in_weight, row_weight, row_bias, column_weight, _, weight, bias, base, gain, out_weight, _, learns = args
-    before = (in_weight, bias, row_weight, row_bias, column_weight, row_bias, weight, bias)
+    *_, in_weight, row_weight, row_bias, column_weight, column_bias, weight, bias, base, gain, out_weight, _, learns = args
     return (
         torch.empty_like(x, memory_format=modes.memory_format(x)),
-        *(like.new_empty(like.shape) for like in before),
+        in_weight.new_empty(in_weight.shape),
+        in_weight.new_empty(bias.shape),
+        *(like.new_empty(like.shape) for like in (row_weight, row_bias, column_weight, column_bias, weight, bias)),
         *(like.new_empty(like.shape if learns else 0) for like in (base, gain)),
-        *(like.new_empty(like.shape) for like in (out_weight, bias)),
+        out_weight.new_empty(out_weight.shape),
+        out_weight.new_empty(bias.shape),
     )
