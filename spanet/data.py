@@ -6,6 +6,8 @@ Nothing depends on how many workers or processes there are, or on where a run wa
 
 from __future__ import annotations
 
+import functools
+import itertools
 import random
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from timm.data import auto_augment
 from timm.data.config import resolve_data_config
 from timm.data.transforms_factory import create_transform
 from torch import Tensor, nn
@@ -108,7 +111,7 @@ def training_transform(recipe: Recipe, model: nn.Module) -> Callable[[Image.Imag
     config = _data_config(recipe.image_size, model)
     del config["crop_pct"], config["crop_mode"]
     with as_value_error(f"recipe: augment must be a policy of timm, got {recipe.augment}"):
-        return create_transform(
+        transform = create_transform(
             **config,
             is_training=True,
             scale=(recipe.crop_scale, 1.0),
@@ -118,6 +121,16 @@ def training_transform(recipe: Recipe, model: nn.Module) -> Callable[[Image.Imag
             re_prob=recipe.random_erasing,
             re_mode="pixel",
         )
+    for policy in transform.transforms:
+        for op in getattr(policy, "ops", None) or itertools.chain(*getattr(policy, "policy", ())):
+            if op.aug_fn is auto_augment.posterize:
+                op.level_fn = functools.partial(_a_bit_at_least, op.level_fn)
+    return transform
+
+
+def _a_bit_at_least(level_fn: Callable[..., tuple[int]], level: float, hparams: Any) -> tuple[int]:
+    """The bits of a colour that are kept at a level: timm's scale ends at 0, which Pillow refuses from version 13 on."""
+    return (max(1, *level_fn(level, hparams)),)
 
 
 def evaluation_transform(image_size: int | None, model: nn.Module) -> Callable[[Image.Image], Tensor]:

@@ -84,8 +84,9 @@ class Run:
             raise FileExistsError(f"out: {folder} holds a run; resume it, or name another folder")
         if writes:
             folder.mkdir(parents=True, exist_ok=True)
-            for unfinished in folder.glob(".*.tmp"):  # of a process that was killed while it wrote
-                unfinished.unlink()
+            for name in ("last.pt", "best.safetensors", "steps.csv", "epochs.csv"):
+                for unfinished in folder.glob(f".{name}.*.tmp"):  # of a process that was killed while it wrote
+                    unfinished.unlink()
             self._rewind(folder / "steps.csv", self.STEPS)
             self._rewind(folder / "epochs.csv", self.EPOCHS)
 

@@ -253,9 +253,9 @@ def train_task(recipe: TaskRecipe, root: Path, out: Path, device: torch.device, 
     if last.exists():
         with as_value_error(f"out: {last} is damaged, or of no such run"):
             state = torch.load(last, map_location="cpu", weights_only=True)
-            then = state["recipe"]
-        if then != asdict(recipe):
-            raise ValueError(f"out: {out} holds a run of another recipe; name another folder")
+            then = state["recipe"], state["images"]
+        if then != (asdict(recipe), images):
+            raise ValueError(f"out: {out} holds a run of another recipe, or of other data than these {images} images; name another folder")
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         start = state["step"]
@@ -276,10 +276,9 @@ def train_task(recipe: TaskRecipe, root: Path, out: Path, device: torch.device, 
             optimizer.step()
             course.append(loss.item())
             if (step + 1) % recipe.checkpoint_steps == 0 or step + 1 == steps:
+                checkpoint = {"recipe": asdict(recipe), "images": images, "model": model.state_dict(), "step": step + 1}
                 with replacing(last) as file:
-                    torch.save(
-                        {"recipe": asdict(recipe), "model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}, file
-                    )
+                    torch.save(checkpoint | {"optimizer": optimizer.state_dict()}, file)
     with replacing(out / "model.safetensors") as file:
         file.write(safetensors.torch.save({name: tensor.contiguous() for name, tensor in model.state_dict().items()}))
     return course

@@ -240,13 +240,13 @@ class Trainer:
     def state(self) -> State:
         """All that `load` wants, whole and on the CPU; every process must ask."""
         model, optimizer = get_state_dict(self.model, self.optimizer, options=_WHOLE)
-        return {"model": model, "optimizer": optimizer, "average": self.weights() if self.average else None}
+        return {"model": model, "optimizer": optimizer, "model_ema": self.weights() if self.average else None}
 
     def load(self, state: State) -> None:
         parts = {"model_state_dict": state["model"], "optim_state_dict": state["optimizer"]}
         set_state_dict(self.model, self.optimizer, **parts, options=_WHOLE)
         if self.average:
-            set_model_state_dict(self.judged, state["average"], options=_WHOLE)
+            set_model_state_dict(self.judged, state["model_ema"], options=_WHOLE)
 
 
 def _shard(network: nn.Module, device: torch.device) -> None:

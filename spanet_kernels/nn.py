@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import numbers
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from . import modes, reference
 from .ops.checks import check_boundary, check_branch, check_radius
-from .ops.radial_filter import radial_filter, spectral_pool
+from .ops.radial_filter import deciding_size, radial_filter, spectral_pool
 from .ops.spectral_mixer import spectral_mixer
 
 
@@ -194,7 +195,7 @@ class SPAM(nn.Module):
         """base (C,), gain (S, C) and squared radius of all filters together; -1 without filters."""
         if x.dim() != 4 or x.shape[1] != self.dim:
             raise ValueError(f"SPAM: x must have shape (B, {self.dim}, H, W), got {tuple(x.shape)}")
-        channels, height, width = x.shape[1:]
+        channels, height, width = x.shape[1], *deciding_size(x, self.radius)
         dtype = modes.profile_dtype(x.dtype)
         if isinstance(self.lams, tuple) and not torch.compiler.is_compiling():
             return modes.constant_profile(self.lams, channels, self.radius, self.boundary, height, width, dtype, x.device)
@@ -203,9 +204,12 @@ class SPAM(nn.Module):
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As of every module, but that of a state which does not fit nothing is taken."""
-        lacking = [name for name in self.state_dict() if name not in state_dict] if strict else []
-        if lacking:
-            raise ValueError(f"SPAM: the state lacks {', '.join(lacking)}")
+        own = self.state_dict()
+        lacking = [name for name in own if name not in state_dict]
+        strange = [name for name in state_dict if name not in own and not _MASK.fullmatch(name)]
+        for what, names in (("lacks", lacking), ("has", strange)):
+            if strict and names:
+                raise ValueError(f"SPAM: the state {what} {', '.join(names)}, unlike this layer")
         return super().load_state_dict(state_dict, strict, assign)
 
     def published_state(self, height: int, width: int) -> dict[str, Tensor]:
@@ -244,7 +248,8 @@ def _check_loaded(module: nn.Module, state: dict[str, Any], prefix: str, metadat
             raise ValueError(f"SPAM: {key} is the mask of a gate that a layer of {len(lams)} gates does not have")
         if isinstance(layer.lams, tuple):
             expected = _mask(lams[int(index)], layer.radius, layer.boundary, *mask.shape[-2:])
-            if mask.shape != expected.shape or not torch.allclose(mask.cpu().float(), expected, atol=1e-3):
+            rounding = max(1e-3, torch.finfo(mask.dtype).eps)
+            if mask.shape != expected.shape or not torch.allclose(mask.cpu().float(), expected, atol=rounding):
                 raise ValueError(
                     f"SPAM: {key}, {tuple(mask.shape)}, is not the mask of lam={lams[int(index)]}, radius={layer.radius}, "
                     f"boundary={layer.boundary}"
@@ -274,13 +279,15 @@ def accelerate(model: nn.Module) -> list[str]:
     if "" in found:
         raise ValueError("accelerate: model is itself the layer; give the model that holds it")
     names = {layer: name for name, layer in found.items()}
-    twins = {layer: _twin(name, layer) for layer, name in names.items()}
+    with torch.device("cpu"):  # masks are compared there, whatever the default device
+        twins = {layer: _twin(name, layer) for layer, name in names.items()}
     for name, layer in found.items():
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, twins[layer])
     return list(found)
 
 
+_MASK = re.compile(r"sps\.\d+\.filter")
 _PUBLISHED_PARTS = ("proj_in", "conv", "sps", "pws", "proj_out")
 
 
@@ -311,23 +318,31 @@ def _twin(name: str, layer: Any) -> SPAM:
     for part in ("proj_in", "conv", "pws", "proj_out"):
         setattr(twin, part, getattr(layer, part))
     weight = layer.proj_in.weight
-    probe = torch.randn(1, weight.shape[1], *masks[0].shape, generator=torch.Generator().manual_seed(0)).to(weight.device)
-    with torch.no_grad():
+    size = 1, weight.shape[1], *masks[0].shape
+    probe = torch.randn(size, generator=torch.Generator().manual_seed(0), dtype=torch.float32).to(weight.device)
+    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
         # in float32: the published layer computes in no 16-bit dtype
         theirs, ours = (
             torch.func.functional_call(module, {key: value.float() for key, value in module.state_dict().items()}, probe)
             for module in (layer, twin)
         )
-    tolerance = 1e-4 + float(torch.finfo(masks[0].dtype).eps)  # of masks that were cast with their model
+    tolerance = 1e-4 + max(map(_rounding, masks))  # of masks that were cast with their model
     if theirs.shape != ours.shape or not float((theirs - ours).abs().max()) <= tolerance * float(theirs.abs().max()):
         raise ValueError(f"accelerate: {name} does not fit: it computes something else from the same parameters")
     return twin.train(layer.training)
 
 
+def _rounding(mask: Tensor) -> float:
+    """Of the coarsest dtype that holds its values: a mask is cast with its model, to and fro."""
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        if mask.to(dtype).to(mask.dtype).equal(mask):
+            return float(torch.finfo(dtype).eps)
+    return float(torch.finfo(mask.dtype).eps)
+
+
 def _mask_parameters(mask: Tensor) -> tuple[float, float, float | None]:
     """lam, radius and boundary of a centred (H, W) mask; on the circle a value of its own, or the circle is not in the disc."""
-    height, width = mask.shape
-    rounding = float(torch.finfo(mask.dtype).eps)  # a mask is cast with its model
+    height, width, rounding = *mask.shape, _rounding(mask)
     squared = torch.fft.fftshift(reference.squared_frequencies(height, width)).flatten().tolist()
     values = {shell: _tidy(value, rounding) for shell, value in zip(squared, mask.flatten().tolist(), strict=True)}
     shells = sorted(values)

@@ -320,6 +320,49 @@ def test_accelerate(dtype):
         accelerate(model)
 
 
+@pytest.mark.parametrize(
+    "cast",
+    [
+        lambda model: model.double(),
+        lambda model: model.half().float(),
+        lambda model: model.bfloat16().float(),
+        lambda model: model.bfloat16().double(),
+    ],
+)
+def test_accelerate_reads_masks_that_were_cast_to_and_fro(cast):
+    model = cast(Network(PublishedSPAM(20, 7, 14, 14, 2), nn.Identity()))
+    accelerate(model)
+    mixer = model.blocks["b0"][1]
+    assert (mixer.lams, mixer.radius, mixer.boundary) == ((0.7, 0.8, 0.9), 2, pytest.approx(1 / 3, abs=1e-3))
+
+
+@pytest.mark.parametrize(
+    "surroundings", [torch.device("meta"), torch.autocast("cpu", torch.bfloat16), "float64"], ids=["meta", "autocast", "float64"]
+)
+def test_accelerate_is_the_same_in_any_surroundings(surroundings):
+    model = Network(PublishedSPAM(20, 7, 14, 14, 2), nn.Identity())
+    if surroundings == "float64":
+        torch.set_default_dtype(torch.float64)
+        try:
+            assert accelerate(model) == ["blocks.b0.1"]
+        finally:
+            torch.set_default_dtype(torch.float32)
+        return
+    with surroundings:
+        assert accelerate(model) == ["blocks.b0.1"]
+
+
+def test_a_layer_takes_all_of_a_state_or_nothing():
+    layer, other = SPAM(12), SPAM(12)
+    before = layer.proj_in.weight.clone()
+    for state, words in ((other.state_dict() | {"extra": torch.ones(1)}, "has extra"), ({"proj_in.weight": before + 1}, "lacks")):
+        with pytest.raises(ValueError, match=words):
+            layer.load_state_dict(state)
+        assert torch.equal(layer.proj_in.weight, before)
+    layer.load_state_dict({key: value.bfloat16() for key, value in other.published_state(14, 14).items()})
+    assert torch.equal(layer.proj_in.weight, other.proj_in.weight.bfloat16().float())
+
+
 class Doubled(PublishedSPAM):
     def forward(self, x):
         return 2 * super().forward(x)

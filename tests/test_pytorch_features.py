@@ -69,6 +69,28 @@ def test_a_trace_serves_any_batch(name, recorded):
         torch.testing.assert_close(traced(x), module(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("learnable", [False, True])
+@pytest.mark.parametrize("radius", [2, 2.5, 20])
+def test_a_trace_on_a_plane_inside_the_disc_serves_larger_ones(radius, learnable):
+    module, x = sk.SPF(0.3, radius, learnable=learnable), torch.randn(1, 3, 70, 66)
+    with warnings.catch_warnings(action="ignore"):
+        traced = torch.jit.trace(module, x[..., :2, :2])
+    torch.testing.assert_close(traced(x), module(x), rtol=1e-4, atol=1e-5)
+
+
+def test_vmap_over_a_weight_where_the_fft_serves():
+    x, lams = torch.randn(1, 4, 128, 128), torch.tensor([0.3, 0.7])
+    together = torch.vmap(lambda lam: sk.spectral_pool(x, lam, 40))(lams)
+    torch.testing.assert_close(together, torch.stack([sk.spectral_pool(x, lam, 40) for lam in lams]), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 128, 128), (2, 0, 128, 128)])
+def test_nothing_is_filtered_at_any_radius(shape):
+    x = torch.empty(shape, requires_grad=True)
+    y = sk.spectral_pool(x, 0.3, 60)
+    assert y.shape == torch.autograd.grad(y.sum(), x)[0].shape == shape
+
+
 def hooked(calls):
     return lambda *args: calls.append(args) or None
 

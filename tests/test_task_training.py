@@ -130,6 +130,11 @@ def test_segmentation_trains_resumes_and_is_evaluated(scenes, tmp_path, monkeypa
     assert tasks.train_task(recipe, scenes, tmp_path / "parts", cpu, 1) == pytest.approx(whole[6:], rel=1e-5)
     with pytest.raises(ValueError, match="holds a run of another recipe"):
         tasks.train_task(replace(recipe, lr=1e-2), scenes, tmp_path / "parts", cpu, 0)
+    fewer = shutil.copytree(scenes, tmp_path / "fewer")
+    for kind, ending in (("images", "jpg"), ("annotations", "png")):
+        (fewer / kind / "training" / f"3.{ending}").unlink()
+    with pytest.raises(ValueError, match="other data than these 3 images"):
+        tasks.train_task(recipe, fewer, tmp_path / "parts", cpu, 0)
 
     model = tasks.build_task(recipe)
     load_task(model, tmp_path / "whole" / "model.safetensors")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import math
 import random
@@ -21,8 +22,9 @@ from PIL import Image
 from torch import nn
 
 from spanet import digits
+from spanet.checkpoint import read_state
 from spanet.cli import main
-from spanet.data import Chunks, Images, find_images
+from spanet.data import Chunks, Images, find_images, training_transform
 from spanet.evaluate import evaluate, evaluate_checkpoint
 from spanet.recipe import Recipe, build, load_recipe, recipe_names
 from spanet.runs import Run
@@ -168,6 +170,27 @@ def test_accuracy_counts_what_it_read(tmp_path):
     pixels = torch.stack([to_tensor(image) for index, (image, _) in enumerate(samples) if index != 7])
     labels = torch.tensor([label for index, (_, label) in enumerate(samples) if index != 7])
     assert found.loss == pytest.approx(nn.functional.cross_entropy(Coloured()(pixels), labels).item(), rel=1e-6)
+
+
+def test_the_file_of_a_run_gives_its_averaged_weights(whole):
+    saved, read = torch.load(whole / "last.pt", weights_only=True), read_state(whole / "last.pt")
+    assert all(torch.equal(read[key], value) for key, value in saved["model_ema"].items())
+    assert not all(torch.equal(read[key], value) for key, value in saved["model"].items())
+
+
+@pytest.mark.parametrize("policy", ["rand-m9-mstd0.5-inc1", "original", "v0", "augmix-m10"])
+def test_no_level_of_a_policy_stops_a_training(policy):
+    """Whatever the magnitude, a colour keeps a bit: Pillow refuses none."""
+    transform = training_transform(Recipe(augment=policy, image_size=32), build(Recipe(), 3))
+    policies = [policy for policy in transform.transforms if hasattr(policy, "ops") or hasattr(policy, "policy")]
+    ops = [op for policy in policies for op in getattr(policy, "ops", None) or itertools.chain(*policy.policy)]
+    found = [op for op in ops if op.name.startswith("Posterize")]
+    assert found
+    picture = Image.new("RGB", (40, 50), (200, 100, 50))
+    for op in found:
+        for level in range(11):
+            op.prob, op.magnitude, op.magnitude_std = 1.0, level, 0
+            assert op(picture).size == picture.size
 
 
 def test_overfits_a_tiny_set(tmp_path, data):

@@ -19,7 +19,7 @@ from torch.autograd import forward_ad
 
 from .. import modes
 from ..decompositions import call_in_graph
-from .autograd import call_below_autograd, register
+from .autograd import call_below_autograd, is_eager, is_traced, register
 from .checks import PROFILE_DTYPE, check_boundary, check_input, check_radius
 
 _filter = torch.ops.spanet_kernels.radial_filter.default
@@ -84,7 +84,8 @@ def spectral_pool(x: Tensor, lam: float | Tensor, radius: float, boundary: float
 
     Raises:
         TypeError: x is no floating-point tensor, lam, radius or boundary no number.
-        ValueError: a wrong rank, shape or device, an empty plane, a lam or boundary that is not finite, a negative or NaN radius.
+        ValueError: a wrong rank, shape or device, an empty plane, a number lam or boundary that is not finite, a negative or NaN
+            radius, a disc of too many modes.
 
     Source: arXiv 2308.11568, eqs. 5-18.
     """
@@ -92,7 +93,7 @@ def spectral_pool(x: Tensor, lam: float | Tensor, radius: float, boundary: float
     radius = check_radius("spectral_pool", radius)
     if boundary is not None:
         boundary = check_boundary("spectral_pool", boundary)
-    channels, height, width = x.shape[1:]
+    channels, height, width = x.shape[1], *deciding_size(x, radius)
     dtype = modes.profile_dtype(x.dtype)
     if isinstance(lam, np.number):
         lam = lam.item()
@@ -110,6 +111,13 @@ def spectral_pool(x: Tensor, lam: float | Tensor, radius: float, boundary: float
     return apply_profile(x, *modes.pooling_profile(lams, radius, boundary, height, width))
 
 
+def deciding_size(x: Tensor, radius: float) -> tuple[int, int]:
+    """(H, W) by which a disc is found to hold the whole spectrum; traced, when no size may decide, one that is larger than the disc."""
+    if is_traced() and radius < 1024:
+        return (max(16, 2 * math.ceil(radius)),) * 2
+    return x.shape[2], x.shape[3]
+
+
 def apply_profile(x: Tensor, base: Tensor, gain: Tensor, radius_squared: int) -> Tensor:
     """`radial_filter` of arguments that are known to fit."""
     if _fft_pays(x, radius_squared):
@@ -122,6 +130,8 @@ def _fft_pays(x: Tensor, radius_squared: int) -> bool:
     functions = 2 * math.isqrt(radius_squared) + 1
     if functions <= 9:
         return False  # whatever the size: no guard on it under torch.compile
+    if is_traced() or x.shape[0] == 0 or x.shape[1] == 0:
+        return False  # no size may decide; an FFT of nothing is an error
     if x.device.type != "cpu":
         return True  # measured on an H200 from 14 x 14 to 200 x 334: in one pass over memory the modes win, in more never
     channels, height, width = x.shape[1:]
@@ -152,11 +162,12 @@ def _by_fft(x: Tensor, base: Tensor, gain: Tensor, radius_squared: int) -> Tenso
     shells = modes.half_spectrum_shells(height, width, radius_squared, x.device)
     if base.stride(0) == 0 and gain.stride(1) == 0:  # one profile for all channels
         base, gain = base[:1], gain[:, :1]
+    in_place = is_eager() or _is_compiling()  # under torch.func the mask can have dimensions that the spectrum does not show
     values = torch.cat([gain + base, base[None]]) / (height * width)  # what the inverse transform would take a pass of its own for
-    if values.requires_grad or values.shape[1] != 1:
+    if values.requires_grad or values.shape[1] != 1 or not in_place:
         mask = values.T.contiguous().index_select(1, shells[..., 0].flatten()).unflatten(1, (height, -1))
         spectrum = torch.fft.rfft2(x.to(base.dtype))
-        spectrum = spectrum * mask if mask.requires_grad else spectrum.mul_(mask)
+        spectrum = spectrum.mul_(mask) if in_place and not mask.requires_grad else spectrum * mask
     else:  # real and imaginary parts times real numbers: a product with a complex copy of the mask takes twice as long
         mask = values.flatten().index_select(0, shells.flatten()).view(shells.shape)
         spectrum = torch.fft.rfft2(x.to(base.dtype))
