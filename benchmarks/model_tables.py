@@ -95,9 +95,9 @@ def cells(row: Row, rows: list[Row], environment: dict[str, Any]) -> list[str]:
     batch = f"{row['batch']}" + (f" (of {row['asked batch']})" if row["batch"] != row["asked batch"] else "")
     start = [row["title"], f"{row['size']}", batch, row["dtype"], row.get("layout", "-").replace("nchw", "NCHW")]
     forms = measured_forms(rows)
-    if not rate(row):
-        return [*start, "refused", *["-"] * (len(forms) + 6)]
     speed, small = rate(row), rate(beside(rows, row, "spanet_small"))
+    if not speed:
+        return [*start, "refused", *["-"] * (len(forms) + 6)]
     seconds = row["batch"] / speed
     speeds = {name: rate(row, name) for name in forms}
     return [
