@@ -5,8 +5,9 @@
 //
 // Sums of a contiguous plane (plane_sums_kernel): a thread keeps a word of columns, 32 rows of it, and a block adds up. Of channels_last
 // (pixel_sums_kernel): a thread keeps a word of channels and walks along the columns of a few rows, every so many of a team of threads.
-// 2 reads + 1 write. Issue slots per element in 16 bits: of the sums 7.5; large_kernel 1 for the move, 1.5 for addresses, 1.5 for
-// conversions, 5 for five functions and base, 3 for the waves of a column, over 32 rows: 12 of the 27 at copy speed.
+// 2 reads + 1 write. Measured on an H200, 8 images of 64 channels at 200 x 334, us: contiguous fp32 121 (a copy 65; before, in slices, 199),
+// channels_last fp32 162 and bf16 114 (33; before 239 and 203), where 55 had been predicted for bf16 from bytes and issue slots. Planes
+// that fit into a block's shared memory are left there, which is up to 1.6 times as fast.
 #pragma once
 
 #include "resident_plan.cuh"

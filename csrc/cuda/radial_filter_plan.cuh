@@ -117,7 +117,6 @@ void RadialFilter<T>::forward(const Shape& shape, View x, View y, const Profile<
   using W = Wide<T>;
   if constexpr (sizeof(T) < 8) {
     if (run_resident_filter<T>(shape, x, y, profile, radius_squared, device)) return;
-    if (run_large_filter<T>(shape, x, y, profile, radius_squared, device)) return;
   }
   const int vec = vector_columns(shape, sizeof(T), {x.data, y.data});
   const int64_t limit = spectrum_limit(shape, radius_squared), frequency = integer_root(limit);
@@ -162,6 +161,7 @@ void RadialFilter<T>::forward(const Shape& shape, View x, View y, const Profile<
   }
   if (frequency <= 2 && vec != 4 && whole(Constant<1>{}, Constant<2>{})) return;
   if constexpr (kVectors) {
+    if (run_large_filter<T>(shape, x, y, profile, radius_squared, device)) return;
     if (frequency <= kSlicedBlock && vec == 4 && whole(Constant<4>{}, Constant<kSlicedBlock>{})) return;
     if (vec == 4) return sliced(Constant<4>{});
   }

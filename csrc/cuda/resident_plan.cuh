@@ -129,7 +129,7 @@ bool run_channels_filter(const Shape& shape, const View& x, const View& y, const
   if (size <= 14) return shape.height == 14 ? in_registers(Constant<14>{}, Exact{}) : in_registers(Constant<14>{}, Some{});
   if (size <= 28) return shape.height == 28 ? in_registers(Constant<28>{}, Exact{}) : in_registers(Constant<28>{}, Some{});
   const int64_t tile_bytes = shape.height * shape.width * kChannels * sizeof(T);
-  const bool staged = words_in_pixels(shape, x, sizeof(T), 16 / sizeof(T)) && by_chunks(staged_kernel<T, VEC>, shape.width, tile_bytes);
+  const bool staged = words_in_pixels(shape, x, sizeof(T), 16 / sizeof(T)) && by_chunks(staged_kernel<T, VEC>, (shape.width + 1) / 2, tile_bytes);
   return staged || in_registers(Constant<56>{}, Some{});
 }
 
