@@ -265,14 +265,19 @@ def run(chosen: list[Row], options: Options, advance: Callable[[str], None], res
     yield
     for group in groups(chosen):
         prepared = []
-        for row in group:
-            advance(row.name)
-            prepared.append(bench.prepare(row))
-            if row is group[-1]:
-                advance(f"timing {len(group)} models together")
+        try:
+            for row in group[:-1]:
+                advance(row.name)
+                prepared.append(bench.prepare(row))
+                yield
+            advance(group[-1].name)
+            prepared.append(bench.prepare(group[-1]))
+        finally:  # those that were prepared before ctrl-C are timed as well
+            if prepared:
+                advance(f"timing {len(prepared)} models together")
                 result["rows"] += bench.time(prepared)
-                result["limit"]["flop/s"][row.dtype] = bench.gemms.best_rate(DTYPES[row.dtype])
-            yield
+                result["limit"]["flop/s"][group[0].dtype] = bench.gemms.best_rate(DTYPES[group[0].dtype])
+        yield
 
 
 def wrong(result: dict[str, Any]) -> list[str]:

@@ -181,6 +181,23 @@ def test_interrupt_keeps_what_was_measured(tmp_path, monkeypatch):
     assert saved["rows"] == [{"kept": True}]
 
 
+def test_interrupt_among_models_times_those_that_are_prepared(monkeypatch):
+    prepare = models.Bench.prepare
+
+    def stopped(bench, row):
+        if row.model == "published_small":
+            raise KeyboardInterrupt
+        return prepare(bench, row)
+
+    monkeypatch.setattr(models.Bench, "prepare", stopped)
+    monkeypatch.setitem(models.BUDGET, "quick", 0.5)
+    result = {"rows": []}
+    with pytest.raises(KeyboardInterrupt):
+        list(models.run(tiny_rows("infer"), TINY, lambda row: None, result))
+    assert [row["model"] for row in result["rows"]] == ["spanet_small"]
+    assert result["rows"][0]["competitors"]["eager"]["median"] > 0
+
+
 CPU = torch.device("cpu")
 TINY = section.Options("quick", CPU, ["fp32"], ["nchw"])
 
