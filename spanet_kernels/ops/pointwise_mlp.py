@@ -28,6 +28,7 @@ from ..products import (
     write,
 )
 from .autograd import infers, is_eager, is_traced
+from .branch import Body, record
 from .checks import autocast_dtype, check_branch, check_input, check_parameter
 from .image_norm import normalised
 
@@ -78,9 +79,9 @@ def pointwise_mlp(
     inferred, dtype = infers(x, *weights, *branch) and not is_traced(), autocast_dtype(x)
     if inferred and dtype in (None, x.dtype):
         return _inferred(x, *(*weights, branch))
-    x = normalised(branch, x).to(dtype or x.dtype)
     if not inferred and is_eager() and not is_traced():
-        return branch.added(_Mlp.apply(x, *weights))
+        return record(_BODY, (), branch, dtype or x.dtype, x, *weights)
+    x = normalised(branch, x).to(dtype or x.dtype)
     if dtype:
         weights = tuple(None if weight is None else weight.to(dtype) for weight in weights)
     return branch.added(_inferred(x, *(*weights, Branch())) if inferred else _composition(x, *weights))
@@ -108,30 +109,25 @@ def _composition(x: Tensor, weight_in: Tensor, bias_in: Tensor | None, weight_ou
     return functional.conv2d(functional.gelu(functional.conv2d(x, weight_in, bias_in)), weight_out, bias_out)
 
 
-class _Mlp(torch.autograd.Function):
+def _body(x: Tensor, *weights: Any) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     """The MLP in the dtype of x, with weights of any."""
+    matrices = _in_dtype_of(x, *weights)
+    y, h = _by_parts(x, *matrices)
+    return y, (h, *matrices[:3])
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight_in: Tensor, bias_in: Tensor | None, weight_out: Tensor, bias_out: Tensor | None) -> Tensor:
-        matrices = _in_dtype_of(x, weight_in, bias_in, weight_out, bias_out)
-        y, h = _by_parts(x, *matrices)
-        ctx.save_for_backward(x, weight_in, bias_in, weight_out, h, *matrices[:3])
-        ctx.dtypes = [x.dtype if weight is None else weight.dtype for weight in (weight_in, bias_in, weight_out, bias_out)]
-        return y
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight_in, bias_in, weight_out, h, matrix_in, row_in, matrix_out = ctx.saved_tensors
-        needs = ctx.needs_input_grad
-        if not torch.is_grad_enabled():
-            found = _gradients_by_parts(grad, x, matrix_in, row_in, matrix_out, h, needs[0], ctx.dtypes)
-            return tuple(value if needed else None for value, needed in zip(found, needs, strict=True))
-        weight_in, weight_out = weight_in.to(x.dtype), weight_out.to(x.dtype)
-        h = functional.conv2d(x, weight_in, None if bias_in is None else bias_in.to(x.dtype))  # to be differentiated again
-        a_grad, *out_grads = _convolution_backward(grad, functional.gelu(h), weight_out, True, *needs[3:])
-        x_grad, *in_grads = _convolution_backward(torch.ops.aten.gelu_backward(a_grad, h), x, weight_in, *needs[:3])
-        grads = zip((*in_grads, *out_grads), ctx.dtypes, strict=True)
-        return x_grad, *(None if value is None else value.to(dtype) for value, dtype in grads)
+def _body_gradients(grad: Tensor, needed: Any, kept: Any, x: Tensor, *weights: Tensor | None) -> tuple[Tensor | None, ...]:
+    h, matrix_in, row_in, matrix_out = kept
+    dtypes = [x.dtype if weight is None else weight.dtype for weight in weights]
+    return _gradients_by_parts(grad, x, matrix_in, row_in, matrix_out, h, needed[0], dtypes)
+
+
+def _body_composition(x: Tensor, *weights: Any) -> Tensor:
+    cast_weights: Any = (None if weight is None else weight.to(x.dtype) for weight in weights)
+    return _composition(x, *cast_weights)
+
+
+_BODY = Body(_body, _body_gradients, _body_composition)
 
 
 def _in_dtype_of(x: Tensor, weight_in: Tensor, bias_in: Tensor | None, weight_out: Tensor, bias_out: Tensor | None) -> Any:
@@ -196,14 +192,6 @@ def _gradients_by_parts(
         sums = summed(sums, [product(h_grad.mT, x_part), bias_grad, weight_out_grad, column_sums(g)], part.stop >= len(x))
     weight_in_grad, bias_in_grad, weight_out_grad, bias_out_grad = cast(sums, dtypes)
     return x_grad, weight_in_grad[:, :, None, None], bias_in_grad, weight_out_grad[:, :, None, None], bias_out_grad
-
-
-def _convolution_backward(grad: Tensor, x: Tensor, weight: Tensor, *needed: bool) -> tuple[Tensor | None, ...]:
-    """Gradients of a 1x1 convolution with bias to x, weight and bias, None for those that are not needed."""
-    found: tuple[Tensor | None, ...] = torch.ops.aten.convolution_backward(
-        grad, x, weight, [weight.shape[0]], [1, 1], [0, 0], [1, 1], False, [0, 0], 1, needed
-    )
-    return found
 
 
 @torch.library.register_fake("spanet_kernels::gelu")
