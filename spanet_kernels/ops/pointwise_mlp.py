@@ -24,6 +24,8 @@ from ..products import (
     place,
     product,
     rows,
+    settle,
+    some,
     summed,
     write,
 )
@@ -142,16 +144,19 @@ def _in_dtype_of(x: Tensor, weight_in: Tensor, bias_in: Tensor | None, weight_ou
 def _by_parts(x: Tensor, weight_in: Tensor, bias_in: Tensor | None, weight_out: Tensor, bias_out: Tensor | None) -> tuple[Tensor, Tensor]:
     """The MLP of x, in its layout, and h as channels_last, without the bias that the GELU adds; weights (D, C) and (E, D)."""
     y, h = (
-        torch.empty((len(x), len(weight), *x.shape[2:]), dtype=x.dtype, device=x.device, memory_format=layout)
+        torch.empty((x.shape[0], weight.shape[0], *x.shape[2:]), dtype=x.dtype, device=x.device, memory_format=layout)
         for weight, layout in ((weight_out, modes.memory_format(x)), (weight_in, torch.channels_last))
     )
     wide = multiplied_in(x)
     bias_in, bias_out = (None if bias is None else bias.to(wide) for bias in (bias_in, bias_out))
     in_product, in_gelu = _places(bias_in)
     for part in parts(h, PART):
-        with place(h[part], wide) as h_part, place(y[part], wide) as y_part:
-            write(h_part, rows(x[part]).to(wide), weight_in, in_product)
-            write(y_part, _gelu(rows(h_part), in_gelu, None)[0], weight_out, bias_out)
+        h_part, y_part = some(h, part), some(y, part)
+        hidden, out = place(h_part, wide), place(y_part, wide)
+        write(hidden, rows(some(x, part)).to(wide), weight_in, in_product)
+        write(out, _gelu(rows(hidden), in_gelu, None)[0], weight_out, bias_out)
+        settle(h_part, hidden)
+        settle(y_part, out)
     return y, h
 
 
@@ -179,17 +184,20 @@ def _gradients_by_parts(
     sums: list[Tensor] = []
     wide = multiplied_in(x)
     _, in_gelu = _places(None if bias_in is None else bias_in.to(wide))
-    for part in parts(h, PART if h.dtype == wide else WIDENED_PART):
-        g, hidden, x_part = (rows(image[part]).to(wide) for image in (grad, h, x))
+    pieces = parts(h, PART if h.dtype == wide else WIDENED_PART)
+    for part in pieces:
+        g, hidden, x_part = (rows(some(images, part)).to(wide) for images in (grad, h, x))
         h_grad = product(g, weight_out)  # of gelu(h), then of h
         a, bias_grad = _gelu(hidden, in_gelu, h_grad)
         del hidden
         weight_out_grad = product(g.mT, a)
         del a
         if needs_x:
-            with place(x_grad[part], wide) as x_grad_part:
-                write(x_grad_part, h_grad, weight_in.mT)
-        sums = summed(sums, [product(h_grad.mT, x_part), bias_grad, weight_out_grad, column_sums(g)], part.stop >= len(x))
+            x_grad_part = some(x_grad, part)
+            written = place(x_grad_part, wide)
+            write(written, h_grad, weight_in.mT)
+            settle(x_grad_part, written)
+        sums = summed(sums, [product(h_grad.mT, x_part), bias_grad, weight_out_grad, column_sums(g)], part is pieces[-1])
     weight_in_grad, bias_in_grad, weight_out_grad, bias_out_grad = cast(sums, dtypes)
     return x_grad, weight_in_grad[:, :, None, None], bias_in_grad, weight_out_grad[:, :, None, None], bias_out_grad
 
