@@ -218,12 +218,11 @@ def spectral_mixer(
             else:
                 out = _placed(out, part, outer.added(_pointwise_like(y, out_weight, out_bias, x)))
     assert out is not None
-    nothing = x.new_empty(0), base.new_empty(0)
     if not keep or all_t is None:
-        return out, x.new_empty(0), *nothing
+        return out, x.new_empty(0), x.new_empty(0), base.new_empty(0)
     if x.is_cuda:
         return out, all_t, z, coefficients
-    return out, all_t, nothing[0] if all_context is None else all_context, nothing[1]
+    return out, all_t, x.new_empty(0) if all_context is None else all_context, base.new_empty(0)
 
 
 @exact

@@ -10,7 +10,7 @@ Nothing here is differentiable.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,16 +47,16 @@ def product(left: Tensor, right: Tensor) -> Tensor:
     return product(left.float(), right).to(left.dtype) if widens(left) else left @ right.to(left.dtype)
 
 
-def cast(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
+def cast(tensors: Sequence[Tensor | None], dtypes: Sequence[torch.dtype]) -> list[Any]:
     """Each of the tensors in its dtype; on a GPU all that change in one launch."""
-    results, given, written = list(tensors), [], []
+    results, given, written, eager = list(tensors), [], [], not torch.compiler.is_compiling()
     for index, (tensor, dtype) in enumerate(zip(tensors, dtypes, strict=True)):
-        if tensor.dtype == dtype:
+        if tensor is None or tensor.dtype == dtype:
             continue
-        if tensor.is_cuda and not torch.compiler.is_compiling():
-            results[index] = torch.empty_like(tensor, dtype=dtype)
+        if eager and tensor.is_cuda:
+            results[index] = into = torch.empty_like(tensor, dtype=dtype)
             given.append(tensor)
-            written.append(results[index])
+            written.append(into)
         else:
             results[index] = tensor.to(dtype)
     if given:

@@ -75,12 +75,12 @@ class _Recorded(torch.autograd.Function):
             in_graph = list(gradients_in_graph(composition, grad, needed, args))
             in_graph[3] = grad if needed[3] and scale is None else in_graph[3]
             return None, None, None, None, *in_graph
-        residual_grad, scale_grad = grad, None
-        with below_autograd(), _without_autocast():
-            if scale is not None and needed[3]:
-                residual_grad = grad * scale[:, None, None]
-            if needed[4]:
-                scale_grad = (grad * residual).sum((0, 2, 3))
+        residual_grad: Tensor | None = grad
+        scale_grad: Tensor | None = None
+        if scale is not None:
+            with below_autograd(), _without_autocast():
+                residual_grad = grad * scale[:, None, None] if needed[3] else None
+                scale_grad = (grad * residual).sum((0, 2, 3)) if needed[4] else None
         needs_n = needed[0] or needed[1] or needed[2]
         n_grad, *grads = body.gradients(grad.to(dtype), (needs_n, *needed[5:]), kept, n, *tensors, *constants)
         norm_grads: tuple[Tensor | None, ...] = n_grad, None, None

@@ -134,10 +134,7 @@ _BODY = Body(_body, _body_gradients, _body_composition)
 
 def _in_dtype_of(x: Tensor, weight_in: Tensor, bias_in: Tensor | None, weight_out: Tensor, bias_out: Tensor | None) -> Any:
     """The weights as matrices and the biases, in the dtype of x."""
-    given = [weight for weight in (weight_in, weight_out, bias_in, bias_out) if weight is not None]
-    matrix_in, matrix_out, *biases = cast(given, [x.dtype] * len(given))
-    rest = iter(biases)
-    row_in, row_out = (None if bias is None else next(rest) for bias in (bias_in, bias_out))
+    matrix_in, row_in, matrix_out, row_out = cast((weight_in, bias_in, weight_out, bias_out), (x.dtype,) * 4)
     return matrix_in.flatten(1), row_in, matrix_out.flatten(1), row_out
 
 
