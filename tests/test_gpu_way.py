@@ -151,3 +151,13 @@ def test_gradients_of_a_branch(monkeypatch, normed, scaled):
         assert function().grad_fn.name() == "_RecordedBackward"
         assert torch.autograd.gradcheck(function, given)
         assert torch.autograd.gradgradcheck(function, given, atol=1e-4)
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_the_gradient_of_a_residual_alone(monkeypatch, create_graph):
+    """Of a branch that is frozen, without what it computes."""
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda _: True))
+    x, residual, weight = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4, 5, requires_grad=True), torch.randn(3, 3, 1, 1)
+    y = pointwise_mlp(x, weight, None, weight, None, residual)
+    (grad,) = torch.autograd.grad(y.sum(), residual, create_graph=create_graph)
+    assert torch.equal(grad, torch.ones_like(x))

@@ -115,6 +115,8 @@ def gradients_in_graph(
     """Gradients of a differentiable composition to the args that need one, to be differentiated again."""
     # aliases in place of the arguments, so that each has a gradient of its own
     wanted = {index: args[index].view_as(args[index]) for index, need in enumerate(needed) if need and args[index] is not None}
+    if not wanted:
+        return (None,) * len(args)
     y = composition(*(wanted.get(index, arg) for index, arg in enumerate(args)))
     found = torch.autograd.grad(y, list(wanted.values()), grad, create_graph=True, allow_unused=True)
     by_index = dict(zip(wanted, found, strict=True))

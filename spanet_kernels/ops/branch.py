@@ -35,6 +35,8 @@ def record(body: Body, constants: tuple[Any, ...], branch: Branch, dtype: torch.
 
 
 class _Recorded(torch.autograd.Function):
+    """The branch with what it keeps: x, n, the moments of x and what the body does."""
+
     @staticmethod
     def forward(
         ctx: Any,
