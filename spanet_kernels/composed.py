@@ -174,10 +174,13 @@ def spectral_mixer(
     """`reference.spectral_mixer`; keep returns for the gradients t and, on GPUs, z and its coefficients, on a CPU W F(z) + b of
     many channels; what it does not keep is empty. The weights may be of any dtype.
 
-    With a branch, the residual branch that the mixer makes; x and its residual are then dense, and in one dtype with all the weights.
+    With a branch, the residual branch that the mixer makes; x and its residual are then dense, and in one dtype with all the weights, and
+    on a GPU `pair_serves` them.
     """
-    in_weight, in_bias, weight, bias, out_weight, out_bias = cast((in_weight, in_bias, weight, bias, out_weight, out_bias), (x.dtype,) * 6)
-    row_weight, row_bias, column_weight, column_bias = cast((row_weight, row_bias, column_weight, column_bias), (base.dtype,) * 4)
+    in_weight, in_bias, weight, bias, out_weight, out_bias, row_weight, row_bias, column_weight, column_bias = cast(
+        (in_weight, in_bias, weight, bias, out_weight, out_bias, row_weight, row_bias, column_weight, column_bias),
+        (x.dtype,) * 6 + (base.dtype,) * 4,
+    )
     wanted = radius_squared if takes_coefficients(x) else -1
     with_context, pieces = keep and keeps_context(x), parts(x, PART)
     # memory for the results of all parts; of a single one the result is the whole
@@ -195,7 +198,7 @@ def spectral_mixer(
     for part in pieces:
         around, given = branch.of(part), some(x, part)
         outer = around.residual_alone()
-        if around.norm_weight is not None and pair_serves(given, None, in_weight):
+        if around.norm_weight is not None and (x.is_cuda or pair_serves(given, None, in_weight)):
             t = torch.empty_like(given, memory_format=torch.channels_last)
             pair(t, given, None, None, in_weight, in_bias, branch=around.norm_alone())
         else:
@@ -213,7 +216,7 @@ def spectral_mixer(
             out = paired(part, filtered, applied, bias, out_weight, out_bias, z, outer)
         else:
             y = _ops.spectral_gate(z, coefficients if takes_coefficients(z) else None, weight, bias, base, gain, radius_squared)
-            if z.is_cuda and outer.is_there and pair_serves(y, None, out_weight):
+            if z.is_cuda and outer.is_there:
                 out = paired(part, y, None, None, out_weight, out_bias, branch=outer)
             else:
                 out = _placed(out, part, outer.added(_pointwise_like(y, out_weight, out_bias, x)))
@@ -249,8 +252,9 @@ def spectral_mixer_backward(
     out_bias that of their weights; what was not kept is computed again."""
     convs = row_weight, row_bias, column_weight, column_bias
     given = in_weight, in_weight, *convs, weight, bias, base, gain, out_weight, out_weight
-    in_weight, weight, bias, out_weight = cast((in_weight, weight, bias, out_weight), (x.dtype,) * 4)
-    row_weight, row_bias, column_weight, column_bias = cast(convs, (base.dtype,) * 4)
+    in_weight, weight, bias, out_weight, row_weight, row_bias, column_weight, column_bias = cast(
+        (in_weight, weight, bias, out_weight, *convs), (x.dtype,) * 4 + (base.dtype,) * 4
+    )
     x_grad = torch.empty_like(x, memory_format=modes.memory_format(x))
     gate_args = weight, bias, base, gain, radius_squared
     sums: list[Tensor] = []

@@ -65,7 +65,7 @@ def _has_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
 
 
-def parameters_of(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
+def _parameters_of(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
     """Weight and bias of a convolution, parametrized or not; those that are its own without `nn.Module.__getattr__`, which takes a
     microsecond."""
     own = layer._parameters
@@ -163,7 +163,7 @@ class SPAM(nn.Module):
         if not all(map(is_plain, layers)):
             branch = check_branch("SPAM", x, tuple(x.shape), norm, residual, residual_scale)
             return branch.added(self._by_convolutions(branch.normalised(x), base, gain, modes.radius_of(squared)))
-        (in_weight, in_bias), row, column, (out_weight, out_bias), *gates = map(parameters_of, layers)
+        (in_weight, in_bias), row, column, (out_weight, out_bias), *gates = map(_parameters_of, layers)
         weight, bias = _as_one(gates)
         return spectral_mixer(
             x,

@@ -195,7 +195,7 @@ def pair_serves(x: Tensor, weight_in: Tensor | None, weight_out: Tensor) -> bool
     if x.shape[1] % PAIR_CHANNELS:
         return False
     if x.is_cuda:
-        return x.element_size() == 2 and modes.channels_last(x) and x.is_contiguous(memory_format=torch.channels_last)
+        return x.element_size() == 2 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
     positions = x.shape[0] * x.shape[2] * x.shape[3]
     enough = torch.compiler.is_compiling() or positions >= PAIR_POSITIONS * torch.get_num_threads()
     return x.device.type == "cpu" and x.dtype in _PAIR_DTYPES and enough
