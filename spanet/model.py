@@ -46,9 +46,10 @@ class Mlp(nn.Module):
         residual_scale: Tensor | None = None,
         norm: tuple[Tensor, Tensor, float] | None = None,
     ) -> Tensor:
-        if is_plain(self.fc1) and is_plain(self.fc2):
-            return pointwise_mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias, residual, residual_scale, norm)
-        y = cast(Tensor, self.fc2(functional.gelu(self.fc1(x if norm is None else functional.group_norm(x, 1, *norm)))))
+        fc1, fc2 = self.fc1, self.fc2
+        if is_plain(fc1) and is_plain(fc2):
+            return pointwise_mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, residual, residual_scale, norm)
+        y = cast(Tensor, fc2(functional.gelu(fc1(x if norm is None else functional.group_norm(x, 1, *norm)))))
         if residual is None:
             return y
         return y + (residual if residual_scale is None else residual * residual_scale[:, None, None])
@@ -83,10 +84,11 @@ class Block(nn.Module):
 
     def _branch(self, x: Tensor, res_scale: nn.Module, body: nn.Module, norm: nn.Module) -> Tensor:
         """res_scale(x) + drop_path(body(norm(x))): one call of the body, unless a module was exchanged or a hook looks at one."""
-        drops = self.training and not isinstance(self.drop_path, nn.Identity)
-        own = isinstance(body, SPAM | Mlp) and type(norm) is GroupNorm1 and isinstance(res_scale, ResScale | nn.Identity)
-        if drops or not own or any(map(_is_watched, (res_scale, body, norm, self.drop_path))):
-            return cast(Tensor, res_scale(x) + self.drop_path(body(norm(x))))
+        drop_path = self.drop_path
+        drops = self.training and not isinstance(drop_path, nn.Identity)
+        own = isinstance(body, (SPAM, Mlp)) and type(norm) is GroupNorm1 and isinstance(res_scale, (ResScale, nn.Identity))
+        if drops or not own or any(map(_is_watched, (res_scale, body, norm, drop_path))):
+            return cast(Tensor, res_scale(x) + drop_path(body(norm(x))))
         scale = res_scale.scale if isinstance(res_scale, ResScale) else None
         return cast(Tensor, body(x, x, scale, (norm.weight, norm.bias, norm.eps)))
 

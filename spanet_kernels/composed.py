@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import modes
-from .products import Branch, cast, column_sums, image, linear, multiplied_in, pair, pair_serves, parts, product, rows, summed, write
+from .products import Branch, cast, column_sums, image, linear, multiplied_in, pair, pair_serves, parts, product, rows, some, summed, write
 
 PART = 2 * 2**20  # bytes of a tensor of the images that a CPU takes at a time; in the backward pass, with more of them in use:
 BACKWARD_PART = 7 * 2**18
@@ -28,12 +28,12 @@ T = TypeVar("T")
 
 
 def exact(function: Callable[P, T]) -> Callable[P, T]:
-    """Every product in the dtypes that it is given, also under autocast."""
+    """Every product in the dtypes that it is given, also under autocast; eager code is below autograd, whose keys take time."""
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
         if not torch.compiler.is_compiling():
-            with torch._C._DisableAutocast():  # in a fifth of the time of torch.autocast
+            with torch._C._AutoDispatchBelowAutograd(), torch._C._DisableAutocast():  # in a fifth of the time of torch.autocast
                 return function(*args, **kwargs)
         x = args[0]
         assert isinstance(x, Tensor)
@@ -145,11 +145,6 @@ def keeps_context(x: Tensor) -> bool:
     return not x.is_cuda and x.shape[1] >= KEPT_CHANNELS
 
 
-def _whole(x: Tensor, memory_format: torch.memory_format) -> Tensor | None:
-    """Memory for the results of all parts of x; of a single part the result is the whole."""
-    return torch.empty_like(x, memory_format=memory_format) if len(parts(x, PART)) > 1 else None
-
-
 def _placed(whole: Tensor | None, part: slice, value: Tensor) -> Tensor:
     if whole is None:
         return value
@@ -179,29 +174,35 @@ def spectral_mixer(
     """`reference.spectral_mixer`; keep returns for the gradients t and, on GPUs, z and its coefficients, on a CPU W F(z) + b of
     many channels; what it does not keep is empty. The weights may be of any dtype.
 
-    With a branch, the residual branch that the mixer makes; x and its residual are then dense, and in one dtype with all the weights.
+    With a branch, the residual branch that the mixer makes; x and its residual are then dense, and in one dtype with all the weights, and
+    on a GPU `pair_serves` them.
     """
-    in_weight, in_bias, weight, bias, out_weight, out_bias = cast((in_weight, in_bias, weight, bias, out_weight, out_bias), (x.dtype,) * 6)
-    row_weight, row_bias, column_weight, column_bias = cast((row_weight, row_bias, column_weight, column_bias), (base.dtype,) * 4)
+    in_weight, in_bias, weight, bias, out_weight, out_bias, row_weight, row_bias, column_weight, column_bias = cast(
+        (in_weight, in_bias, weight, bias, out_weight, out_bias, row_weight, row_bias, column_weight, column_bias),
+        (x.dtype,) * 6 + (base.dtype,) * 4,
+    )
     wanted = radius_squared if takes_coefficients(x) else -1
-    out = _whole(x, modes.memory_format(x))
-    with_context = keep and keeps_context(x)
-    all_t, all_context = (_whole(x, torch.channels_last) if keeps else None for keeps in (keep, with_context))
+    with_context, pieces = keep and keeps_context(x), parts(x, PART)
+    # memory for the results of all parts; of a single one the result is the whole
+    out, all_t, all_context = (
+        torch.empty_like(x, memory_format=layout) if wants and len(pieces) > 1 else None
+        for wants, layout in ((True, modes.memory_format(x)), (keep, torch.channels_last), (with_context, torch.channels_last))
+    )
 
     def paired(part: slice, *args: Any, **kwargs: Any) -> Tensor:
         """`pair` of a part, into its place."""
-        to = torch.empty_like(x[part], memory_format=modes.memory_format(x)) if out is None else out[part]
+        to = torch.empty_like(x, memory_format=modes.memory_format(x)) if out is None else out[part]
         pair(to, *args, **kwargs)
         return to if out is None else out
 
-    for part in parts(x, PART):
-        around = branch.of(part)
-        outer = around._replace(norm_weight=None)
-        if around.norm_weight is not None and pair_serves(x[part], None, in_weight):
-            t = torch.empty_like(x[part], memory_format=torch.channels_last)
-            pair(t, x[part], None, None, in_weight, in_bias, branch=around._replace(residual=None, scale=None))
+    for part in pieces:
+        around, given = branch.of(part), some(x, part)
+        outer = around.residual_alone()
+        if around.norm_weight is not None and (x.is_cuda or pair_serves(given, None, in_weight)):
+            t = torch.empty_like(given, memory_format=torch.channels_last)
+            pair(t, given, None, None, in_weight, in_bias, branch=around.norm_alone())
         else:
-            t = _pointwise(around.normalised(x[part]), in_weight, in_bias)
+            t = _pointwise(around.normalised(given), in_weight, in_bias)
         z, coefficients = _ops.axial_conv(t, row_weight, row_bias, column_weight, column_bias, wanted)
         if keep:
             all_t = _placed(all_t, part, t)
@@ -215,17 +216,16 @@ def spectral_mixer(
             out = paired(part, filtered, applied, bias, out_weight, out_bias, z, outer)
         else:
             y = _ops.spectral_gate(z, coefficients if takes_coefficients(z) else None, weight, bias, base, gain, radius_squared)
-            if z.is_cuda and outer.is_there and pair_serves(y, None, out_weight):
+            if z.is_cuda and outer.is_there:
                 out = paired(part, y, None, None, out_weight, out_bias, branch=outer)
             else:
                 out = _placed(out, part, outer.added(_pointwise_like(y, out_weight, out_bias, x)))
     assert out is not None
-    nothing = x.new_empty(0), base.new_empty(0)
     if not keep or all_t is None:
-        return out, x.new_empty(0), *nothing
+        return out, x.new_empty(0), x.new_empty(0), base.new_empty(0)
     if x.is_cuda:
         return out, all_t, z, coefficients
-    return out, all_t, nothing[0] if all_context is None else all_context, nothing[1]
+    return out, all_t, x.new_empty(0) if all_context is None else all_context, base.new_empty(0)
 
 
 @exact
@@ -252,26 +252,28 @@ def spectral_mixer_backward(
     out_bias that of their weights; what was not kept is computed again."""
     convs = row_weight, row_bias, column_weight, column_bias
     given = in_weight, in_weight, *convs, weight, bias, base, gain, out_weight, out_weight
-    in_weight, weight, bias, out_weight = cast((in_weight, weight, bias, out_weight), (x.dtype,) * 4)
-    row_weight, row_bias, column_weight, column_bias = cast(convs, (base.dtype,) * 4)
+    in_weight, weight, bias, out_weight, row_weight, row_bias, column_weight, column_bias = cast(
+        (in_weight, weight, bias, out_weight, *convs), (x.dtype,) * 4 + (base.dtype,) * 4
+    )
     x_grad = torch.empty_like(x, memory_format=modes.memory_format(x))
     gate_args = weight, bias, base, gain, radius_squared
     sums: list[Tensor] = []
     # as many positions as channels at least are worth a sum of products of channels
-    for part in parts(x, max(BACKWARD_PART, x.shape[1] ** 2 * multiplied_in(x).itemsize)):
-        g, t_part = rows(grad[part]), t[part]
+    pieces = parts(x, max(BACKWARD_PART, x.shape[1] ** 2 * multiplied_in(x).itemsize))
+    for part in pieces:
+        g, t_part = rows(some(grad, part)), some(t, part)
         if takes_coefficients(t):
             y_grad, y = image(product(g, out_weight), z.shape), _ops.spectral_gate(z, coefficients, *gate_args)
             gate = [*_ops.spectral_gate_backward(y_grad, z, coefficients, *gate_args, profile_learns), product(g.mT, rows(y))]
         else:
             # GPUs kept z, which is whole there, a CPU the context or nothing
             again = [z if t.is_cuda else _ops.axial_conv(t_part, row_weight, row_bias, column_weight, column_bias, -1)[0]]
-            context = rows(z[part]) if not t.is_cuda and z.numel() else None
+            context = rows(some(z, part)) if not t.is_cuda and z.numel() else None
             gate = _gate_gradients(g, again.pop(), *gate_args, profile_learns, out_weight, context)
         t_grad, *conv = _ops.axial_conv_backward(gate.pop(0), t_part, row_weight, row_bias, column_weight)
         t_grad = rows(t_grad)
-        write(x_grad[part], t_grad, in_weight.mT)
-        grads = [product(t_grad.mT, rows(x[part])), column_sums(t_grad), *conv, *gate, column_sums(g)]
-        sums = summed(sums, grads, part.stop >= len(x))
+        write(some(x_grad, part), t_grad, in_weight.mT)
+        grads = [product(t_grad.mT, rows(some(x, part))), column_sums(t_grad), *conv, *gate, column_sums(g)]
+        sums = summed(sums, grads, part is pieces[-1])
         del t_grad, grads
     return x_grad, *cast(sums, [like.dtype for like in given])

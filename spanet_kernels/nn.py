@@ -65,6 +65,15 @@ def _has_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
 
 
+def _parameters_of(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of a convolution, parametrized or not; those that are its own without `nn.Module.__getattr__`, which takes a
+    microsecond."""
+    own = layer._parameters
+    if "weight" in own and "bias" in own:
+        return cast(Tensor, own["weight"]), own["bias"]
+    return cast(Tensor, layer.weight), cast(Tensor | None, layer.bias)
+
+
 class SPG(nn.Sequential):
     """Spectral pooling gate: the filter of some channels, mixed into all: W SPF(x) + b (arXiv 2308.11568, eq. 19).
 
@@ -149,27 +158,26 @@ class SPAM(nn.Module):
         residual_scale: Tensor | None = None,
         norm: tuple[Tensor, Tensor, float] | None = None,
     ) -> Tensor:
-        row, column = cast(tuple[nn.Conv2d, nn.Conv2d], tuple(self.conv))
         base, gain, squared = self._profile(x)
-        if not all(map(is_plain, (self.proj_in, row, column, *self.pws, self.proj_out))):
+        layers = self.proj_in, *self.conv, self.proj_out, *self.pws
+        if not all(map(is_plain, layers)):
             branch = check_branch("SPAM", x, tuple(x.shape), norm, residual, residual_scale)
             return branch.added(self._by_convolutions(branch.normalised(x), base, gain, modes.radius_of(squared)))
-        weight, bias = self._gates()
+        (in_weight, in_bias), row, column, (out_weight, out_bias), *gates = map(_parameters_of, layers)
+        weight, bias = _as_one(gates)
         return spectral_mixer(
             x,
-            self.proj_in.weight.flatten(1),
-            self.proj_in.bias,
-            row.weight,
-            row.bias,
-            column.weight,
-            column.bias,
+            in_weight.flatten(1),
+            in_bias,
+            *row,
+            *column,
             weight,
             bias,
             base,
             gain,
             modes.radius_of(squared),
-            self.proj_out.weight.flatten(1),
-            self.proj_out.bias,
+            out_weight.flatten(1),
+            out_bias,
             residual,
             residual_scale,
             norm,
@@ -182,14 +190,6 @@ class SPAM(nn.Module):
         chunks = filtered.split(modes.chunks(z.shape[1], len(self.pws)), 1)
         context = [pw(chunk) for pw, chunk in zip(self.pws, chunks, strict=True)]
         return cast(Tensor, self.proj_out(z * sum(context[1:], context[0])))
-
-    def _gates(self) -> tuple[Tensor, Tensor | None]:
-        """The 1x1 convolutions of all gates as one: weights side by side, biases summed."""
-        gates = [cast(nn.Conv2d, pw) for pw in self.pws]
-        biases = [pw.bias for pw in gates if pw.bias is not None]
-        weight = gates[0].weight if len(gates) == 1 else torch.cat([pw.weight for pw in gates], 1)
-        # added one by one: the gradients of stack(...).sum() would be one memory, which accumulation adds to three times
-        return weight.flatten(1), sum(biases[1:], biases[0]) if biases else None
 
     def _profile(self, x: Tensor) -> tuple[Tensor, Tensor, int]:
         """base (C,), gain (S, C) and squared radius of all filters together; -1 without filters."""
@@ -227,6 +227,14 @@ class SPAM(nn.Module):
 
     def extra_repr(self) -> str:
         return f"lams={self.lams}, radius={self.radius}, boundary={self.boundary}"
+
+
+def _as_one(gates: Sequence[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
+    """The 1x1 convolutions of all gates as one: weights side by side, biases summed."""
+    biases = [bias for _, bias in gates if bias is not None]
+    weight = gates[0][0] if len(gates) == 1 else torch.cat([weight for weight, _ in gates], 1)
+    # added one by one: the gradients of stack(...).sum() would be one memory, which accumulation adds to three times
+    return weight.flatten(1), sum(biases[1:], biases[0]) if biases else None
 
 
 def _mask(lam: float, radius: float, boundary: float | None, height: int, width: int) -> Tensor:

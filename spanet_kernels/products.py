@@ -9,9 +9,8 @@ Nothing here is differentiable.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +23,7 @@ _DTYPES = {torch.float32} if torch.backends.mkldnn.is_available() else set()
 if _DTYPES and torch.ops.mkldnn._is_mkldnn_bf16_supported():
     _DTYPES.add(torch.bfloat16)
 
+WHOLE = slice(None)  # the part that is all images; to take it of a tensor would take time
 PAIR_CHANNELS = 32  # every number of channels is a multiple of it where `pointwise_pair` serves
 PAIR_POSITIONS = 96  # of a thread at least: `pointwise_pair` shares out positions, oneDNN channels too
 _WIDENED = {torch.bfloat16} if cpu_capability() in ("avx2", "avx512") else set()
@@ -47,17 +47,20 @@ def product(left: Tensor, right: Tensor) -> Tensor:
     return product(left.float(), right).to(left.dtype) if widens(left) else left @ right.to(left.dtype)
 
 
-def cast(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
+def cast(tensors: Sequence[Tensor | None], dtypes: Sequence[torch.dtype]) -> list[Any]:
     """Each of the tensors in its dtype; on a GPU all that change in one launch."""
-    changed = [(index, dtype) for index, (tensor, dtype) in enumerate(zip(tensors, dtypes, strict=True)) if tensor.dtype != dtype]
-    results = list(tensors)
-    if changed and results[0].is_cuda and not torch.compiler.is_compiling():
-        for index, dtype in changed:
-            results[index] = torch.empty_like(tensors[index], dtype=dtype)
-        torch._foreach_copy_([results[index] for index, _ in changed], [tensors[index] for index, _ in changed])
-        return results
-    for index, dtype in changed:
-        results[index] = tensors[index].to(dtype)
+    results, given, written, eager = list(tensors), [], [], not torch.compiler.is_compiling()
+    for index, (tensor, dtype) in enumerate(zip(tensors, dtypes, strict=True)):
+        if tensor is None or tensor.dtype == dtype:
+            continue
+        if eager and tensor.is_cuda:
+            results[index] = into = torch.empty_like(tensor, dtype=dtype)
+            given.append(tensor)
+            written.append(into)
+        else:
+            results[index] = tensor.to(dtype)
+    if given:
+        torch._foreach_copy_(written, given)
     return results
 
 
@@ -71,14 +74,14 @@ def multiplied_in(x: Tensor) -> torch.dtype:
     return torch.float32 if widens(x) else x.dtype
 
 
-@contextlib.contextmanager
-def place(y: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
-    """y to write in the dtype: itself, or memory that is rounded to it at the end."""
-    if y.dtype == dtype:
-        yield y
-    else:
-        written = torch.empty_like(y, dtype=dtype)
-        yield written
+def place(y: Tensor, dtype: torch.dtype) -> Tensor:
+    """Where to write y in the dtype: itself, or memory that `settle` rounds to it."""
+    return y if y.dtype == dtype else torch.empty_like(y, dtype=dtype)
+
+
+def settle(y: Tensor, written: Tensor) -> None:
+    """y, of what was written in its place."""
+    if y.dtype != written.dtype:
         y.copy_(written)
 
 
@@ -116,7 +119,13 @@ class Branch(NamedTuple):
 
     def of(self, part: slice) -> Branch:
         """That of some images."""
-        return self if self.residual is None else self._replace(residual=self.residual[part])
+        return self if self.residual is None or part is WHOLE else self._replace(residual=self.residual[part])
+
+    def norm_alone(self) -> Branch:
+        return Branch(self.norm_weight, self.norm_bias, self.eps)
+
+    def residual_alone(self) -> Branch:
+        return Branch(residual=self.residual, scale=self.scale)
 
     def has(self, dtype: torch.dtype) -> bool:
         """Whether every tensor has the dtype."""
@@ -155,12 +164,19 @@ def parts(x: Tensor, size: int) -> list[slice]:
 
     All at once in a graph, which serves any number of images.
     """
-    images = x.shape[0]
     if not x.is_cpu or torch.compiler.is_compiling():
-        return [slice(0, images)]
+        return [WHOLE]
+    images = x.shape[0]
     count = min(images, -(-x.numel() * multiplied_in(x).itemsize // size))
-    step = -(-images // max(count, 1))
-    return [slice(start, start + step) for start in range(0, images, step or 1)] or [slice(0, 0)]
+    if count <= 1:
+        return [WHOLE]
+    step = -(-images // count)
+    return [slice(start, start + step) for start in range(0, images, step)]
+
+
+def some(x: Tensor, part: slice) -> Tensor:
+    """The images of a part."""
+    return x if part is WHOLE else x[part]
 
 
 def summed(sums: list[Tensor], more: list[Tensor], last: bool) -> list[Tensor]:
@@ -173,12 +189,13 @@ def summed(sums: list[Tensor], more: list[Tensor], last: bool) -> list[Tensor]:
 def pair_serves(x: Tensor, weight_in: Tensor | None, weight_out: Tensor) -> bool:
     """Whether `pointwise_pair` takes these: on a CPU with positions enough for every thread, or any number in a graph; on a GPU in 16
     bits and channels_last."""
-    weights = [weight_out] if weight_in is None else [weight_in, weight_out]
-    channels = (x.shape[1], *(size for weight in weights for size in weight.shape))
-    if any(weight.dtype != x.dtype for weight in weights) or any(size % PAIR_CHANNELS for size in channels):
+    for weight in (weight_out,) if weight_in is None else (weight_in, weight_out):
+        if weight.dtype != x.dtype or weight.shape[0] % PAIR_CHANNELS or weight.shape[1] % PAIR_CHANNELS:
+            return False
+    if x.shape[1] % PAIR_CHANNELS:
         return False
     if x.is_cuda:
-        return x.element_size() == 2 and modes.channels_last(x) and x.is_contiguous(memory_format=torch.channels_last)
+        return x.element_size() == 2 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
     positions = x.shape[0] * x.shape[2] * x.shape[3]
     enough = torch.compiler.is_compiling() or positions >= PAIR_POSITIONS * torch.get_num_threads()
     return x.device.type == "cpu" and x.dtype in _PAIR_DTYPES and enough

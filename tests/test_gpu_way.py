@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("timm")
 from spanet.model import Block
-from spanet_kernels import composed
+from spanet_kernels import composed, pointwise_mlp, spectral_mixer
 
 # what is kept of shapes and constants for a device would be fake afterwards
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the real thing is tested")
@@ -43,6 +43,12 @@ def image(dtype):
     return torch.empty(SHAPE, device="cuda", dtype=dtype).contiguous(memory_format=torch.channels_last)
 
 
+def to_gpu(block, mode, dtype):
+    for module in block.modules():
+        for name, parameter in module._parameters.items():
+            module._parameters[name] = torch.nn.Parameter(mode.from_tensor(parameter.detach().to(dtype)).to("cuda"))
+
+
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_inference_in_16_bits_is_our_kernels_alone(compiled):
     """Norms in front and residuals behind are part of the products; nothing as large as an image is copied."""
@@ -53,10 +59,7 @@ def test_inference_in_16_bits_is_our_kernels_alone(compiled):
         return module.forward
 
     with mode, torch.no_grad():
-        for module in block.modules():
-            for name, parameter in list(module._parameters.items()):
-                if parameter is not None:
-                    module._parameters[name] = torch.nn.Parameter(mode.from_tensor(parameter.detach().bfloat16()).to("cuda"))
+        to_gpu(block, mode, torch.bfloat16)
         x = image(torch.bfloat16)
         if compiled:
             y = torch.compile(block, fullgraph=True, backend=backend)(x)
@@ -103,3 +106,58 @@ def test_weights_in_fp32_are_cast_in_one_launch():
         assert [grad.dtype for grad in grads] == [x.dtype, *[torch.float32] * 12]
     assert forward.casts == {"_foreach_copy_": 1}
     assert backward.casts["_foreach_copy_"] == 2
+
+
+def test_a_training_step_records_one_function_for_a_branch():
+    """Norm, body and residual; nothing as large as an image is copied."""
+    block, mode = Block(64, 0.0, True, {}), FakeTensorMode(allow_non_fake_inputs=True)
+    with mode:
+        to_gpu(block, mode, torch.bfloat16)
+        x = image(torch.bfloat16).requires_grad_()
+        with Log() as log:
+            y = block(x)
+        second = y.grad_fn
+        first = second.next_functions[0][0]
+        assert first.next_functions[0][0].variable is x
+        assert {first.name(), second.name()} == {"_RecordedBackward"}
+    assert log.ours["image_norm"] == 2
+    assert not log.copies
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("normed", [False, True])
+def test_gradients_of_a_branch(monkeypatch, normed, scaled):
+    """By the way of a GPU, on a CPU in float64: to everything, of first and second order."""
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda _: True))
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
+
+    x, residual, scale, norm = draw(2, 3, 4, 5), draw(2, 3, 4, 5), draw(3), (draw(3), draw(3))
+    mixer = draw(3, 3), None, draw(3, 1, 1, 3), draw(3), draw(3, 1, 3, 1), draw(3), draw(3, 3), draw(3), draw(3), draw(2, 3)
+    mlp = draw(4, 3, 1, 1), draw(4), draw(3, 4, 1, 1), None
+    around = residual, scale if scaled else None, (*norm, 1e-5) if normed else None
+    inputs = x, residual, *((scale,) if scaled else ()), *(norm if normed else ())
+
+    def mixed(*_):
+        return spectral_mixer(x, *mixer, 1.0, mixer[0], None, *around)
+
+    def hidden(*_):
+        return pointwise_mlp(x, *mlp, *around)
+
+    for function, weights in ((mixed, mixer), (hidden, mlp)):
+        given = (*inputs, *(weight for weight in weights if weight is not None))
+        assert function().grad_fn.name() == "_RecordedBackward"
+        assert torch.autograd.gradcheck(function, given)
+        assert torch.autograd.gradgradcheck(function, given, atol=1e-4)
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_the_gradient_of_a_residual_alone(monkeypatch, create_graph):
+    """Of a branch that is frozen, without what it computes."""
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda _: True))
+    x, residual, weight = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4, 5, requires_grad=True), torch.randn(3, 3, 1, 1)
+    y = pointwise_mlp(x, weight, None, weight, None, residual)
+    (grad,) = torch.autograd.grad(y.sum(), residual, create_graph=create_graph)
+    assert torch.equal(grad, torch.ones_like(x))

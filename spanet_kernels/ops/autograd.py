@@ -6,7 +6,7 @@ kernel calls the function; eager code calls the function itself, which torch.fun
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ _library = torch.library.Library("spanet_kernels", "IMPL")
 _is_compiling, _is_inference, _is_recording = torch.compiler.is_compiling, torch.is_inference_mode_enabled, torch.is_grad_enabled
 _is_transformed, _any_requires_grad = torch._C._are_functorch_transforms_active, torch._C._any_requires_grad
 _tracing_state = torch._C._get_tracing_state
-_below_autograd = torch._C._AutoDispatchBelowAutograd
+below_autograd = torch._C._AutoDispatchBelowAutograd
 
 
 def is_eager() -> bool:
@@ -45,7 +45,7 @@ def infers(*args: Any) -> bool:
 
 def call_below_autograd(operator: Any, *args: Any) -> Any:
     """Call the kernels below autograd."""
-    with _below_autograd():
+    with below_autograd():
         return operator(*args)
 
 
@@ -59,7 +59,7 @@ def register(operator: Any, function: Any, transformed: Callable[..., Any] | Non
     call_operator, setup_context = operator._op, function.setup_context  # without the frame of `operator.__call__`
 
     def forward(ctx: Any, *args: Any) -> Any:
-        with _below_autograd():
+        with below_autograd():
             output = call_operator(*args)
         setup_context(ctx, args, output)
         return output
@@ -78,7 +78,7 @@ def register(operator: Any, function: Any, transformed: Callable[..., Any] | Non
             return record(*args)
         if _is_inference():  # is below autograd already
             return call_operator(*args)
-        with _below_autograd():
+        with below_autograd():
             return call_operator(*args)
 
     def kernel(*args: Any) -> Any:
@@ -107,6 +107,24 @@ def one_by_one(operator: Any) -> Callable[..., Any]:
         return outputs, (0,) * len(outputs)
 
     return vmap
+
+
+def gradients_in_graph(
+    composition: Callable[..., Tensor], grad: Tensor, needed: Sequence[bool], args: Sequence[Any]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of a differentiable composition to the args that need one, to be differentiated again."""
+    # aliases in place of the arguments, so that each has a gradient of its own
+    wanted = {index: args[index].view_as(args[index]) for index, need in enumerate(needed) if need and args[index] is not None}
+    if not wanted:
+        return (None,) * len(args)
+    y = composition(*(wanted.get(index, arg) for index, arg in enumerate(args)))
+    found = torch.autograd.grad(y, list(wanted.values()), grad, create_graph=True, allow_unused=True)
+    by_index = dict(zip(wanted, found, strict=True))
+    return tuple(by_index.get(index) for index in range(len(args)))
+
+
+def _first(outputs: Any) -> Any:
+    return outputs[0] if isinstance(outputs, tuple) else outputs
 
 
 def by_composition(operator: Any, gradient: Any, gradients: Callable[..., Any], composition: Callable[..., Any]) -> Callable[..., Any]:
@@ -140,13 +158,7 @@ def by_composition(operator: Any, gradient: Any, gradients: Callable[..., Any], 
             args = [other if tensor is None else tensor for tensor, other in zip(saved, ctx.others, strict=True)]
             if not torch.is_grad_enabled():
                 return tuple(gradients(grad, needed, by_products, *args))
-            # aliases in place of the arguments, so that each has a gradient of its own
-            wanted = {index: args[index].view_as(args[index]) for index, need in enumerate(needed) if need}
-            y = composition(*(wanted.get(index, arg) for index, arg in enumerate(args)))
-            y = y[0] if isinstance(y, tuple) else y
-            found = torch.autograd.grad(y, list(wanted.values()), grad, create_graph=True, allow_unused=True)
-            by_index = dict(zip(wanted, found, strict=True))
-            return tuple(by_index.get(index) for index in range(len(args)))
+            return gradients_in_graph(lambda *args: _first(composition(*args)), grad, needed, args)
 
     torch.library.register_vmap(gradient.name().partition(".")[0], one_by_one(gradient))
     eager = register(operator, Composed, composition)

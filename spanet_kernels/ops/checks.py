@@ -85,9 +85,10 @@ def check_branch(
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """What autocast would cast x to, None where it leaves x alone."""
-    if x.device.type == "meta" or x.dtype == torch.float64 or not torch.is_autocast_enabled(x.device.type):
+    kind = x.device.type
+    if kind == "meta" or x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
         return None
-    return torch.get_autocast_dtype(x.device.type)
+    return torch.get_autocast_dtype(kind)
 
 
 def odd_size(op: str, row_weight: Tensor) -> int:

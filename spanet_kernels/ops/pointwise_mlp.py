@@ -24,10 +24,13 @@ from ..products import (
     place,
     product,
     rows,
+    settle,
+    some,
     summed,
     write,
 )
 from .autograd import infers, is_eager, is_traced
+from .branch import Body, record
 from .checks import autocast_dtype, check_branch, check_input, check_parameter
 from .image_norm import normalised
 
@@ -78,9 +81,9 @@ def pointwise_mlp(
     inferred, dtype = infers(x, *weights, *branch) and not is_traced(), autocast_dtype(x)
     if inferred and dtype in (None, x.dtype):
         return _inferred(x, *(*weights, branch))
-    x = normalised(branch, x).to(dtype or x.dtype)
     if not inferred and is_eager() and not is_traced():
-        return branch.added(_Mlp.apply(x, *weights))
+        return record(_BODY, (), branch, dtype or x.dtype, x, *weights)
+    x = normalised(branch, x).to(dtype or x.dtype)
     if dtype:
         weights = tuple(None if weight is None else weight.to(dtype) for weight in weights)
     return branch.added(_inferred(x, *(*weights, Branch())) if inferred else _composition(x, *weights))
@@ -108,54 +111,49 @@ def _composition(x: Tensor, weight_in: Tensor, bias_in: Tensor | None, weight_ou
     return functional.conv2d(functional.gelu(functional.conv2d(x, weight_in, bias_in)), weight_out, bias_out)
 
 
-class _Mlp(torch.autograd.Function):
+def _body(x: Tensor, *weights: Any) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     """The MLP in the dtype of x, with weights of any."""
+    matrices = _in_dtype_of(x, *weights)
+    y, h = _by_parts(x, *matrices)
+    return y, (h, *matrices[:3])
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight_in: Tensor, bias_in: Tensor | None, weight_out: Tensor, bias_out: Tensor | None) -> Tensor:
-        matrices = _in_dtype_of(x, weight_in, bias_in, weight_out, bias_out)
-        y, h = _by_parts(x, *matrices)
-        ctx.save_for_backward(x, weight_in, bias_in, weight_out, h, *matrices[:3])
-        ctx.dtypes = [x.dtype if weight is None else weight.dtype for weight in (weight_in, bias_in, weight_out, bias_out)]
-        return y
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight_in, bias_in, weight_out, h, matrix_in, row_in, matrix_out = ctx.saved_tensors
-        needs = ctx.needs_input_grad
-        if not torch.is_grad_enabled():
-            found = _gradients_by_parts(grad, x, matrix_in, row_in, matrix_out, h, needs[0], ctx.dtypes)
-            return tuple(value if needed else None for value, needed in zip(found, needs, strict=True))
-        weight_in, weight_out = weight_in.to(x.dtype), weight_out.to(x.dtype)
-        h = functional.conv2d(x, weight_in, None if bias_in is None else bias_in.to(x.dtype))  # to be differentiated again
-        a_grad, *out_grads = _convolution_backward(grad, functional.gelu(h), weight_out, True, *needs[3:])
-        x_grad, *in_grads = _convolution_backward(torch.ops.aten.gelu_backward(a_grad, h), x, weight_in, *needs[:3])
-        grads = zip((*in_grads, *out_grads), ctx.dtypes, strict=True)
-        return x_grad, *(None if value is None else value.to(dtype) for value, dtype in grads)
+def _body_gradients(grad: Tensor, needed: Any, kept: Any, x: Tensor, *weights: Tensor | None) -> tuple[Tensor | None, ...]:
+    h, matrix_in, row_in, matrix_out = kept
+    dtypes = [x.dtype if weight is None else weight.dtype for weight in weights]
+    return _gradients_by_parts(grad, x, matrix_in, row_in, matrix_out, h, needed[0], dtypes)
+
+
+def _body_composition(x: Tensor, *weights: Any) -> Tensor:
+    cast_weights: Any = (None if weight is None else weight.to(x.dtype) for weight in weights)
+    return _composition(x, *cast_weights)
+
+
+_BODY = Body(_body, _body_gradients, _body_composition)
 
 
 def _in_dtype_of(x: Tensor, weight_in: Tensor, bias_in: Tensor | None, weight_out: Tensor, bias_out: Tensor | None) -> Any:
     """The weights as matrices and the biases, in the dtype of x."""
-    given = [weight for weight in (weight_in, weight_out, bias_in, bias_out) if weight is not None]
-    matrix_in, matrix_out, *biases = cast(given, [x.dtype] * len(given))
-    rest = iter(biases)
-    row_in, row_out = (None if bias is None else next(rest) for bias in (bias_in, bias_out))
+    matrix_in, row_in, matrix_out, row_out = cast((weight_in, bias_in, weight_out, bias_out), (x.dtype,) * 4)
     return matrix_in.flatten(1), row_in, matrix_out.flatten(1), row_out
 
 
 def _by_parts(x: Tensor, weight_in: Tensor, bias_in: Tensor | None, weight_out: Tensor, bias_out: Tensor | None) -> tuple[Tensor, Tensor]:
     """The MLP of x, in its layout, and h as channels_last, without the bias that the GELU adds; weights (D, C) and (E, D)."""
     y, h = (
-        torch.empty((len(x), len(weight), *x.shape[2:]), dtype=x.dtype, device=x.device, memory_format=layout)
+        torch.empty((x.shape[0], weight.shape[0], *x.shape[2:]), dtype=x.dtype, device=x.device, memory_format=layout)
         for weight, layout in ((weight_out, modes.memory_format(x)), (weight_in, torch.channels_last))
     )
     wide = multiplied_in(x)
     bias_in, bias_out = (None if bias is None else bias.to(wide) for bias in (bias_in, bias_out))
     in_product, in_gelu = _places(bias_in)
     for part in parts(h, PART):
-        with place(h[part], wide) as h_part, place(y[part], wide) as y_part:
-            write(h_part, rows(x[part]).to(wide), weight_in, in_product)
-            write(y_part, _gelu(rows(h_part), in_gelu, None)[0], weight_out, bias_out)
+        h_part, y_part = some(h, part), some(y, part)
+        hidden, out = place(h_part, wide), place(y_part, wide)
+        write(hidden, rows(some(x, part)).to(wide), weight_in, in_product)
+        write(out, _gelu(rows(hidden), in_gelu, None)[0], weight_out, bias_out)
+        settle(h_part, hidden)
+        settle(y_part, out)
     return y, h
 
 
@@ -183,27 +181,22 @@ def _gradients_by_parts(
     sums: list[Tensor] = []
     wide = multiplied_in(x)
     _, in_gelu = _places(None if bias_in is None else bias_in.to(wide))
-    for part in parts(h, PART if h.dtype == wide else WIDENED_PART):
-        g, hidden, x_part = (rows(image[part]).to(wide) for image in (grad, h, x))
+    pieces = parts(h, PART if h.dtype == wide else WIDENED_PART)
+    for part in pieces:
+        g, hidden, x_part = (rows(some(images, part)).to(wide) for images in (grad, h, x))
         h_grad = product(g, weight_out)  # of gelu(h), then of h
         a, bias_grad = _gelu(hidden, in_gelu, h_grad)
         del hidden
         weight_out_grad = product(g.mT, a)
         del a
         if needs_x:
-            with place(x_grad[part], wide) as x_grad_part:
-                write(x_grad_part, h_grad, weight_in.mT)
-        sums = summed(sums, [product(h_grad.mT, x_part), bias_grad, weight_out_grad, column_sums(g)], part.stop >= len(x))
+            x_grad_part = some(x_grad, part)
+            written = place(x_grad_part, wide)
+            write(written, h_grad, weight_in.mT)
+            settle(x_grad_part, written)
+        sums = summed(sums, [product(h_grad.mT, x_part), bias_grad, weight_out_grad, column_sums(g)], part is pieces[-1])
     weight_in_grad, bias_in_grad, weight_out_grad, bias_out_grad = cast(sums, dtypes)
     return x_grad, weight_in_grad[:, :, None, None], bias_in_grad, weight_out_grad[:, :, None, None], bias_out_grad
-
-
-def _convolution_backward(grad: Tensor, x: Tensor, weight: Tensor, *needed: bool) -> tuple[Tensor | None, ...]:
-    """Gradients of a 1x1 convolution with bias to x, weight and bias, None for those that are not needed."""
-    found: tuple[Tensor | None, ...] = torch.ops.aten.convolution_backward(
-        grad, x, weight, [weight.shape[0]], [1, 1], [0, 0], [1, 1], False, [0, 0], 1, needed
-    )
-    return found
 
 
 @torch.library.register_fake("spanet_kernels::gelu")

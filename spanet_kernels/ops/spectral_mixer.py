@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,8 +11,9 @@ from torch.nn import functional
 
 from .. import composed, modes
 from ..products import Branch, cast, pair_serves
-from .autograd import by_composition, call_below_autograd, infers, is_traced
+from .autograd import by_composition, infers, is_eager, is_traced
 from .axial_conv import axial_conv, coefficients_fake
+from .branch import Body, record
 from .checks import PROFILE_DTYPE, autocast_dtype, check_branch, check_input, check_parameter, check_radius, odd_size
 from .image_norm import normalised
 from .radial_filter import apply_profile
@@ -89,16 +90,18 @@ def spectral_mixer(
             ("out_bias", out_bias, flat),
         )
     ]
-    args[2], args[4], args[8], args[9] = args[2].flatten(1), args[4].flatten(1), args[8].to(wide), args[9].to(wide)
-    if is_traced():
+    args[8], args[9] = args[8].to(wide), args[9].to(wide)
+    inferred, traced = infers(x, *args, *branch), is_traced()
+    if not inferred and not traced and is_eager():
+        return record(_BODY, (squared,), branch, dtype, x, *args)
+    args = _as_matrices(args)
+    if traced:
         return branch.added(_parts(branch.normalised(x).to(dtype), *args, squared))
     compiling = torch.compiler.is_compiling()
-    inferred = infers(x, *args, *branch)
     if inferred:
         args = cast(args, (dtype, dtype, wide, wide, wide, wide, dtype, dtype, wide, wide, dtype, dtype))
     if inferred and branch.has(dtype) and x.dtype == dtype and _fuses(x, branch, args[6], args[10]):
-        run: Any = composed.spectral_mixer if compiling else functools.partial(call_below_autograd, composed.spectral_mixer)
-        fused: Tensor = run(x, *args, squared, False, branch)[0]
+        fused: Tensor = composed.spectral_mixer(x, *(*args, squared, False, branch))[0]
         return fused
     x = normalised(branch, x).to(dtype)
     if inferred and compiling and x.device.type == "cpu":
@@ -120,7 +123,7 @@ def _gradients(grad: Tensor, needed: Any, kept: tuple[Tensor, ...], x: Tensor, *
         raise RuntimeError("spectral_mixer: the operator must be called with keep=True where gradients are wanted")
     learns = needed[9] or needed[10]
     given = (in_weight, row_weight, row_bias, column_weight, column_bias, weight, bias, base, gain, out_weight)
-    *grads, base_grad, gain_grad, out_weight_grad, out_bias_grad = _gradient(grad, x, *kept, *given, radius_squared, learns)
+    *grads, base_grad, gain_grad, out_weight_grad, out_bias_grad = _gradient._op(grad, x, *kept, *given, radius_squared, learns)
     return *grads, *((base_grad, gain_grad) if learns else (None, None)), out_weight_grad, out_bias_grad, None, None
 
 
@@ -142,6 +145,24 @@ def _composition(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
 
 
 _call = by_composition(_mixer, _gradient, _gradients, _composition)
+
+
+def _as_matrices(args: Sequence[Any]) -> list[Any]:
+    """The arguments after x with the weights of the axial convolution as (C, k)."""
+    return [*args[:2], args[2].flatten(1), args[3], args[4].flatten(1), *args[5:]]
+
+
+def _body(x: Tensor, *args: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
+    y, *kept = _mixer._op(x, *_as_matrices(args), True)
+    return y, tuple(kept)
+
+
+def _body_gradients(grad: Tensor, needed: Any, kept: tuple[Tensor, ...], x: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
+    found: Any = _gradients(grad, needed, kept, x, *_as_matrices(args), True)
+    return *found[:3], found[3].view_as(args[2]), found[4], found[5].view_as(args[4]), *found[6:-2]
+
+
+_BODY = Body(_body, _body_gradients, lambda x, *args: _call(x, *_as_matrices(args), True)[0])
 
 
 @torch.library.register_fake("spanet_kernels::spectral_mixer")

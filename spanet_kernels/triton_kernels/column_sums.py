@@ -56,6 +56,6 @@ def column_sums(x: Tensor) -> Tensor:
     rows, columns = (128, 16) if R <= FEW else (ROWS, COLUMNS)
     groups = cdiv(C, columns)
     parts, share = (1, R) if R <= FEW else shares(R, groups)
-    out = torch.empty((parts, C), dtype=torch.float32, device=x.device)
+    out = torch.empty((C,) if parts == 1 else (parts, C), dtype=torch.float32, device=x.device)
     launch(_sums_kernel, (parts, groups), x, out, R, C, share, BR=rows, BC=columns, V=gcd(C, 16 // x.element_size()), num_warps=4)
-    return out[0] if parts == 1 else column_sums(out)
+    return out if parts == 1 else column_sums(out)

@@ -69,10 +69,10 @@ def gelu(x: Tensor, bias: Tensor | None, grad: Tensor | None) -> tuple[Tensor, T
     groups = cdiv(C, COLUMNS)
     programs, share = shares(R, groups)
     y = torch.empty_like(x)
-    parts = torch.empty((0, C) if grad is None else (programs, C), dtype=torch.float32, device=x.device)
+    parts = None if grad is None else torch.empty((programs, C), dtype=torch.float32, device=x.device)
     bias = None if bias is None else bias.contiguous()
     launch(
         _gelu_kernel, (programs, groups),
         x, bias, grad, y, parts, R, C, share, BR=ROWS, BC=COLUMNS, V=gcd(C, 16 // x.element_size()), num_warps=8,
     )  # fmt: skip
-    return y, x.new_empty(0, dtype=torch.float32) if grad is None else column_sums(parts)
+    return y, x.new_empty(0, dtype=torch.float32) if parts is None else column_sums(parts)

@@ -71,10 +71,12 @@ def wide(x: Tensor, *shape: int) -> Tensor:
 
 def moments_of(x: Tensor) -> Tensor:
     """(B, P, 3) sums of the parts of dense images."""
-    elements = x.numel() // x.shape[0]
+    images = x.shape[0]
+    elements = x.numel() // images
     share = cdiv(cdiv(elements, BLOCK), MOST_PARTS) * BLOCK
-    parts = wide(x, len(x), cdiv(elements, share), 3)
-    launch(_moments_kernel, tuple(parts.shape[:2]), x, parts, elements, share, BLOCK=BLOCK, num_warps=8)
+    count = cdiv(elements, share)
+    parts = wide(x, images, count, 3)
+    launch(_moments_kernel, (images, count), x, parts, elements, share, BLOCK=BLOCK, num_warps=8)
     return parts
 
 
@@ -82,7 +84,8 @@ def image_moments(x: Tensor, eps: float) -> Tensor:
     """`spanet_kernels::image_moments` on a GPU."""
     if not serves(x):
         return reference.image_moments(x, eps)
-    parts, moments = moments_of(modes.like(x, x)), wide(x, len(x), 2)
+    images = x.shape[0]
+    parts, moments = moments_of(modes.like(x, x)), wide(x, images, 2)
     count = parts.shape[1]
-    launch(_finish_kernel, (len(x),), parts, moments, count, x.shape[0] / x.numel(), eps, BP=next_power_of_2(count), num_warps=1)
+    launch(_finish_kernel, (images,), parts, moments, count, images / x.numel(), eps, BP=next_power_of_2(count), num_warps=1)
     return moments

@@ -103,11 +103,10 @@ def image_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Ten
     N = H * W
     x, weight, bias = modes.like(x, x), weight.contiguous(), bias.contiguous()
     y, moments, parts = torch.empty_like(x), wide(x, B, 2), moments_of(x)
-    grid = B, cdiv(N, PIXELS), cdiv(C, CHANNELS)
+    grid, count = (B, cdiv(N, PIXELS), cdiv(C, CHANNELS)), parts.shape[1]
     launch(
         _normalise_kernel, grid,
-        x, y, parts, moments, weight, bias, N, C, parts.shape[1], 1 / (C * N), eps,
-        BP=next_power_of_2(parts.shape[1]), **_tiles(x),
+        x, y, parts, moments, weight, bias, N, C, count, 1 / (C * N), eps, BP=next_power_of_2(count), **_tiles(x),
     )  # fmt: skip
     return y, moments
 
@@ -124,12 +123,12 @@ def image_norm_backward(grad: Tensor, x: Tensor, moments: Tensor, weight: Tensor
     T = cdiv(N, share)
     channels, image = wide(x, B * T, 2 * C), wide(x, B, T * groups, 2)
     x_grad, tiles = torch.empty_like(x), _tiles(x)
-    launch(_norm_sums_kernel, (B, T, groups), grad, x, moments, weight, channels, image, N, C, share, **dict(tiles, num_warps=8))
+    launch(_norm_sums_kernel, (B, T, groups), grad, x, moments, weight, channels, image, N, C, share, **tiles | {"num_warps": 8})
     launch(
         _norm_gradient_kernel, (B, cdiv(N, PIXELS), groups),
         grad, x, x_grad, moments, image, weight, N, C, T * groups, 1 / (C * N), BP=next_power_of_2(T * groups), **tiles,
     )  # fmt: skip
-    weight_grad, bias_grad = column_sums(channels).to(weight.dtype).view(2, C)
+    weight_grad, bias_grad = column_sums(channels).to(weight.dtype).view(2, C).unbind()
     return x_grad, weight_grad, bias_grad
 
 

@@ -17,7 +17,6 @@ from triton.runtime import driver
 OPTIONS: dict[str, Any] = dict(enable_fp_fusion=True) if torch.version.hip else dict(enable_fp_fusion=True, maxnreg=255)
 MOST = 4096  # launches that are remembered
 
-_PLAIN = frozenset((int, float, type(None)))  # arguments that are no tensors; isinstance of a tensor takes half a microsecond
 _known: dict[tuple[Any, ...], tuple[Any, tuple[int, ...], tuple[Any, ...]]] = {}  # compiled, its grid and compile-time arguments
 
 
@@ -32,31 +31,49 @@ def next_power_of_2(n: int) -> int:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-    """kernel[grid](*args, **options): the first argument a tensor, the compile-time ones by name, in the same order at every call.
+    """kernel[grid](*args, **options): tensors, or None, the first a tensor, then numbers, the first an int; the compile-time arguments by
+    name, in the same order at every call.
 
     ROCm's kernels depend on the sizes of tensors too, and the interpreter compiles nothing: there Triton launches.
     """
     if not isinstance(kernel, JITFunction) or torch.version.hip:
         with torch.cuda.device_of(args[0]):
             kernel[grid](*args, **options, **OPTIONS)
-    elif args[0].get_device() == driver.active.get_current_device():
-        _launch(kernel, grid, args, options)
+        return
+    device, current = args[0].get_device(), driver.active
+    if device == current.get_current_device():
+        _launch(device, current, kernel, grid, args, options)
     else:
         with torch.cuda.device_of(args[0]):
-            _launch(kernel, grid, args, options)
+            _launch(device, current, kernel, grid, args, options)
 
 
-def _launch(kernel: JITFunction[Any], grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]) -> None:
-    """On the current device."""
-    key, given = [kernel.fn, grid, *options.values()], []
+def _launch(
+    device: int, current: Any, kernel: JITFunction[Any], grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]
+) -> None:
+    """On the current device, by its driver."""
+    key: list[Any] = [kernel.fn, device, grid, *options.values()]
+    given: list[Any] = []
+    addresses = 0
     for arg in args:
-        if type(arg) in _PLAIN:
-            key.append(arg)
-            given.append(arg)
-        else:
+        if arg is None:
+            key.append(None)
+            given.append(None)
+        elif type(arg) is int:  # and all that follow are numbers
+            numbers = args[len(given) :]
+            key.append(numbers)
+            given += numbers
+            break
+        elif arg.get_device() == device:
             address = arg.data_ptr()
-            key += arg.dtype, arg.get_device(), address % 16 == 0
+            addresses |= address
+            key.append(arg.dtype)
             given.append(address)
+        else:
+            kernel[grid](*args, **options, **OPTIONS)  # Triton refuses it
+            return
+    if addresses % 16:  # not all are aligned
+        key += [value is not None and value % 16 == 0 for value in given]
     known = _known.get(tuple(key))
     if known is None:
         compiled = kernel[grid](*args, **options, **OPTIONS)
@@ -68,7 +85,7 @@ def _launch(kernel: JITFunction[Any], grid: tuple[int, ...], args: tuple[Any, ..
     if _is_watched():
         compiled[whole_grid](*args, *constants)
         return
-    stream = driver.active.get_current_stream(driver.active.get_current_device())
+    stream = current.get_current_stream(device)
     compiled.run(*whole_grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *given, *constants)
 
 

@@ -138,6 +138,10 @@ def pair_plan(channels: int, between: int, out: int) -> dict[str, Any]:
     return dict(BR=br, BM=bm, **sizes, **divisors, num_warps=warps, num_stages=stages)
 
 
+def _dense(x: Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last)
+
+
 def pointwise(
     y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, norm: tuple[Tensor | None, ...], *added: Tensor | None, gelu: bool
 ) -> None:
@@ -164,9 +168,8 @@ def pointwise_pair(
     bias_out: Tensor | None,
 ) -> None:
     """`spanet_kernels::pointwise_pair` on a GPU."""
-    images = [image for image in (x, y, residual) if image is not None]
     whole_norm = moments is None or (norm_weight is not None and norm_bias is not None)
-    dense = all(image.is_contiguous(memory_format=torch.channels_last) for image in images)
+    dense = _dense(x) and _dense(y) and (residual is None or _dense(residual))
     if factor is not None or x.dtype not in (torch.bfloat16, torch.float16) or not x.numel() or not whole_norm or not dense:
         reference.pointwise_pair(
             y, x, moments, norm_weight, norm_bias, factor, residual, residual_scale, weight_in, bias_in, weight_out, bias_out
@@ -174,7 +177,7 @@ def pointwise_pair(
         return
     norm = moments, norm_weight, norm_bias
     if weight_in is not None and max(x.shape[1], y.shape[1]) <= ONE_LAUNCH:
-        (B, C, H, W), (M, D) = x.shape, (len(weight_in), len(weight_out))
+        (B, C, H, W), (M, D) = x.shape, (weight_in.shape[0], weight_out.shape[0])
         choice = pair_plan(C, M, D)
         launch(
             _pair_kernel, (cdiv(B * H * W, choice["BR"]),),
@@ -183,7 +186,9 @@ def pointwise_pair(
         )  # fmt: skip
         return
     if weight_in is not None:
-        hidden = torch.empty((len(x), len(weight_in), *x.shape[2:]), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+        hidden = torch.empty(
+            (x.shape[0], weight_in.shape[0], *x.shape[2:]), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
+        )
         pointwise(hidden, x, weight_in, bias_in, norm, None, None, gelu=True)
         x, norm = hidden, (None, None, None)
     pointwise(y, x, weight_out, bias_out, norm, residual, residual_scale, gelu=False)

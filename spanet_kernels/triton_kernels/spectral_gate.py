@@ -345,7 +345,7 @@ PRECISION = "bf16x3"  # of products with fp32 operands
 def _mix(coefficients: Tensor, weight: Tensor, base: Tensor, gain: Tensor, table: Disc) -> tuple[Tensor, Tensor]:
     """v (B, K, C) and W' (C, C)."""
     B, C, *functions = coefficients.shape
-    K = len(table.place)
+    K = table.place.shape[0]
     v, scaled = torch.empty((B, K, C), dtype=base.dtype, device=base.device), torch.empty_like(weight)
     launch(
         _mix_kernel, (cdiv(B * K, 32), cdiv(C, 64)),
@@ -377,7 +377,7 @@ def spectral_gate(
     v, scaled = _mix(coefficients, weight, base, gain, table)
     launch(
         _gate_kernel, choice.programs(B, C, H * W),
-        z, y, scaled, v, table.phi, bias, H * W, C, len(table.place), **choice.tile, KP=table.phi.shape[1], PRECISION=PRECISION,
+        z, y, scaled, v, table.phi, bias, H * W, C, table.place.shape[0], **choice.tile, KP=table.phi.shape[1], PRECISION=PRECISION,
         **access(z), **choice.launch,
     )  # fmt: skip
     return y
@@ -402,7 +402,7 @@ def spectral_gate_backward(
     table, coefficients, gain = _modes_of(z, coefficients, base, gain, radius_squared)
     grad, z, weight, bias = modes.like(grad, z), modes.like(z, z), weight.contiguous(), bias.contiguous()
     choice = plan(C, H * W, backward=True)
-    N, K, S, M = H * W, len(table.place), gain.shape[0], coefficients[0, 0].numel()
+    N, K, S, M = H * W, table.place.shape[0], gain.shape[0], prod(coefficients.shape[2:])
     tiles, side, step = cdiv(N, choice.tile["BN"]), min(64, choice.tile["BO"]), min(choice.tile["BN"], choice.tile["BC"])
     groups = cdiv(C, side)
     splits = min(cdiv(256, groups * groups), B * cdiv(N, step))  # enough programs for any GPU
