@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 pytest.importorskip("timm")
 from spanet.model import Block
 from spanet_kernels import composed, pointwise_mlp, spectral_mixer
+from spanet_kernels.ops.radial_filter import _fft_pays
 
 # what is kept of shapes and constants for a device would be fake afterwards
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the real thing is tested")
@@ -161,3 +162,10 @@ def test_the_gradient_of_a_residual_alone(monkeypatch, create_graph):
     y = pointwise_mlp(x, weight, None, weight, None, residual)
     (grad,) = torch.autograd.grad(y.sum(), residual, create_graph=create_graph)
     assert torch.equal(grad, torch.ones_like(x))
+
+
+def test_planes_in_parts_leave_many_functions_to_ffts():
+    with FakeTensorMode():
+        small, large = (torch.empty(2, 3, *size, device="cuda") for size in ((56, 56), (200, 334)))
+    assert [_fft_pays(small, radius**2) for radius in (1, 2, 3, 4, 5)] == [False, False, False, False, True]
+    assert [_fft_pays(large, radius**2) for radius in (1, 2, 3, 4, 5)] == [False, False, True, True, True]
