@@ -85,14 +85,16 @@ def model_of(state: Mapping[str, Tensor]) -> SPANet:
     try:
         model = SPANet(
             depths=[sum(key.startswith(stage) and key.endswith(".norm1.weight") for key in state) for stage in stages],
-            dims=[len(state[f"{stage}0.norm1.weight"]) for stage in stages],
+            dims=[state[f"{stage}0.norm1.weight"].shape[0] for stage in stages],
             kernel_size=state["network.0.0.token_mixer.conv.0.weight"].shape[-1],
             in_chans=state["patch_embed.proj.weight"].shape[1],
-            num_classes=len(state.get("head.weight", ())),
+            num_classes=state["head.weight"].shape[0] if "head.weight" in state else 0,
             dense="norm0.weight" in state,
         )
     except KeyError as error:
         raise ValueError(f"the state is not of a SPANet: it lacks {error.args[0]}") from None
+    except IndexError:
+        raise ValueError("the state is not of a SPANet: a weight has too few dimensions") from None
     model.load_state_dict(state)
     return model
 

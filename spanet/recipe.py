@@ -143,7 +143,7 @@ def _typed(hints: Mapping[str, Any], key: str, value: Any) -> Any:
         except ValueError:
             pass
     if type(value) is not wanted:
-        raise ValueError(f"recipe: {key} must be a {wanted.__name__}, got {value!r}")
+        raise ValueError(f"recipe: {key} must be of type {wanted.__name__}, got {value!r}")
     return value
 
 

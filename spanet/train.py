@@ -159,12 +159,14 @@ class Trainer:
         chunks: the cut of a step into forward passes, see `Chunks`; the others as in `fit`.
 
     Raises:
-        ValueError: timm has no such optimizer or schedule, or there is more warm-up than training.
+        ValueError: timm has no such optimizer or schedule, the optimizer takes second derivatives or has no state to save, or there is more
+            warm-up than training.
     """
 
     def __init__(
         self, recipe: Recipe, model: nn.Module, num_classes: int, chunks: Chunks, device: torch.device, fsdp: bool, compiled: bool
     ) -> None:
+        _check_optimizer(recipe)
         if recipe.warmup_epochs > recipe.epochs:  # the learning rate would stay below the recipe's
             raise ValueError(f"recipe: warmup_epochs must be at most epochs {recipe.epochs}, got {recipe.warmup_epochs}")
         self.recipe, self.model, self.chunks, self.device = recipe, model, chunks, device
@@ -180,8 +182,7 @@ class Trainer:
                 _shard(network, device)
         elif dist.is_initialized():
             self.copies = DistributedDataParallel(model, [device] if device.type == "cuda" else None)
-        with as_value_error(f"recipe: optimizer must be one of timm, got {recipe.optimizer}"):
-            self.optimizer = create_optimizer_v2(model, opt=recipe.optimizer, lr=recipe.lr, weight_decay=recipe.weight_decay)
+        self.optimizer = create_optimizer_v2(model, opt=recipe.optimizer, lr=recipe.lr, weight_decay=recipe.weight_decay)
         with as_value_error(f"recipe: scheduler must be one of timm that goes by steps, got {recipe.scheduler}"):
             self.schedule, _ = create_scheduler_v2(
                 self.optimizer,
@@ -247,6 +248,19 @@ class Trainer:
         set_state_dict(self.model, self.optimizer, **parts, options=_WHOLE)
         if self.average:
             set_model_state_dict(self.judged, state["model_ema"], options=_WHOLE)
+
+
+def _check_optimizer(recipe: Recipe) -> None:
+    """Refuse an optimizer that could not take a step or be saved, by a step on a layer of two neurons."""
+    with torch.random.fork_rng(devices=[]), as_value_error(f"recipe: optimizer must be one of timm, got {recipe.optimizer}"):
+        layer = nn.Linear(2, 2)
+        optimizer = create_optimizer_v2(layer, opt=recipe.optimizer, lr=recipe.lr, weight_decay=recipe.weight_decay)
+        if getattr(optimizer, "is_second_order", False):
+            raise ValueError("it takes second derivatives")
+        layer(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+        with as_value_error("its state cannot be saved"):
+            get_state_dict(layer, optimizer, options=_WHOLE)
 
 
 def _shard(network: nn.Module, device: torch.device) -> None:

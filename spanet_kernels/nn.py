@@ -129,9 +129,12 @@ class SPAM(nn.Module):
         if not isinstance(kernel_size, (int, np.integer)) or kernel_size < 1 or kernel_size % 2 == 0:
             raise ValueError(f"SPAM: kernel_size must be an odd number, got {kernel_size}")
         given = lams.tolist() if isinstance(lams, (np.ndarray, Tensor)) else lams
-        if not isinstance(given, Sequence) or not all(isinstance(lam, numbers.Real) and math.isfinite(lam) for lam in given):
+        numbers_alone = isinstance(given, Sequence) and not isinstance(given, str)
+        if not numbers_alone or not all(isinstance(lam, numbers.Real) and math.isfinite(lam) for lam in given):
             raise ValueError(f"SPAM: lams must be a sequence of finite numbers, got {lams}")
         lams = tuple(map(float, given))
+        if not isinstance(dim, (int, np.integer)):
+            raise TypeError(f"SPAM: dim must be an integer, got {type(dim).__name__}")
         if dim < 1:
             raise ValueError(f"SPAM: dim must be at least 1, got {dim}")
         chunks = modes.chunks(dim, max(len(lams), 1))

@@ -160,6 +160,8 @@ def test_states_that_do_not_fit(tmp_path):
         load_checkpoint(torch.nn.Linear(2, 2), tmp_path / "small.pth")
     with pytest.raises(ValueError, match="not of a SPANet: it lacks"):
         model_of({"features.0.weight": torch.ones(1)})
+    with pytest.raises(ValueError, match="not of a SPANet: a weight has too few dimensions"):
+        model_of(dict.fromkeys(state, torch.tensor(1.0)))
 
 
 class Payload:

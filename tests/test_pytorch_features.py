@@ -212,6 +212,8 @@ def test_a_partial_state_is_taken_if_not_strict():
         (dict(lams=(0.7, float("inf"))), "lams must be a sequence of finite numbers"),
         (dict(lams=np.full((2, 2), 0.7)), "lams must be a sequence of finite numbers"),
         (dict(lams="78"), "lams must be a sequence of finite numbers"),
+        (dict(lams=""), "lams must be a sequence of finite numbers"),
+        (dict(dim="8"), "dim must be an integer, got str"),
         (dict(boundary="paper"), "boundary must be None or a finite number, got 'paper'"),
         (dict(boundary=float("nan")), "boundary must be None or a finite number, got nan"),
         (dict(dim=0), "dim must be at least 1, got 0"),
