@@ -69,7 +69,7 @@ class Run:
         state: of the checkpoint, None for a new run; start: the step to go on with.
 
     Raises:
-        FileExistsError, FileNotFoundError: there is a run, or none; ValueError: last.pt is damaged or of another run.
+        FileExistsError, FileNotFoundError: there is a run, or what one left, or none; ValueError: last.pt is damaged or of another run.
     """
 
     STEPS = ("step", "epoch", "lr", "loss")
@@ -82,6 +82,8 @@ class Run:
         self.start: int = self.state["step"] if self.state else 0
         if not resume and self.last.exists():
             raise FileExistsError(f"out: {folder} holds a run; resume it, or name another folder")
+        if not resume and (best := folder / "best.safetensors").exists() and not self._wrote(best):
+            raise FileExistsError(f"out: {folder} holds the best weights of another run; name another folder")
         if writes:
             folder.mkdir(parents=True, exist_ok=True)
             for name in ("last.pt", "best.safetensors", "steps.csv", "epochs.csv"):
@@ -89,6 +91,15 @@ class Run:
                     unfinished.unlink()
             self._rewind(folder / "steps.csv", self.STEPS)
             self._rewind(folder / "epochs.csv", self.EPOCHS)
+
+    def _wrote(self, best: Path) -> bool:
+        """Whether such a run wrote it, and was killed before its first checkpoint."""
+        try:
+            with safetensors.safe_open(best, "pt") as file:
+                then = _flat(json.loads(file.metadata()["run"]))
+        except Exception:  # of no run of ours
+            return False
+        return all(then.get(name) == value for name, value in _flat(json.loads(json.dumps(self.identity))).items())
 
     def _load(self) -> State:
         if not self.last.exists():

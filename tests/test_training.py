@@ -354,6 +354,18 @@ def test_a_resumed_run_removes_what_a_killed_one_left_half_written(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["epochs.csv", "last.pt", "steps.csv"]
 
 
+def test_the_best_weights_of_another_run_stay(tmp_path):
+    recipe = {"recipe": {"lr": 0.1, "mixes": (1, 2)}}
+    killed = Run(tmp_path, recipe, resume=False)
+    killed.save_best({"weight": torch.ones(2)}, {"top1": 0.5})  # and no last.pt
+    Run(tmp_path, recipe, resume=False)
+    with pytest.raises(FileExistsError, match="holds the best weights of another run; name another folder"):
+        Run(tmp_path, {"recipe": {"lr": 0.2, "mixes": (1, 2)}}, resume=False)
+    (tmp_path / "best.safetensors").write_bytes(b"of something else")
+    with pytest.raises(FileExistsError, match="of another run"):
+        Run(tmp_path, recipe, resume=False)
+
+
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
     class Poisoned(Coloured):
         calls = 0
