@@ -22,6 +22,22 @@ __device__ inline void fill_gains(const Resident& plan, const Profile<float>& pr
   }
 }
 
+// z += the modes of a word at a column with wave w, of its sums v over the rows.
+template <int VEC>
+__device__ void add_column(const float (&v)[5][VEC], bool inside, const Wave4& w, float (&z)[VEC * kSlots]) {
+#pragma unroll
+  for (int k = 0; k < VEC; ++k) {
+    float of_word[5], of_channel[kSlots];
+#pragma unroll
+    for (int a = 0; a < 5; ++a) of_word[a] = inside ? v[a][k] : 0;
+#pragma unroll
+    for (int slot = 0; slot < kSlots; ++slot) of_channel[slot] = z[k * kSlots + slot];
+    add_modes(of_word, w, of_channel);
+#pragma unroll
+    for (int slot = 0; slot < kSlots; ++slot) z[k * kSlots + slot] = of_channel[slot];
+  }
+}
+
 // u[a] of a word from the modes of its channels, at a column with wave w.
 template <int VEC>
 __device__ void corrections(const Pack<float, kSlots>* modes, const Wave4& w, float (&u)[5][VEC]) {
@@ -93,37 +109,15 @@ __global__ void __launch_bounds__(kStagedThreads, 2)
       add_pair(wave, up, low, v[side]);
     }
   }
-  float z[VEC * kSlots];
+  float z[VEC * kSlots] = {};
 #pragma unroll
-  for (int k = 0; k < VEC; ++k) {
-    float of_columns[kSlots] = {};
-#pragma unroll
-    for (int side = 0; side < 2; ++side) {
-      float of_word[5];
-#pragma unroll
-      for (int a = 0; a < 5; ++a) of_word[a] = inside[side] ? v[side][a][k] : 0;
-      add_modes(of_word, columns[j[side]], of_columns);
-    }
-#pragma unroll
-    for (int slot = 0; slot < kSlots; ++slot) z[k * kSlots + slot] = of_columns[slot];
-  }
+  for (int side = 0; side < 2; ++side) add_column(v[side], inside[side], columns[j[side]], z);
   sum_columns<VEC, kSlots>(z, sums, [&](int c, int slot, float sum) { modes[c].v[slot] *= sum; });
   __syncthreads();
 
   float u[2][5][VEC];
 #pragma unroll
-  for (int k = 0; k < VEC; ++k) {
-    float of_channel[kSlots];
-#pragma unroll
-    for (int slot = 0; slot < kSlots; ++slot) of_channel[slot] = modes[own + k].v[slot];
-#pragma unroll
-    for (int side = 0; side < 2; ++side) {
-      float of_word[5];
-      waves_of_column(of_channel, columns[j[side]], of_word);
-#pragma unroll
-      for (int a = 0; a < 5; ++a) u[side][a][k] = of_word[a];
-    }
-  }
+  for (int side = 0; side < 2; ++side) corrections(modes + own, columns[j[side]], u[side]);
   const bool exists = chunk + own < plan.channels;
   char* to[2];
 #pragma unroll
@@ -184,15 +178,7 @@ __global__ void __launch_bounds__((kResidentWords * SIZE + 31) / 32 * 32, SIZE <
   float v[5][VEC], z[VEC * kSlots] = {};
   rows.sum(plan, v);
   rows.keep_words();
-#pragma unroll
-  for (int k = 0; k < VEC; ++k) {
-    float of_word[5], of_column[kSlots] = {};
-#pragma unroll
-    for (int a = 0; a < 5; ++a) of_word[a] = inside ? v[a][k] : 0;
-    add_modes(of_word, columns[j], of_column);
-#pragma unroll
-    for (int slot = 0; slot < kSlots; ++slot) z[k * kSlots + slot] = of_column[slot];
-  }
+  add_column(v, inside, columns[j], z);
   sum_columns<VEC, kSlots>(z, sums, [&](int c, int slot, float sum) { modes[c].v[slot] *= sum; });
   __syncthreads();
 

@@ -115,9 +115,8 @@ template <int FB> int64_t partial_size(const Plan& plan) {
 template <typename T>
 void RadialFilter<T>::forward(const Shape& shape, View x, View y, const Profile<Wide<T>>& profile, int64_t radius_squared, Device& device) {
   using W = Wide<T>;
-  if constexpr (sizeof(T) < 8) {
+  if constexpr (sizeof(T) < 8)
     if (run_resident_filter<T>(shape, x, y, profile, radius_squared, device)) return;
-  }
   const int vec = vector_columns(shape, sizeof(T), {x.data, y.data});
   const int64_t limit = spectrum_limit(shape, radius_squared), frequency = integer_root(limit);
   const auto whole = [&](auto vec_constant, auto fb) {
