@@ -120,6 +120,9 @@ class Subject:
         return loss.detach(), first.grad
 
 
+Prepared = tuple[dict[str, Any], dict[str, Subject]]  # the record of a row without its times, and what is to be timed
+
+
 def wanted(row: Row, model: nn.Module, device: torch.device) -> Results:
     """The results of a row in fp64."""
     subject = Subject(row, model, torch.float64, "nchw", device)
@@ -169,7 +172,7 @@ class Bench:
         self.judged: dict[tuple[str, str, int, int], tuple[Results, Counter[Gemm]]] = {}
         self.one_image: dict[tuple[str, str, int], int] = {}
 
-    def prepare(self, row: Row) -> tuple[dict[str, Any], dict[str, Subject]]:
+    def prepare(self, row: Row) -> Prepared:
         """The record of a row without its times, and what is to be timed: each checked, in the better layout."""
         peer, asked = MODELS[row.model], row.batch
         model = create(row.model, row.size)
@@ -237,7 +240,7 @@ class Bench:
         record |= {"peak bytes": measured.peak, "kinds": measured.kinds, "stages": stages}
         record["joules"] = self.energy.per_call(subject, self.device, 0.3 if self.device.type == "cuda" else 1.0)
 
-    def time(self, prepared: list[tuple[dict[str, Any], dict[str, Subject]]]) -> list[dict[str, Any]]:
+    def time(self, prepared: list[Prepared]) -> list[dict[str, Any]]:
         """Add the times of rows that competed together to their records."""
         functions = {(index, form): subject for index, (_, subjects) in enumerate(prepared) for form, subject in subjects.items()}
         budget = BUDGET[self.options.form] / (3 if self.device.type == "cuda" else 1)
@@ -264,20 +267,26 @@ def run(chosen: list[Row], options: Options, advance: Callable[[str], None], res
     result["limit"] = {"bytes/s": copy_rates(options.device, bench.clock, 2.0 if options.full else 1.0), "flop/s": {}}
     yield
     for group in groups(chosen):
-        prepared = []
-        try:
-            for row in group[:-1]:
-                advance(row.name)
+        prepared: list[Prepared] = []
+        for row in group:
+            advance(row.name)
+            try:
                 prepared.append(bench.prepare(row))
-                yield
-            advance(group[-1].name)
-            prepared.append(bench.prepare(group[-1]))
-        finally:  # those that were prepared before ctrl-C are timed as well
-            if prepared:
-                advance(f"timing {len(prepared)} models together")
-                result["rows"] += bench.time(prepared)
-                result["limit"]["flop/s"][group[0].dtype] = bench.gemms.best_rate(DTYPES[group[0].dtype])
-        yield
+            except KeyboardInterrupt:
+                if prepared:  # those before it are timed as well
+                    measure(bench, prepared, advance, result)
+                raise
+            if row is group[-1]:
+                measure(bench, prepared, advance, result)
+            yield
+
+
+def measure(bench: Bench, prepared: list[Prepared], advance: Callable[[str], None], result: dict[str, Any]) -> None:
+    """Add the rows of a group to a result, timed together."""
+    advance(f"timing {len(prepared)} models together")
+    result["rows"] += bench.time(prepared)
+    dtype = prepared[0][0]["dtype"]
+    result["limit"]["flop/s"][dtype] = bench.gemms.best_rate(DTYPES[dtype])
 
 
 def wrong(result: dict[str, Any]) -> list[str]:
