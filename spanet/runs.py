@@ -99,7 +99,7 @@ class Run:
                 then = _flat(json.loads(file.metadata()["run"]))
         except Exception:  # of no run of ours
             return False
-        return all(then.get(name) == value for name, value in _flat(json.loads(json.dumps(self.identity))).items())
+        return _difference(then, _flat(json.loads(json.dumps(self.identity)))) is None
 
     def _load(self) -> State:
         if not self.last.exists():
@@ -107,9 +107,8 @@ class Run:
         with as_value_error(f"resume: {self.last} is damaged, or of no run"):
             state = cast(State, torch.load(self.last, map_location="cpu", weights_only=True))
             then, now = _flat(state["identity"]), _flat(self.identity)
-        for name in now:
-            if then.get(name) != now[name]:
-                raise ValueError(f"resume: {name} was {then.get(name)} when {self.folder} was started, got {now[name]}")
+        if (name := _difference(then, now)) is not None:
+            raise ValueError(f"resume: {name} was {then.get(name)} when {self.folder} was started, got {now[name]}")
         return state
 
     def _rewind(self, path: Path, columns: tuple[str, ...]) -> None:
@@ -144,6 +143,11 @@ class Run:
             metadata = {"run": json.dumps(self.identity | facts)}  # one key: safetensors writes several in any order
             with replacing(self.folder / "best.safetensors") as file:
                 file.write(safetensors.torch.save({name: tensor.contiguous() for name, tensor in weights.items()}, metadata))
+
+
+def _difference(then: State, now: State) -> str | None:
+    """The first name whose value was another one then."""
+    return next((name for name in now if then.get(name) != now[name]), None)
 
 
 def _flat(identity: State) -> State:
