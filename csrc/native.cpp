@@ -18,4 +18,5 @@ PYBIND11_MODULE(_native, m) {
   m.def(
       "cpu_capability", [] { return spanet::name(spanet::cpu_capability()); },
       "Instruction set in use by the CPU kernels: plain, avx2, avx512, avx512_bf16 or amx.");
+  m.def("cpu_is_intel", [] { return spanet::cpu_is_intel(); }, "Whether the processor is one of Intel's.");
 }

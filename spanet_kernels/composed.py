@@ -16,7 +16,23 @@ import torch
 from torch import Tensor
 
 from . import modes
-from .products import Branch, cast, column_sums, image, linear, multiplied_in, pair, pair_serves, parts, product, rows, some, summed, write
+from .products import (
+    Branch,
+    cast,
+    column_sums,
+    image,
+    linear,
+    multiplied_in,
+    outer,
+    pair,
+    pair_serves,
+    parts,
+    product,
+    rows,
+    some,
+    summed,
+    write,
+)
 
 PART = 2 * 2**20  # bytes of a tensor of the images that a CPU takes at a time; in the backward pass, with more of them in use:
 BACKWARD_PART = 7 * 2**18
@@ -113,14 +129,14 @@ def _gate_gradients(
     kept, context = context, linear(filtered, applied, bias) if context is None else context
     last = []
     if out_weight is not None:
-        last.append(product(grad.mT, z_rows * context))
+        last.append(outer(grad, z_rows * context))
         grad = product(grad, out_weight)
     through = context.mul_(grad) if kept is None else context * grad
     c = grad * z_rows if out_weight is None else grad.mul_(z_rows)
     shape, learns_from = z.shape, z if profile_learns else None
     del grad, context, kept, z_rows, z
     wide = base.dtype if radius_squared < 0 else c.dtype  # not to round before base scales it and after that again
-    weight_grad, bias_grad = product(c.mT.to(wide), filtered.to(wide)), column_sums(c)
+    weight_grad, bias_grad = outer(c.to(wide), filtered.to(wide)), column_sums(c)
     del filtered
     mixed = image(product(c, applied), shape)
     del c
@@ -264,7 +280,7 @@ def spectral_mixer_backward(
         g, t_part = rows(some(grad, part)), some(t, part)
         if takes_coefficients(t):
             y_grad, y = image(product(g, out_weight), z.shape), _ops.spectral_gate(z, coefficients, *gate_args)
-            gate = [*_ops.spectral_gate_backward(y_grad, z, coefficients, *gate_args, profile_learns), product(g.mT, rows(y))]
+            gate = [*_ops.spectral_gate_backward(y_grad, z, coefficients, *gate_args, profile_learns), outer(g, rows(y))]
         else:
             # GPUs kept z, which is whole there, a CPU the context or nothing
             again = [z if t.is_cuda else _ops.axial_conv(t_part, row_weight, row_bias, column_weight, column_bias, -1)[0]]
@@ -273,7 +289,7 @@ def spectral_mixer_backward(
         t_grad, *conv = _ops.axial_conv_backward(gate.pop(0), t_part, row_weight, row_bias, column_weight)
         t_grad = rows(t_grad)
         write(some(x_grad, part), t_grad, in_weight.mT)
-        grads = [product(t_grad.mT, rows(some(x, part))), column_sums(t_grad), *conv, *gate, column_sums(g)]
+        grads = [outer(t_grad, rows(some(x, part))), column_sums(t_grad), *conv, *gate, column_sums(g)]
         sums = summed(sums, grads, part is pieces[-1])
         del t_grad, grads
     return x_grad, *cast(sums, [like.dtype for like in given])

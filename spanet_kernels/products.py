@@ -1,6 +1,7 @@
 """Matrix products over the channels of every position: ours for pairs of them, on a CPU oneDNN's, elsewhere PyTorch's.
 
 oneDNN adds the bias and applies the GELU where it writes the product; PyTorch's `linear` on a CPU writes the bias first and adds to it.
+PyTorch gives products of float32 on a CPU to MKL, which is at home on Intel's processors; on others they are oneDNN's here, too.
 x86 without AMX and Intel's AVX512_BF16 multiply bf16 at half the speed of float32: there a product of bf16 is one of float32, and the
 MLP, whose hidden channels are many, is float32 from its first product to its last (`multiplied_in`, `place`).
 Of a pair (`pointwise_pair`) what stands between the two products stays in the cache: it would be as large as everything else together.
@@ -10,6 +11,7 @@ Nothing here is differentiable.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import gcd
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from . import modes
-from ._native import cpu_capability
+from ._native import cpu_capability, cpu_is_intel
 
 _DTYPES = {torch.float32} if torch.backends.mkldnn.is_available() else set()
 if _DTYPES and torch.ops.mkldnn._is_mkldnn_bf16_supported():
@@ -27,6 +29,8 @@ WHOLE = slice(None)  # the part that is all images; to take it of a tensor would
 PAIR_CHANNELS = 32  # every number of channels is a multiple of it where `pointwise_pair` serves
 PAIR_POSITIONS = 96  # of a thread at least: `pointwise_pair` shares out positions, oneDNN channels too
 _WIDENED = {torch.bfloat16} if cpu_capability() in ("avx2", "avx512") else set()
+# MKL multiplies float32 at less than half of oneDNN's speed on other processors than Intel's (EPYC of Zen 5: 200 and 450 GFLOP/s)
+_MKL_IS_SLOW = torch.backends.mkl.is_available() and not cpu_is_intel()
 _PAIR_DTYPES = {torch.float32, torch.bfloat16} if cpu_capability() != "plain" else set()
 
 
@@ -36,15 +40,43 @@ def linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool 
         return linear(rows.float(), weight, bias, gelu).to(rows.dtype)
     weight, bias = weight.to(rows.dtype), None if bias is None else bias.to(rows.dtype)
     if onednn_serves(rows) and rows.is_contiguous():
-        y: Tensor = torch.ops.mkldnn._linear_pointwise.default(rows, weight, bias, "gelu" if gelu else "none", [], "none")
-        return y
+        return _onednn(rows, weight, bias, "gelu" if gelu else "none")
     y = functional.linear(rows, weight, bias)
     return functional.gelu(y) if gelu else y
 
 
-def product(left: Tensor, right: Tensor) -> Tensor:
-    """The product of two matrices, in the dtype of the left one."""
-    return product(left.float(), right).to(left.dtype) if widens(left) else left @ right.to(left.dtype)
+def _onednn(rows: Tensor, weight: Tensor, bias: Tensor | None = None, then: str = "none") -> Tensor:
+    y: Tensor = torch.ops.mkldnn._linear_pointwise.default(rows, weight, bias, then, [], "none")
+    return y
+
+
+def product(rows: Tensor, matrix: Tensor) -> Tensor:
+    """rows x matrix, in the dtype of the rows."""
+    if widens(rows):
+        return product(rows.float(), matrix).to(rows.dtype)
+    matrix = matrix.to(rows.dtype)
+    return _onednn(rows.contiguous(), matrix.mT) if _prefers_onednn(rows, matrix) else rows @ matrix
+
+
+def outer(left: Tensor, right: Tensor) -> Tensor:
+    """left^T right, of rows (N, D) and (N, C), in the dtype of the left ones."""
+    if widens(left):
+        return outer(left.float(), right).to(left.dtype)
+    right = right.to(left.dtype)
+    if not _prefers_onednn(left, right):
+        return left.mT @ right
+    # as the gradient of a 1x1 convolution to its weight: oneDNN adds up the positions of an image, and then images
+    images = gcd(left.shape[0], 32)
+    grad, x = (rows.reshape(images, -1, 1, rows.shape[1]).permute(0, 3, 1, 2) for rows in (left, right))
+    weight = left.new_empty(left.shape[1], right.shape[1], 1, 1)
+    ones, none, learns = [1, 1], [0, 0], [False, True, False]
+    found = torch.ops.aten.convolution_backward.default(grad, x, weight, None, ones, none, ones, False, none, 1, learns)
+    gradient: Tensor = found[1][:, :, 0, 0]
+    return gradient
+
+
+def _prefers_onednn(*operands: Tensor) -> bool:
+    return _MKL_IS_SLOW and all(operand.dtype == torch.float32 and onednn_serves(operand) for operand in operands)
 
 
 def cast(tensors: Sequence[Tensor | None], dtypes: Sequence[torch.dtype]) -> list[Any]:
@@ -144,7 +176,9 @@ def image(rows: Tensor, shape: torch.Size) -> Tensor:
 
 def write(y: Tensor, rows_: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
     """y (B, D, H, W), in any layout, = rows W^T + b, all but the weights of one dtype."""
-    if not modes.channels_last(y) or widens(y):
+    if _prefers_onednn(y) and weight.is_contiguous() and pair_serves(image(rows_, y.shape), None, weight):
+        pair(y, image(rows_, y.shape), None, None, weight, bias)
+    elif not modes.channels_last(y) or widens(y) or _prefers_onednn(y):
         y.copy_(image(product(rows_, weight.mT) if bias is None else linear(rows_, weight, bias), y.shape))
     elif bias is None:
         torch.mm(rows_, weight.mT.to(y.dtype), out=rows(y))

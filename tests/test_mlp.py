@@ -65,6 +65,14 @@ def test_bf16_is_multiplied_as_it_is_or_in_float32(widened, layout, monkeypatch)
         test_values_and_gradients(torch.bfloat16, layout, bias)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("mkl_is_slow", [False, True], ids=["by MKL", "by oneDNN"])
+def test_float32_is_multiplied_by_either_library(mkl_is_slow, layout, monkeypatch):
+    monkeypatch.setattr(products, "_MKL_IS_SLOW", mkl_is_slow)
+    for bias in (True, False):
+        test_values_and_gradients(torch.float32, layout, bias)
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_derivatives_of_every_kind(layout):
     args = [arg.detach().requires_grad_() for arg in sample(torch.float64, layout, (2, 3, 2, 3), 5, 4)]

@@ -40,6 +40,15 @@ inline bool cpu_has_bf16() {
 #endif
 }
 
+inline bool cpu_is_intel() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  return __builtin_cpu_is("intel");
+#else
+  return false;
+#endif
+}
+
 inline Capability cpu_capability() {
   Capability has = Capability::plain, best = has;
 #if defined(__x86_64__)
@@ -53,7 +62,7 @@ inline Capability cpu_capability() {
     has = tiles ? Capability::amx : Capability::avx512_bf16;
   }
   // vdpbf16ps multiplies twice as much as an fp32 instruction; Intel's processors start a quarter as many of it (measured)
-  best = has == Capability::avx512_bf16 && __builtin_cpu_is("intel") ? Capability::avx512 : has;
+  best = has == Capability::avx512_bf16 && cpu_is_intel() ? Capability::avx512 : has;
 #endif
   const char* wanted = std::getenv("SPANET_KERNELS_CPU");
   for (Capability lower : {Capability::plain, Capability::avx2, Capability::avx512, Capability::avx512_bf16})

@@ -18,6 +18,7 @@ from ..products import (
     linear,
     multiplied_in,
     onednn_serves,
+    outer,
     pair,
     pair_serves,
     parts,
@@ -187,14 +188,14 @@ def _gradients_by_parts(
         h_grad = product(g, weight_out)  # of gelu(h), then of h
         a, bias_grad = _gelu(hidden, in_gelu, h_grad)
         del hidden
-        weight_out_grad = product(g.mT, a)
+        weight_out_grad = outer(g, a)
         del a
         if needs_x:
             x_grad_part = some(x_grad, part)
             written = place(x_grad_part, wide)
             write(written, h_grad, weight_in.mT)
             settle(x_grad_part, written)
-        sums = summed(sums, [product(h_grad.mT, x_part), bias_grad, weight_out_grad, column_sums(g)], part is pieces[-1])
+        sums = summed(sums, [outer(h_grad, x_part), bias_grad, weight_out_grad, column_sums(g)], part is pieces[-1])
     weight_in_grad, bias_in_grad, weight_out_grad, bias_out_grad = cast(sums, dtypes)
     return x_grad, weight_in_grad[:, :, None, None], bias_in_grad, weight_out_grad[:, :, None, None], bias_out_grad
 
