@@ -103,7 +103,7 @@ def spectral_gate_backward(
     pixels = z.contiguous(memory_format=torch.channels_last)
     args = weight, bias, base, gain, radius_squared, profile_learns
     z_grad, weight_grad, bias_grad, base_grad, gain_grad = _gate_gradients(rows(grad), pixels, *args)
-    return modes.like(z_grad, z), weight_grad, bias_grad, base_grad, gain_grad
+    return modes.like(z_grad, z), weight_grad, bias_grad.to(bias.dtype), base_grad, gain_grad  # a GPU sums up in float32
 
 
 def _gate_gradients(

@@ -246,9 +246,10 @@ def test_gate_error_rule(shape, radius, dtype, layout):
     assert y.is_contiguous(memory_format=modes.memory_format(sample[0]))
     same = reference.spectral_gate(*sample), *reference.spectral_gate_backward(grad, *sample, True)
     exact = reference.spectral_gate(*judge), *reference.spectral_gate_backward(grad.double(), *judge, True)
-    for a, b, c in zip((y, *grads), same, exact, strict=True):
+    for index, (a, b, c) in enumerate(zip((y, *grads), same, exact, strict=True)):
         assert a.dtype == b.dtype
-        assert_as_accurate(a, b, c, units=4, alike=True)
+        # bias, base and gain: sums over a batch, in another order, of factors in two terms of bf16
+        assert_as_accurate(a, b, c, units=4 if index < 3 else 64, alike=True)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("timm")
 from spanet.model import Block
-from spanet_kernels import composed, pointwise_mlp, spectral_mixer
+from spanet_kernels import composed, modes, pointwise_mlp, spectral_mixer
 from spanet_kernels.ops.radial_filter import _fft_pays
 
 # what is kept of shapes and constants for a device would be fake afterwards
@@ -107,6 +107,16 @@ def test_weights_in_fp32_are_cast_in_one_launch():
         assert [grad.dtype for grad in grads] == [x.dtype, *[torch.float32] * 12]
     assert forward.casts == {"_foreach_copy_": 1}
     assert backward.casts["_foreach_copy_"] == 2
+
+
+@pytest.mark.parametrize("radius_squared", [-1, 20])
+def test_the_gate_without_a_kernel_of_its_own_has_the_gradients_of_its_inputs(radius_squared):
+    """Their shapes and dtypes, where a disc has too many modes, or none, for the fused gate."""
+    with FakeTensorMode(), torch.no_grad():
+        z, weight, vector = image(torch.bfloat16), *(torch.empty(size, device="cuda", dtype=torch.bfloat16) for size in ((64, 64), 64))
+        base, gain = torch.empty(64, device="cuda"), torch.empty(len(modes.shells(radius_squared)), 64, device="cuda")
+        grads = composed.spectral_gate_backward(z, z, None, weight, vector, base, gain, radius_squared, True)
+        assert [(grad.shape, grad.dtype) for grad in grads] == [(given.shape, given.dtype) for given in (z, weight, vector, base, gain)]
 
 
 def test_a_training_step_records_one_function_for_a_branch():

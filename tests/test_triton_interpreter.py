@@ -2,8 +2,8 @@
 
 Error rule: at most 1.25 times (max) and 1.0 times (rms) the error of the straightforward evaluation, torch.fft in fp32
 rounded to the dtype, plus a few fp32 rounding units of the largest value (SLACK). Fresh memory is NaN.
-The interpreter has no working bf16. It is chosen when Triton is imported, hence one process of its own for all cases.
-It multiplies matrices in exact fp32; here it is taught the bf16 terms into which GPUs split fp32 operands.
+The interpreter is chosen when Triton is imported, hence one process of its own for all cases. It holds bf16 as integers, cuts off where
+it should round, and multiplies matrices in exact fp32: here it is taught bf16, and the bf16 terms into which GPUs split fp32 operands.
 """
 
 from __future__ import annotations
@@ -42,6 +42,8 @@ CASES: list[tuple[tuple[int, int, int, int], int, str, str]] = [
     ((2, 3, 25, 42), 9, "expanded", "float32"),
     ((2, 4, 14, 12), 5, "sliced", "float16"),
     ((1, 33, 14, 12), 2, "expanded", "float32"),
+    ((2, 65, 7, 7), 1, "channels_last", "bfloat16"),
+    ((3, 6, 14, 14), 4, "contiguous", "bfloat16"),
     ((130, 3, 5, 3), 2, "contiguous", "float32"),  # more images than one block of the sum over them
     ((0, 3, 7, 7), 1, "contiguous", "float32"),
     ((2, 0, 7, 7), 1, "contiguous", "float32"),
@@ -50,6 +52,7 @@ CASES: list[tuple[tuple[int, int, int, int], int, str, str]] = [
     ((1, 1, 130, 130), 4, "sliced", "float16"),
     ((1, 20, 58, 58), 2, "channels_last", "float32"),
     ((1, 3, 70, 66), 9, "channels_last", "float16"),
+    ((1, 3, 66, 70), 4, "channels_last", "bfloat16"),
     ((1, 1, 131, 140), 36, "odd_offset", "float32"),
     ((1, 2, 3, 9000), 100, "expanded", "float32"),
 ]
@@ -66,6 +69,9 @@ GATE_CASES: list[tuple[tuple[int, int, int, int], int, str, str]] = [
     ((12, 3, 1, 3), 1, "expanded", "float16"),
     ((2, 17, 6, 5), -1, "channels_last", "float16"),
     ((2, 5, 12, 10), 20, "contiguous", "float16"),  # more modes than one step takes
+    ((2, 65, 7, 7), 1, "contiguous", "bfloat16"),
+    ((2, 96, 14, 14), 4, "channels_last", "bfloat16"),
+    ((2, 33, 25, 9), 9, "sliced", "bfloat16"),
     ((0, 3, 7, 7), 1, "contiguous", "float16"),
 ]
 
@@ -78,10 +84,12 @@ PASS_CASES: list[tuple[tuple[int, int, int, int], str, str]] = [
     ((2, 96, 30, 28), "channels_last", "float32"),
     ((2, 5, 6, 5), "sliced", "float32"),
     ((2, 6, 9, 4), "expanded", "float16"),
+    ((2, 65, 7, 9), "contiguous", "bfloat16"),
+    ((2, 40, 20, 21), "channels_last", "bfloat16"),
     ((0, 3, 7, 7), "contiguous", "float32"),
 ]
 
-# of products in 16 bits: (B, C, H, W), channels in between (0: one product alone) and at the end, what else there is
+# of products in fp16 and in bf16: (B, C, H, W), channels in between (0: one product alone) and at the end, what else there is
 PAIR_CASES: list[tuple[tuple[int, int, int, int], int, int, str]] = [
     ((2, 64, 7, 7), 256, 64, "norm residual scale bias"),
     ((3, 32, 14, 14), 0, 32, "residual"),
@@ -100,6 +108,8 @@ BLOCK_CASES: list[tuple[tuple[int, int, int, int], float, str, str, set[str]]] =
     ((2, 64, 14, 14), 2, "channels_last", "float16", GATED | {"image_moments", "pointwise_pair"}),
     ((3, 32, 7, 7), 1, "channels_last", "float16", GATED | {"image_moments", "pointwise_pair"}),
     ((2, 32, 9, 14), 2, "contiguous", "float16", GATED),
+    ((2, 64, 14, 14), 2, "channels_last", "bfloat16", GATED | {"image_moments", "pointwise_pair"}),
+    ((2, 32, 9, 14), 2, "contiguous", "bfloat16", GATED),
     ((2, 32, 14, 14), 2, "channels_last", "float32", EVERY_BLOCK | {"radial_filter"}),
 ]
 
@@ -240,9 +250,9 @@ def evaluate_pair(index: int) -> dict[str, dict[str, float]]:
     """Errors of one case: the result of a pair of products or of one, and the moments of its norm."""
     from spanet_kernels.triton_kernels import image_moments, pointwise_pair
 
-    shape, between, out, given = PAIR_CASES[index]
-    torch.manual_seed(index)
-    dtype, channels = torch.float16, shape[1]
+    shape, between, out, given = PAIR_CASES[index // 2]
+    torch.manual_seed(index // 2)
+    dtype, channels = (torch.float16, torch.bfloat16)[index % 2], shape[1]
 
     def values(*size: int) -> Tensor:
         return (torch.randn(size) / size[-1] ** 0.5).to(dtype)
@@ -309,9 +319,27 @@ COUNTS = {
     evaluate: len(CASES),
     evaluate_gate: len(GATE_CASES),
     evaluate_pass: len(PASS_CASES),
-    evaluate_pair: len(PAIR_CASES),
+    evaluate_pair: 2 * len(PAIR_CASES),
     evaluate_block: len(BLOCK_CASES),
 }
+
+
+def widened(value: Any) -> Tensor:
+    """The values of a block of the interpreter, of bf16 in fp32."""
+    if value.dtype.scalar.name == "bf16":
+        return torch.from_numpy((value.data.astype("uint32") << 16).view("float32"))
+    return torch.from_numpy(value.data)
+
+
+def cast(self: Any, value: Any, to: Any, *_: Any) -> Any:
+    """A conversion of the interpreter, to nearest where it is to or from bf16."""
+    from triton.runtime.interpreter import TensorHandle, _get_np_dtype
+
+    if to.scalar.name == "bf16":
+        data = widened(value).bfloat16().view(torch.int16).numpy().view("uint16")
+    else:
+        data = widened(value).numpy().astype(_get_np_dtype(to))
+    return TensorHandle(data, to.scalar)
 
 
 def split_dot(self: Any, a: Any, b: Any, total: Any, precision: Any, _: int) -> Any:
@@ -319,7 +347,7 @@ def split_dot(self: Any, a: Any, b: Any, total: Any, precision: Any, _: int) -> 
     from triton.runtime.interpreter import TensorHandle
 
     def terms(operand: Any, count: int) -> list[Tensor]:
-        found, left = [], torch.from_numpy(operand.data)
+        found, left = [], widened(operand)
         for _ in range(count):
             found.append(left.bfloat16().float() if operand.data.dtype == "float32" else left.float())
             left = left - found[-1]
@@ -350,6 +378,7 @@ def main() -> None:
         interpreter.interpreter_builder.options, allowed_dot_input_precisions=precisions
     )
     interpreter.InterpreterBuilder.create_dot = split_dot
+    interpreter.InterpreterBuilder.cast_impl = interpreter.InterpreterBuilder.create_fp_to_fp = cast
     found: dict[str, list[Any]] = {}
     for function, count in COUNTS.items():
         for index in range(count):
@@ -400,9 +429,10 @@ def test_passes_are_as_accurate(errors: dict[str, list[Any]], index: int) -> Non
         assert error["rms"] <= 1.25 * error["plain_rms"] + slack[1], f"{what}: {error}"
 
 
+@pytest.mark.parametrize("dtype", [0, 1], ids=["float16", "bfloat16"])
 @pytest.mark.parametrize("index", range(len(PAIR_CASES)), ids=["-".join(map(str, case)).replace(" ", "") for case in PAIR_CASES])
-def test_pairs_are_as_accurate(errors: dict[str, list[Any]], index: int) -> None:
-    found = errors["evaluate_pair"][index]
+def test_pairs_are_as_accurate(errors: dict[str, list[Any]], index: int, dtype: int) -> None:
+    found = errors["evaluate_pair"][2 * index + dtype]
     assert isinstance(found, dict), found
     for what, error in found.items():
         # what stands between two products is rounded to 16 bits, which the yardstick does not do
