@@ -26,7 +26,8 @@ class SPF(nn.Module):
         lam: weight of the low frequencies; a number, or a tensor of shape () or (C,) for one per channel.
         radius: of the low-pass disc, in cycles per image.
         boundary: weight on the circle d == radius; None is the paper's 1 - lam, the published code has 1/3.
-        learnable: make lam a parameter; otherwise it is part of the module's description, not of its state.
+        learnable: make lam a parameter; otherwise it is part of the module's description, not of its state, unless it is a parameter
+            already, which the module shares.
 
     Shape: (B, C, H, W) to the same, any size, dtype and layout; the module has no activation memory of its own.
 
@@ -39,7 +40,7 @@ class SPF(nn.Module):
         self.lam: float | Tensor
         if learnable:
             self.lam = nn.Parameter(torch.as_tensor(lam, dtype=torch.get_default_dtype()).clone())
-        elif isinstance(lam, Tensor):
+        elif isinstance(lam, Tensor) and not isinstance(lam, nn.Parameter):
             self.register_buffer("lam", lam, persistent=False)
         else:
             self.lam = lam

@@ -129,6 +129,14 @@ def test_copies_and_state(learnable):
     assert "radius=2" in repr(layer)
 
 
+def test_a_parameter_as_lam_is_shared():
+    lam = nn.Parameter(torch.tensor(0.7))
+    layers = nn.Sequential(SPF(lam, 2), SPF(lam, 3))
+    assert list(layers.parameters()) == [lam]
+    layers(torch.randn(2, 8, 14, 14)).square().sum().backward()
+    assert lam.grad is not None
+
+
 def test_inference_mode_first_then_training():
     """What inference mode leaves in the caches serves autograd afterwards."""
     x = torch.randn(2, 8, 15, 13)
