@@ -1,8 +1,8 @@
 """Builds the compiled parts; everything else about the package stands in pyproject.toml.
 
-    _cpu.so      operators on the CPU         LibTorch stable ABI, any torch >= 2.10
-    _cuda.so     operators on NVIDIA GPUs     the same; optional
-    _native      build_info, cpu_capability   pybind11, no torch header
+    _cpu.so      operators on the CPU             LibTorch stable ABI, any torch >= 2.10
+    _cuda.so     operators on NVIDIA GPUs         the same; optional
+    _native      facts about them and the CPU     pybind11, no torch header
 
 SPANET_KERNELS_CUDA   auto (default: if nvcc is there, go on without it if it fails), 1 (must build), 0 (never)
 TORCH_CUDA_ARCH_LIST  GPU architectures, such as "9.0" or "8.0;9.0;12.0+PTX"; default 8.0;9.0+PTX

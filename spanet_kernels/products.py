@@ -176,8 +176,8 @@ def image(rows: Tensor, shape: torch.Size) -> Tensor:
 
 def write(y: Tensor, rows_: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
     """y (B, D, H, W), in any layout, = rows W^T + b, all but the weights of one dtype."""
-    if _prefers_onednn(y) and weight.is_contiguous() and pair_serves(image(rows_, y.shape), None, weight):
-        pair(y, image(rows_, y.shape), None, None, weight, bias)
+    if _prefers_onednn(y) and weight.is_contiguous() and pair_serves(x := image(rows_, y.shape), None, weight):
+        pair(y, x, None, None, weight, bias)
     elif not modes.channels_last(y) or widens(y) or _prefers_onednn(y):
         y.copy_(image(product(rows_, weight.mT) if bias is None else linear(rows_, weight, bias), y.shape))
     elif bias is None:
