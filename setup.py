@@ -122,7 +122,7 @@ class Build(build_ext):
             objects = [(f"cuda/{op}.cu", "nvcc") for op in CUDA_KERNELS] + [(f"cuda/{op}.cpp", "nvcc") for op in CUDA_KERNELS]
             cuda = [library("_cuda", cuda_compiler, torch_library, objects)]
         objects = [(f"cpu/{op}_kernel.cpp", f"{simd}_{op}") for op in CPU_KERNELS for simd in reversed(SIMD)]
-        objects += [("library.cpp", "cxx"), *((f"cpu/{op}.cpp", "cxx") for op in CPU_KERNELS)]
+        objects += [("library.cpp", "cxx"), ("cpu/mixer_branch.cpp", "cxx"), *((f"cpu/{op}.cpp", "cxx") for op in CPU_KERNELS)]
         cpu = [library("_native", compiler, "", [("native.cpp", "native")]), library("_cpu", compiler, torch_library, objects)]
 
         folder = Path(self.build_temp).resolve()

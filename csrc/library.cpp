@@ -1,6 +1,22 @@
 // Every operator of the package: one line each, its meaning in spanet_kernels/reference.py.
 #include <torch/csrc/stable/library.h>
 
+#include <cstdlib>
+
+namespace {
+
+// What glibc takes from the system it gives back at once, page by page, unless the program has freed a large block before: then it keeps
+// twice as much. One of nearly 32 MiB, the largest that counts, without a page of it touched: else the maps of every block of a network
+// would be mapped anew. Where the thresholds are set by the environment or the program this changes nothing.
+[[maybe_unused]] const bool memory_is_kept = [] {
+  void* block = std::malloc((size_t{32} << 20) - (size_t{64} << 10));
+  asm volatile("" : "+r"(block));
+  std::free(block);
+  return true;
+}();
+
+}  // namespace
+
 STABLE_TORCH_LIBRARY(spanet_kernels, m) {
   m.def("radial_filter(Tensor x, Tensor base, Tensor gain, int radius_squared) -> Tensor");
   m.def("radial_filter_backward(Tensor grad, Tensor x, int radius_squared) -> (Tensor, Tensor)");
@@ -25,6 +41,11 @@ STABLE_TORCH_LIBRARY(spanet_kernels, m) {
       "spectral_mixer_backward(Tensor grad, Tensor x, Tensor t, Tensor z, Tensor coefficients, Tensor in_weight, Tensor row_weight,"
       " Tensor row_bias, Tensor column_weight, Tensor column_bias, Tensor weight, Tensor bias, Tensor base, Tensor gain,"
       " Tensor out_weight, int radius_squared, bool profile_learns) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "mixer_branch(Tensor(a!) y, Tensor(b!)? t, Tensor x, Tensor? norm_weight, Tensor? norm_bias, float eps, Tensor? residual,"
+      " Tensor? residual_scale, Tensor in_weight, Tensor in_bias, Tensor row_weight, Tensor row_bias, Tensor column_weight,"
+      " Tensor column_bias, Tensor weight, Tensor bias, Tensor base, Tensor gain, Tensor out_weight, Tensor out_bias,"
+      " int radius_squared) -> ()");
   m.def("gelu(Tensor x, Tensor? bias, Tensor(a!)? grad) -> (Tensor, Tensor)");
   m.def("column_sums(Tensor x) -> Tensor");
   m.def("image_norm(Tensor x, Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor)");

@@ -16,6 +16,7 @@ from timm.layers import DropPath, GroupNorm1, calculate_drop_path_rates, create_
 from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.modules import module as module_hooks
 
 from spanet_kernels import SPAM, is_plain, pointwise_mlp
 
@@ -45,10 +46,11 @@ class Mlp(nn.Module):
         residual: Tensor | None = None,
         residual_scale: Tensor | None = None,
         norm: tuple[Tensor, Tensor, float] | None = None,
+        inplace: bool = False,
     ) -> Tensor:
         fc1, fc2 = self.fc1, self.fc2
         if is_plain(fc1) and is_plain(fc2):
-            return pointwise_mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, residual, residual_scale, norm)
+            return pointwise_mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, residual, residual_scale, norm, inplace)
         y = cast(Tensor, fc2(functional.gelu(fc1(x if norm is None else functional.group_norm(x, 1, *norm)))))
         if residual is None:
             return y
@@ -80,9 +82,10 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self._branch(x, self.res_scale1, self.token_mixer, self.norm1)
-        return self._branch(x, self.res_scale2, self.mlp, self.norm2)
+        owned = not module_hooks._global_forward_hooks  # nobody else sees the result of the first branch
+        return self._branch(x, self.res_scale2, self.mlp, self.norm2, owned)
 
-    def _branch(self, x: Tensor, res_scale: nn.Module, body: nn.Module, norm: nn.Module) -> Tensor:
+    def _branch(self, x: Tensor, res_scale: nn.Module, body: nn.Module, norm: nn.Module, *inplace: bool) -> Tensor:
         """res_scale(x) + drop_path(body(norm(x))): one call of the body, unless a module was exchanged or a hook looks at one."""
         drop_path = self.drop_path
         drops = self.training and not isinstance(drop_path, nn.Identity)
@@ -90,7 +93,7 @@ class Block(nn.Module):
         if drops or not own or any(map(_is_watched, (res_scale, body, norm, drop_path))):
             return cast(Tensor, res_scale(x) + drop_path(body(norm(x))))
         scale = res_scale.scale if isinstance(res_scale, ResScale) else None
-        return cast(Tensor, body(x, x, scale, (norm.weight, norm.bias, norm.eps)))
+        return cast(Tensor, body(x, x, scale, (norm.weight, norm.bias, norm.eps), *inplace))
 
 
 def _is_watched(module: nn.Module) -> bool:

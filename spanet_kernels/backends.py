@@ -34,6 +34,7 @@ OPERATORS = (
     "spectral_gate_backward",
     "spectral_mixer",
     "spectral_mixer_backward",
+    "mixer_branch",
     "gelu",
     "column_sums",
     "image_norm",
@@ -80,6 +81,7 @@ _BY_MODES = {
     "spectral_gate_backward": composed.spectral_gate_backward,
     "spectral_mixer": composed.spectral_mixer,
     "spectral_mixer_backward": composed.spectral_mixer_backward,
+    "mixer_branch": functools.partial(reference.mixer_branch, mixer=composed.mixer_in_parts),
 }
 # the operators that Triton has, and the file of each
 _IN_TRITON = {

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -197,6 +197,37 @@ def spectral_mixer(
         (in_weight, in_bias, weight, bias, out_weight, out_bias, row_weight, row_bias, column_weight, column_bias),
         (x.dtype,) * 6 + (base.dtype,) * 4,
     )
+    before, after = (in_weight, in_bias, row_weight, row_bias, column_weight, column_bias), (bias, base, gain, out_weight, out_bias)
+    if not x.is_cpu or (keep and keeps_context(x)) or not pair_serves(x, weight, out_weight):
+        return mixer_in_parts(x, *before, weight, *after, radius_squared, keep, branch)
+    y = torch.empty_like(x, memory_format=modes.memory_format(x))
+    t = torch.empty_like(x, memory_format=torch.channels_last) if keep else None
+    branch = branch if branch.residual is None else branch._replace(residual=modes.like(branch.residual, y))
+    applied = weight if radius_squared >= 0 else (weight * base).to(weight.dtype)
+    dense = (value.contiguous() for value in (*before, applied, *after))
+    _ops.mixer_branch(y, t, modes.like(x, x), *branch, *dense, radius_squared)
+    return y, x.new_empty(0) if t is None else t, x.new_empty(0), base.new_empty(0)
+
+
+def mixer_in_parts(
+    x: Tensor,
+    in_weight: Tensor,
+    in_bias: Tensor,
+    row_weight: Tensor,
+    row_bias: Tensor,
+    column_weight: Tensor,
+    column_bias: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    base: Tensor,
+    gain: Tensor,
+    out_weight: Tensor,
+    out_bias: Tensor,
+    radius_squared: int,
+    keep: bool,
+    branch: Branch = Branch(),  # noqa: B008  an immutable value
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`spectral_mixer` in operators that any device has, with weights of its dtypes: on a CPU of a few images at a time."""
     wanted = radius_squared if takes_coefficients(x) else -1
     with_context, pieces = keep and keeps_context(x), parts(x, PART)
     # memory for the results of all parts; of a single one the result is the whole
@@ -204,17 +235,10 @@ def spectral_mixer(
         torch.empty_like(x, memory_format=layout) if wants and len(pieces) > 1 else None
         for wants, layout in ((True, modes.memory_format(x)), (keep, torch.channels_last), (with_context, torch.channels_last))
     )
-
-    def paired(part: slice, *args: Any, **kwargs: Any) -> Tensor:
-        """`pair` of a part, into its place."""
-        to = torch.empty_like(x, memory_format=modes.memory_format(x)) if out is None else out[part]
-        pair(to, *args, **kwargs)
-        return to if out is None else out
-
     for part in pieces:
         around, given = branch.of(part), some(x, part)
         outer = around.residual_alone()
-        if around.norm_weight is not None and (x.is_cuda or pair_serves(given, None, in_weight)):
+        if around.norm_weight is not None and x.is_cuda:
             t = torch.empty_like(given, memory_format=torch.channels_last)
             pair(t, given, None, None, in_weight, in_bias, branch=around.norm_alone())
         else:
@@ -227,15 +251,13 @@ def spectral_mixer(
             context = _pointwise(filtered, applied, bias)
             all_context = _placed(all_context, part, context)
             out = _placed(out, part, _pointwise_like(z.mul_(context), out_weight, out_bias, x))
-        elif not z.is_cuda and pair_serves(z, weight, out_weight):
-            filtered, applied = _filtered(z, weight, base, gain, radius_squared)
-            out = paired(part, filtered, applied, bias, out_weight, out_bias, z, outer)
+            continue
+        y = _ops.spectral_gate(z, coefficients if takes_coefficients(z) else None, weight, bias, base, gain, radius_squared)
+        if z.is_cuda and outer.is_there:
+            out = torch.empty_like(x, memory_format=modes.memory_format(x))
+            pair(out, y, None, None, out_weight, out_bias, branch=outer)
         else:
-            y = _ops.spectral_gate(z, coefficients if takes_coefficients(z) else None, weight, bias, base, gain, radius_squared)
-            if z.is_cuda and outer.is_there:
-                out = paired(part, y, None, None, out_weight, out_bias, branch=outer)
-            else:
-                out = _placed(out, part, outer.added(_pointwise_like(y, out_weight, out_bias, x)))
+            out = _placed(out, part, outer.added(_pointwise_like(y, out_weight, out_bias, x)))
     assert out is not None
     if not keep or all_t is None:
         return out, x.new_empty(0), x.new_empty(0), base.new_empty(0)

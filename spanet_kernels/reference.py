@@ -7,6 +7,7 @@ without a kernel of its own. Correctness, not speed, is the purpose; fp64 throug
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -213,6 +214,31 @@ def spectral_mixer(
     y = spectral_gate(z, coefficients, weight, bias, base, gain, radius_squared)
     out = modes.like(torch.einsum("oc,bchw->bohw", out_weight, y) + out_bias[:, None, None], x)
     return (out, t, z, coefficients) if keep else (out, x.new_empty(0), x.new_empty(0), base.new_empty(0))
+
+
+def mixer_branch(
+    y: Tensor,
+    t: Tensor | None,
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    residual_scale: Tensor | None,
+    *args: Any,
+    mixer: Callable[..., tuple[Tensor, ...]] = spectral_mixer,
+) -> None:
+    """y = residual_scale o residual + spectral_mixer(norm(x), ...) and its t, by a mixer; what is None is left out.
+
+    norm is a GroupNorm with one group; the last of the other arguments, those of `spectral_mixer`, is radius_squared.
+    """
+    n = x if norm_weight is None else functional.group_norm(x, 1, norm_weight, norm_bias, eps)
+    found, hidden, *_ = mixer(n, *args, True)
+    if residual is not None:
+        found = (residual if residual_scale is None else residual_scale[:, None, None] * residual) + found
+    y.copy_(found)
+    if t is not None:
+        t.copy_(hidden)
 
 
 def spectral_mixer_backward(grad: Tensor, x: Tensor, t: Tensor, z: Tensor, coefficients: Tensor, *args: Any) -> tuple[Tensor, ...]:

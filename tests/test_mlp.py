@@ -10,6 +10,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from spanet_kernels import pointwise_mlp, products
+from spanet_kernels._native import cpu_capability
 from spanet_kernels.testing import DTYPES, LAYOUTS, make_input
 
 gelu = torch.ops.spanet_kernels.gelu.default
@@ -227,3 +228,24 @@ def test_gelu_contract():
     }.items():
         with pytest.raises(RuntimeError, match=f"gelu: {message}"):
             gelu(*given)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_in_place(dtype, layout, monkeypatch):
+    """The residual's memory is the result's in inference where pairs serve, and nowhere else."""
+    monkeypatch.setattr(products, "PAIR_POSITIONS", 0)
+    x, *weights = sample(dtype, layout, (2, 32, 9, 7), 64, 32)
+    norm = torch.ones(32, dtype=dtype), torch.zeros(32, dtype=dtype), 1e-5
+    given, scale = x.clone(), torch.linspace(0, 2, 32).to(dtype)
+    expected = pointwise_mlp(x, *weights, x, scale, norm)
+    assert torch.equal(pointwise_mlp(x, *weights, x, scale, norm), expected)
+    assert torch.equal(x, given)
+    with torch.enable_grad():
+        pointwise_mlp(x, *(weight.clone().requires_grad_() for weight in weights), x, scale, norm, inplace=True)
+    assert torch.equal(x, given)
+    y = pointwise_mlp(x, *weights, x, scale, norm, inplace=True)
+    assert torch.equal(y, expected)
+    assert (y.data_ptr() == x.data_ptr()) == (cpu_capability() != "plain")
+    other = torch.empty(2, 32, 7, 9, dtype=dtype).transpose(2, 3)  # memory of another layout is not written over
+    assert pointwise_mlp(given, *weights, other, scale, norm, inplace=True).data_ptr() != other.data_ptr()

@@ -46,6 +46,17 @@ for dtype, layout, last, factor in itertools.product((torch.float32, torch.bfloa
         moments = None if factor else torch.ops.spanet_kernels.image_moments(x, 1e-5)
         torch.ops.spanet_kernels.pointwise_pair(y, x, moments, *norm, f, r, None, *weights)
         assert y.isfinite().all()
+for dtype, layout in itertools.product((torch.float32, torch.bfloat16), LAYOUTS[:2]):
+    for shape in ((1, 32, 1, 1), (3, 64, 66, 65)):  # of the second two images at a time, and the last alone
+        x, c = make_input(shape, dtype, layout), shape[1]
+        norm = torch.ones(c, dtype=dtype), torch.zeros(c, dtype=dtype), 1e-5
+        square, vector = torch.randn(c, c, dtype=dtype), torch.randn(c, dtype=dtype)
+        taps = (torch.randn(c, 7), torch.randn(c)) * 2
+        for t in (None, torch.empty_like(x, memory_format=torch.channels_last)):
+            y, profile = torch.empty_like(x), (torch.ones(c), torch.ones(4, c))
+            weights = square, vector, *taps, square, vector, *profile, square, vector
+            torch.ops.spanet_kernels.mixer_branch(y, t, x, *norm, x, vector, *weights, 4)
+            assert y.isfinite().all()
 for dtype, (n, d) in itertools.product(DTYPES, ((1, 1), (65, 37), (130, 64))):
     h, bias, grad = (torch.randn(shape, dtype=dtype) for shape in ((n, d), d, (n, d)))
     for given in (None, grad):

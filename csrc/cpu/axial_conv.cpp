@@ -8,6 +8,7 @@
 #include "cpu/axial_conv_kernel.h"
 #include "cpu/dispatch.h"
 #include "cpu/mode_table.h"
+#include "cpu/operators.h"
 
 namespace spanet {
 namespace {
@@ -35,33 +36,40 @@ AxialConv<T> problem(const Tensor& x, const Tensor& row_weight, const Tensor& ro
           row_planes<const T>(column_weight), row_planes<const T>(column_bias), {}};
 }
 
-std::tuple<Tensor, Tensor> axial_conv(const Tensor& x, const Tensor& row_weight, const Tensor& row_bias, const Tensor& column_weight,
-                                      const Tensor& column_bias, int64_t radius_squared) {
-  STD_TORCH_CHECK(x.dim() == 4, "axial_conv: x must have shape (B, C, H, W)");
+// z, and its coefficients of the modes up to a radius, unless that is negative.
+void convolve(const Tensor& x, const Tensor& row_weight, const Tensor& row_bias, const Tensor& column_weight, const Tensor& column_bias,
+              int64_t radius_squared, const Tensor& z, void* coefficients) {
   const int64_t images = x.size(0), channels = x.size(1), h = x.size(2), w = x.size(3);
   const int64_t size = row_weight.dim() == 2 && row_weight.size(1) % 2 ? row_weight.size(1) : -1;
   check("row_weight", row_weight, x, size);
   check("row_bias", row_bias, x, 0);
   check("column_weight", column_weight, x, size);
   check("column_bias", column_bias, x, 0);
-  if (radius_squared > h * h + w * w) radius_squared = h * h + w * w;  // holds the whole spectrum
-  const int64_t rows = radius_squared < 0 ? 0 : axis_functions(h, radius_squared);
-  const int64_t columns = radius_squared < 0 ? 0 : axis_functions(w, radius_squared);
-  Tensor z = empty_in_layout_of(x);
-  Tensor coefficients = empty_coefficients(x, rows, columns);
-  if (x.numel() == 0) return {std::move(z), std::move(coefficients)};
+  if (x.numel() == 0) return;
   for_dtype("axial_conv", compiled, x.scalar_type(), channels, [&]<class T, class IO>(const AxialConvKernels<T, IO>& kernel) {
     AxialConv<T> op = problem<T>(x, row_weight, row_bias, column_weight, column_bias);
     std::shared_ptr<const ModeTable<T>> table;
+    int64_t modes = 0;
     if (radius_squared >= 0) {
       table = mode_table<T>(h, w, radius_squared, Extent::square, kernel.lanes);
       op.modes = table->modes;
+      modes = op.modes.inside;
     }
-    const Planes<T> to{static_cast<T*>(coefficients.data_ptr()), channels * rows * columns, rows * columns, 0, 1};
+    const Planes<T> to{static_cast<T*>(coefficients), channels * modes, modes, 0, 1};
     const int64_t chunks = (channels + kernel.lanes - 1) / kernel.lanes;
     parallel(grain, images * chunks, h * w * kernel.lanes,
              [&](int64_t begin, int64_t end) { kernel.forward(op, planes<const IO>(x), planes<IO>(z), to, begin, end); });
   });
+}
+
+std::tuple<Tensor, Tensor> axial_conv(const Tensor& x, const Tensor& row_weight, const Tensor& row_bias, const Tensor& column_weight,
+                                      const Tensor& column_bias, int64_t radius_squared) {
+  STD_TORCH_CHECK(x.dim() == 4, "axial_conv: x must have shape (B, C, H, W)");
+  const int64_t h = x.size(2), w = x.size(3);
+  if (radius_squared > h * h + w * w) radius_squared = h * h + w * w;  // holds the whole spectrum
+  const auto functions = [&](int64_t n) { return radius_squared < 0 ? 0 : axis_functions(n, radius_squared); };
+  Tensor z = empty_in_layout_of(x), coefficients = empty_coefficients(x, functions(h), functions(w));
+  convolve(x, row_weight, row_bias, column_weight, column_bias, radius_squared, z, coefficients.data_ptr());
   return {std::move(z), std::move(coefficients)};
 }
 
@@ -96,6 +104,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> axial_conv_backward(const Ten
 }
 
 }  // namespace
+
+void axial_conv_into(const Tensor& z, const Tensor& x, const Tensor& row_weight, const Tensor& row_bias, const Tensor& column_weight,
+                     const Tensor& column_bias) {
+  convolve(x, row_weight, row_bias, column_weight, column_bias, -1, z, nullptr);
+}
+
 }  // namespace spanet
 
 STABLE_TORCH_LIBRARY_IMPL(spanet_kernels, CPU, m) {

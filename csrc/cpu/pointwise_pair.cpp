@@ -6,6 +6,7 @@
 #include <cmath>
 
 #include "cpu/dispatch.h"
+#include "cpu/operators.h"
 
 namespace spanet {
 namespace {
@@ -25,7 +26,7 @@ const PointwisePairEngine<Bf16>& bf16_engine() {
   return capability == Capability::avx512_bf16 ? kernels().bf16_dot : kernels().bf16;
 }
 
-void check_vector(const char* name, const std::optional<Tensor>& vector, const Tensor& x, int64_t size) {
+void check_vector(const char* name, const Tensor* vector, const Tensor& x, int64_t size) {
   STD_TORCH_CHECK(!vector || (vector->dim() == 1 && vector->size(0) == size && vector->is_contiguous() &&
                               vector->scalar_type() == x.scalar_type()),
                   "pointwise_pair: ", name, " must be contiguous with ", size, " elements of the dtype of x");
@@ -54,6 +55,23 @@ void pointwise_pair(const Tensor& y, const Tensor& x, const std::optional<Tensor
                     const std::optional<Tensor>& norm_bias, const std::optional<Tensor>& factor, const std::optional<Tensor>& residual,
                     const std::optional<Tensor>& residual_scale, const std::optional<Tensor>& weight_in,
                     const std::optional<Tensor>& bias_in, const Tensor& weight_out, const std::optional<Tensor>& bias_out) {
+  const auto of = [](const std::optional<Tensor>& t) { return t ? &*t : nullptr; };
+  pointwise_pair_into(y, {&x, of(moments), of(norm_weight), of(norm_bias), of(factor), of(residual), of(residual_scale), of(weight_in),
+                          of(bias_in), &weight_out, of(bias_out)});
+}
+
+Tensor image_moments(const Tensor& x, double eps) {
+  STD_TORCH_CHECK(x.dim() == 4, "image_moments: x must have shape (B, C, H, W)");
+  Tensor out = empty(std::array{x.size(0), int64_t{2}}, ScalarType::Float);
+  image_moments_into(out, x, eps);
+  return out;
+}
+
+}  // namespace
+
+void pointwise_pair_into(const Tensor& y, const PairOperands& of) {
+  const auto& [x_, moments, norm_weight, norm_bias, factor, residual, residual_scale, weight_in, bias_in, weight_out_, bias_out] = of;
+  const Tensor &x = *x_, &weight_out = *weight_out_;
   STD_TORCH_CHECK(x.dim() == 4, "pointwise_pair: x must have shape (B, C, H, W)");
   const int64_t b = x.size(0), c = x.size(1), h = x.size(2), w = x.size(3);
   const int64_t hidden = weight_in ? weight_in->size(0) : c, out = weight_out.size(0);
@@ -82,7 +100,7 @@ void pointwise_pair(const Tensor& y, const Tensor& x, const std::optional<Tensor
   if (y.numel() == 0) return;
   const auto run = [&]<class IO>(const PointwisePairEngine<IO>& engine) {
     const auto data = [](const Tensor& t) { return static_cast<const IO*>(t.data_ptr()); };
-    const auto given = [&](const std::optional<Tensor>& t) { return t ? data(*t) : nullptr; };
+    const auto given = [&](const Tensor* t) { return t ? data(*t) : nullptr; };
     const PointwisePair<IO> op{together ? 1 : b, together ? b * h * w : h * w, c, hidden, out, x_last, y_last, h * w,
                                data(x), given(factor), given(residual), given(residual_scale), given(weight_in), given(bias_in),
                                data(weight_out), given(bias_out), moments ? static_cast<const float*>(moments->data_ptr()) : nullptr,
@@ -94,11 +112,9 @@ void pointwise_pair(const Tensor& y, const Tensor& x, const std::optional<Tensor
   else STD_TORCH_CHECK(false, "pointwise_pair: x must be float32 or bfloat16");
 }
 
-Tensor image_moments(const Tensor& x, double eps) {
-  STD_TORCH_CHECK(x.dim() == 4, "image_moments: x must have shape (B, C, H, W)");
+void image_moments_into(const Tensor& out, const Tensor& x, double eps) {
   STD_TORCH_CHECK(is_dense(x, !x.is_contiguous()), "image_moments: x must be contiguous or channels_last");
   const int64_t b = x.size(0), n = x.size(1) * x.size(2) * x.size(3);
-  Tensor out = empty(std::array{b, int64_t{2}}, ScalarType::Float);
   const auto run = [&]<class IO>(Moments (*kernel)(const IO*, int64_t)) {
     const IO* data = static_cast<const IO*>(x.data_ptr());
     float* moments = static_cast<float*>(out.data_ptr());
@@ -113,10 +129,8 @@ Tensor image_moments(const Tensor& x, double eps) {
   if (x.scalar_type() == ScalarType::Float) run(kernels().f32_moments);
   else if (x.scalar_type() == ScalarType::BFloat16) run(kernels().bf16_moments);
   else STD_TORCH_CHECK(false, "image_moments: x must be float32 or bfloat16");
-  return out;
 }
 
-}  // namespace
 }  // namespace spanet
 
 STABLE_TORCH_LIBRARY_IMPL(spanet_kernels, CPU, m) {

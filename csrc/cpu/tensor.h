@@ -87,16 +87,20 @@ inline void expect_large_pages([[maybe_unused]] void* data, [[maybe_unused]] int
 #endif
 }
 
+// What PyTorch calls a dtype.
+inline int32_t code_of(ScalarType type) {
+  STD_TORCH_CHECK(type != ScalarType::Undefined, "spanet_kernels: tensors must be float64, float32, float16 or bfloat16");
+  return type == ScalarType::Float      ? aoti_torch_dtype_float32()
+         : type == ScalarType::BFloat16 ? aoti_torch_dtype_bfloat16()
+         : type == ScalarType::Half     ? aoti_torch_dtype_float16()
+                                        : aoti_torch_dtype_float64();
+}
+
 // A new tensor, straight from the allocator, without the dispatcher.
 template <size_t N> Tensor empty(const std::array<int64_t, N>& sizes, const std::array<int64_t, N>& strides, ScalarType type) {
-  STD_TORCH_CHECK(type != ScalarType::Undefined, "spanet_kernels: tensors must be float64, float32, float16 or bfloat16");
-  const int32_t dtype = type == ScalarType::Float      ? aoti_torch_dtype_float32()
-                        : type == ScalarType::BFloat16 ? aoti_torch_dtype_bfloat16()
-                        : type == ScalarType::Half     ? aoti_torch_dtype_float16()
-                                                       : aoti_torch_dtype_float64();
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(N, sizes.data(), strides.data(), dtype, aoti_torch_device_type_cpu(), 0, &handle));
+      aoti_torch_empty_strided(N, sizes.data(), strides.data(), code_of(type), aoti_torch_device_type_cpu(), 0, &handle));
   Tensor t(handle);
   const int64_t bytes = t.numel() * t.element_size();
   if (bytes >= fresh_bytes) expect_large_pages(t.data_ptr(), bytes);

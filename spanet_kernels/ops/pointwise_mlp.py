@@ -49,6 +49,7 @@ def pointwise_mlp(
     residual: Tensor | None = None,
     residual_scale: Tensor | None = None,
     norm: tuple[Tensor, Tensor, float] | None = None,
+    inplace: bool = False,
 ) -> Tensor:
     """residual_scale o residual + W_out gelu(W_in norm(x) + b_in) + b_out at every position, with the exact GELU.
 
@@ -62,6 +63,8 @@ def pointwise_mlp(
         residual: (B, E, H, W), added to the result; None for nothing.
         residual_scale: (E,), a factor per channel of the residual; None for 1.
         norm: weight (C,), bias (C,) and eps of a GroupNorm with one group; None for no norm.
+        inplace: the result may take the memory of the residual, which is then lost; eager inference on a CPU does, which saves the
+            time to map new memory.
 
     Returns:
         (B, E, H, W), dtype of x and residual, channels_last if x is; differentiable to any order in everything.
@@ -81,7 +84,7 @@ def pointwise_mlp(
     weights: Any = weight_in, bias_in, weight_out, bias_out
     inferred, dtype = infers(x, *weights, *branch) and not is_traced(), autocast_dtype(x)
     if inferred and dtype in (None, x.dtype):
-        return _inferred(x, *(*weights, branch))
+        return _inferred(x, *(*weights, branch, inplace and is_eager()))
     if not inferred and is_eager() and not is_traced():
         return record(_BODY, (), branch, dtype or x.dtype, x, *weights)
     x = normalised(branch, x).to(dtype or x.dtype)
@@ -90,13 +93,24 @@ def pointwise_mlp(
     return branch.added(_inferred(x, *(*weights, Branch())) if inferred else _composition(x, *weights))
 
 
-def _inferred(x: Tensor, weight_in: Tensor, bias_in: Tensor | None, weight_out: Tensor, bias_out: Tensor | None, branch: Branch) -> Tensor:
+def _inferred(
+    x: Tensor,
+    weight_in: Tensor,
+    bias_in: Tensor | None,
+    weight_out: Tensor,
+    bias_out: Tensor | None,
+    branch: Branch,
+    inplace: bool = False,
+) -> Tensor:
     if not branch.has(x.dtype):
         return branch.added(_inferred(normalised(branch, x), weight_in, bias_in, weight_out, bias_out, Branch()))
     matrix_in, matrix_out = weight_in[:, :, 0, 0], weight_out[:, :, 0, 0]
     if pair_serves(x, matrix_in, matrix_out):
-        size = x.shape[0], matrix_out.shape[0], *x.shape[2:]
-        y = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=modes.memory_format(x))
+        layout = modes.memory_format(x)
+        if inplace and x.is_cpu and branch.residual is not None and branch.residual.is_contiguous(memory_format=layout):
+            y = branch.residual
+        else:
+            y = torch.empty((x.shape[0], matrix_out.shape[0], *x.shape[2:]), dtype=x.dtype, device=x.device, memory_format=layout)
         return pair(y, x, matrix_in, bias_in, matrix_out, bias_out, branch=branch)
     x = normalised(branch, x)
     if is_eager() and onednn_serves(x) and x.dtype == weight_in.dtype and x.is_contiguous(memory_format=torch.channels_last):

@@ -190,3 +190,8 @@ def _gradient_fake(grad: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
         out_weight.new_empty(out_weight.shape),
         out_weight.new_empty(bias.shape),
     )
+
+
+@torch.library.register_fake("spanet_kernels::mixer_branch")
+def _branch_fake(y: Tensor, t: Tensor | None, x: Tensor, *args: Any) -> None:
+    pass

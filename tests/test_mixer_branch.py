@@ -1,0 +1,115 @@
+"""mixer_branch, the mixer without a gradient as one operator of the CPU, against the reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from errors import assert_as_accurate
+
+from spanet_kernels import modes, reference, use
+from spanet_kernels.testing import make_input, make_profile
+
+operator = torch.ops.spanet_kernels.mixer_branch.default
+FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+# one pixel, a few, several images at a time and fewer at the end, images that are larger than a part
+SHAPES = [((1, 32, 1, 1), 1), ((3, 64, 7, 9), 1), ((5, 64, 66, 65), 2), ((2, 32, 131, 130), 4.5), ((2, 96, 8, 8), None)]
+
+
+def sample(shape, radius, dtype, layout="contiguous"):
+    """What the operator reads behind y and t."""
+    channels, wide = shape[1], modes.profile_dtype(dtype)
+    generator = torch.Generator().manual_seed(shape[2])
+
+    def values(*size, dtype=dtype):
+        return (torch.randn(size, generator=generator, dtype=torch.float64) / size[-1] ** 0.5).to(dtype)
+
+    norm = 1 + values(channels), values(channels), 1e-5
+    residual, scale = make_input(shape, dtype, layout, seed=1), values(channels)
+    taps = (values(channels, 7, dtype=wide), values(channels, dtype=wide)) * 2
+    products = [values(*size) for size in ((channels, channels), (channels,)) * 3]
+    base, gain = make_profile(channels, radius or 0, dtype)
+    profile = (base, gain) if radius is not None else (base, gain[:0])
+    x = make_input(shape, dtype, layout)
+    return [x, *norm, residual, scale, *products[:2], *taps, *products[2:4], *profile, *products[4:]], modes.squared_radius(radius or 0)
+
+
+def run(function, args, squared, keep=False):
+    """y, and t where it is kept, in fresh memory, NaN before."""
+    y, t = (torch.full_like(args[0], torch.nan, memory_format=layout) for layout in (modes.memory_format(args[0]), torch.channels_last))
+    function(y, t if keep else None, *args, squared)
+    return (y, t) if keep else y
+
+
+def widened(args):
+    return [arg.double() if isinstance(arg, torch.Tensor) else arg for arg in args]
+
+
+@pytest.mark.parametrize("what", ["all", "norm", "residual", "kept"])
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("shape", "radius"), SHAPES, ids=str)
+def test_as_accurate_as_the_reference(shape, radius, dtype, layout, what):
+    args, squared = sample(shape, radius, dtype, layout)
+    args[1:3] = (None, None) if what in ("residual", "kept") else args[1:3]
+    args[4] = None if what in ("norm", "kept") else args[4]
+    args[5] = args[5] if what == "all" else None
+    if radius is None:  # the weight has taken in the base
+        squared, args[14] = -1, torch.ones_like(args[14])
+    y = run(operator, args, squared)
+    exact, plain = (run(reference.mixer_branch, given, squared) for given in (widened(args), args))
+    # between them t, z, the filtered z and the gate are rounded, in bf16 a sample of one distribution each
+    assert_as_accurate(y, plain, exact, units=4, alike=True)
+    again, t = run(operator, args, squared, keep=True)
+    assert torch.equal(y, again)
+    hidden = [run(reference.mixer_branch, given, squared, keep=True)[1] for given in (args, widened(args))]
+    assert_as_accurate(t, *hidden, units=4, alike=True)
+    for image in range(shape[0]):
+        one = [arg[image : image + 1] if arg is not None and i in (0, 4) else arg for i, arg in enumerate(args)]
+        assert torch.equal(run(operator, one, squared), y[image : image + 1])
+
+
+def test_by_the_modes_and_by_the_reference():
+    args, squared = sample((3, 64, 7, 9), 1, torch.float32)
+    y, t = run(operator, args, squared, keep=True)
+    for implementation in ("modes", "reference"):
+        with use(implementation):
+            for ours, theirs in zip(run(operator, args, squared, keep=True), (y, t), strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_operator_contract():
+    for layout in FORMATS:
+        args, squared = sample((2, 32, 5, 6), 1, torch.float32, layout)
+        y, t = torch.zeros_like(args[0]), torch.zeros_like(args[0], memory_format=torch.channels_last)
+        torch.library.opcheck(operator, (y, t, *args, squared))
+        torch.library.opcheck(operator, (y, None, args[0], None, None, 0.0, None, None, *args[6:], squared))
+
+
+def test_no_images():
+    args, squared = sample((2, 32, 4, 4), 1, torch.float32)
+    args[0], args[4] = args[0][:0], args[4][:0]
+    assert run(operator, args, squared).shape == (0, 32, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("index", "wrong", "message"),
+    [
+        (0, torch.zeros(32, 5, 6), r"mixer_branch: x must have shape \(B, C, H, W\)"),
+        (4, torch.zeros(1, 32, 5, 6), "mixer_branch: residual must have the shape and dtype of x"),
+        (5, torch.zeros(31), "pointwise_pair: residual_scale must be contiguous with 32 elements"),
+        (6, torch.zeros(32, 31), "pointwise_pair: weight_out must be contiguous with one column per channel"),
+        (8, torch.zeros(32, 6), "axial_conv: row_weight must have shape"),
+        (13, torch.zeros(32, dtype=torch.float64), "pointwise_pair: bias_in must be contiguous with 32 elements of the dtype of x"),
+        (15, torch.zeros(3, 32), "radial_filter: base must have shape"),
+    ],
+)
+def test_bad_input(index, wrong, message):
+    args, squared = sample((2, 32, 5, 6), 1, torch.float32)
+    y = torch.full_like(args[0], torch.nan)
+    args[index] = wrong
+    with pytest.raises(RuntimeError, match=message):
+        operator(y, None, *args, squared)
+    with pytest.raises(RuntimeError, match="mixer_branch: y must have the shape and dtype of x"):
+        operator(y[:1], None, *sample((2, 32, 5, 6), 1, torch.float32)[0], squared)
+    with pytest.raises(RuntimeError, match="mixer_branch: t must have the shape and dtype of x"):
+        operator(y, y.double(), *sample((2, 32, 5, 6), 1, torch.float32)[0], squared)
