@@ -13,7 +13,7 @@ constexpr Compiled<GeluKernels> compiled = SPANET_COMPILED(gelu_kernels);
 // Work for a thread to be worth its start: this many elements.
 constexpr int64_t grain = 16384;
 
-constexpr int64_t block = 64;  // rows that are summed at once, then the sums: in fp64, and in the same order for any number of threads
+constexpr int64_t block = 32;  // rows that are summed at once, then the sums: in fp64, and in the same order for any number of threads
 
 std::tuple<Tensor, Tensor> gelu(const Tensor& x, const std::optional<Tensor>& bias, const std::optional<Tensor>& grad) {
   STD_TORCH_CHECK(x.dim() == 2 && x.is_contiguous(), "gelu: x must be contiguous of shape (N, D)");

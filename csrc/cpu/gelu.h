@@ -24,11 +24,14 @@ constexpr Tail<16> tail_of_numbers{5.5f, {-0.00558056595f, 0.00532761978f, 0.030
 constexpr Tail<10> tail_of_pairs{4.4f, {-0.0169292852f, 0.0282012057f, 0.0401872848f, -0.119978246f, 0.0476827905f, 0.138779013f,
                                         -0.242884792f, 0.189044968f, -0.0780001475f, 0.0139002877f}};
 // The slope of t Phi(-t), to 3e-8.
-constexpr Tail<19> tail_of_slope{
+constexpr Tail<19> slope_of_numbers{
     5.5f,
     {-0.0254552066f, 0.0197646003f, 0.154520735f, -0.170361504f, -0.367531747f, 0.633238673f, 0.267451644f, -1.23334873f, 0.622974157f,
     1.04499388f, -1.6629318f, 0.425128013f, 1.14348459f, -1.36866152f, 0.476376951f, 0.260142982f, -0.336862117f, 0.139103338f,
     -0.0220275521f}};
+// The same to 3.1e-5.
+constexpr Tail<12> slope_of_pairs{4.6f, {0.065893963f, 0.0682551488f, -0.383079827f, -0.0815157369f, 0.874064445f, -0.414241314f,
+                                         -0.731721878f, 0.956550837f, -0.28951934f, -0.224643111f, 0.214340359f, -0.054397624f}};
 
 template <int N> SIMD_INLINE Vec<float> within(const Tail<N>& tail, Vec<float> h) {
   return at_most((Vec<float>)((Simd<float>::U)h & 0x7fffffffu), tail.end);
@@ -47,8 +50,8 @@ template <int N> SIMD_INLINE Vec<float> gelu(Vec<float> h, const Tail<N>& tail) 
   return at_least(h, 0.0f) - t * polynomial(tail, t);
 }
 
-SIMD_INLINE Vec<float> gelu_slope(Vec<float> h) {
-  const Vec<float> inner = polynomial(tail_of_slope, within(tail_of_slope, h));
+template <int N> SIMD_INLINE Vec<float> gelu_slope(Vec<float> h, const Tail<N>& tail) {
+  const Vec<float> inner = polynomial(tail, within(tail, h));
   return h > 0.0f ? 1.0f - inner : inner;
 }
 

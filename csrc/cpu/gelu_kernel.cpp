@@ -13,16 +13,23 @@ namespace spanet {
 namespace SIMD_NAME {
 namespace {
 
-SIMD_INLINE Vec<float> value(Vec<float> h) { return gelu(h, tail_of_numbers); }
-SIMD_INLINE Vec<float> slope(Vec<float> h) { return gelu_slope(h); }
+// Of h, of memory in IO.
+template <class IO> SIMD_INLINE Vec<float> value(Vec<float> h) {
+  if constexpr (is_bf16<IO>) return gelu(h, tail_of_pairs);
+  else return gelu(h, tail_of_numbers);
+}
+template <class IO> SIMD_INLINE Vec<float> slope(Vec<float> h) {
+  if constexpr (is_bf16<IO>) return gelu_slope(h, slope_of_pairs);
+  else return gelu_slope(h, slope_of_numbers);
+}
 
 // fp64, of which speed is not asked.
 SIMD_INLINE double phi_integral(double h) { return 0.5 * __builtin_erfc(-h * 0.70710678118654752440); }
-SIMD_INLINE Vec<double> value(Vec<double> h) {
+template <class> SIMD_INLINE Vec<double> value(Vec<double> h) {
   for (int64_t l = 0; l < lanes_of<double>; ++l) h[l] *= phi_integral(h[l]);
   return h;
 }
-SIMD_INLINE Vec<double> slope(Vec<double> h) {
+template <class> SIMD_INLINE Vec<double> slope(Vec<double> h) {
   for (int64_t l = 0; l < lanes_of<double>; ++l)
     h[l] = phi_integral(h[l]) + h[l] * 0.39894228040143267794 * __builtin_exp(-0.5 * h[l] * h[l]);
   return h;
@@ -35,11 +42,11 @@ template <bool gradient, class T, class IO> SIMD_INLINE void vector(const IO* x,
   const auto write = [&](IO* p, Vec<T> v) { whole ? store<T>(p, v) : store_part<T>(p, v, n); };
   const Vec<T> h = bias ? read(x) + read(bias) : read(x);
   if constexpr (gradient) {
-    const Vec<T> product = read(grad) * slope(h), total = load_raw<Vec<T>>(sum) + product;
+    const Vec<T> product = read(grad) * slope<IO>(h), total = load_raw<Vec<T>>(sum) + product;
     write(grad, product);
     std::memcpy(sum, &total, sizeof total);
   }
-  write(a, value(h));
+  write(a, value<IO>(h));
 }
 
 template <bool gradient, class T, class IO> void rows(const Gelu<T, IO>& op, int64_t begin, int64_t end, T* sums) {
