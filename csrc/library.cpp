@@ -47,6 +47,7 @@ STABLE_TORCH_LIBRARY(spanet_kernels, m) {
       " Tensor column_bias, Tensor weight, Tensor bias, Tensor base, Tensor gain, Tensor out_weight, Tensor out_bias,"
       " int radius_squared) -> ()");
   m.def("gelu(Tensor x, Tensor? bias, Tensor(a!)? grad) -> (Tensor, Tensor)");
+  m.def("outer_sum(Tensor left, Tensor right) -> Tensor");
   m.def("column_sums(Tensor x) -> Tensor");
   m.def("image_norm(Tensor x, Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor)");
   m.def("image_norm_backward(Tensor grad, Tensor x, Tensor moments, Tensor weight) -> (Tensor, Tensor, Tensor)");

@@ -35,6 +35,7 @@ OPERATORS = (
     "spectral_mixer",
     "spectral_mixer_backward",
     "mixer_branch",
+    "outer_sum",
     "gelu",
     "column_sums",
     "image_norm",

@@ -29,6 +29,7 @@ def flop_formulas() -> dict[Any, Callable[..., int]]:
         ops.spectral_mixer: lambda x, weight, bias, row_weight, *_, **__: _mixer(x, weight, row_weight),
         ops.spectral_mixer_backward: _mixer_backward,
         ops.mixer_branch: lambda y, t, x, *args, **__: _mixer(x, args[5], args[7]),
+        ops.outer_sum: lambda left, right, **__: 2 * prod(left) * right[1],
         ops.pointwise_pair: _pair,
     }
     if hasattr(torch.ops.mkldnn, "_linear_pointwise"):

@@ -1,7 +1,8 @@
 """Matrix products over the channels of every position: ours for pairs of them, on a CPU oneDNN's, elsewhere PyTorch's.
 
 oneDNN adds the bias and applies the GELU where it writes the product; PyTorch's `linear` on a CPU writes the bias first and adds to it.
-PyTorch gives products of float32 on a CPU to MKL, which is at home on Intel's processors; on others they are oneDNN's here, too.
+PyTorch gives products of float32 on a CPU to MKL, which is at home on Intel's processors; on others they are oneDNN's here, too, and sums
+of outer products our own.
 x86 without AMX and Intel's AVX512_BF16 multiply bf16 at half the speed of float32: there a product of bf16 is one of float32, and the
 MLP, whose hidden channels are many, is float32 from its first product to its last (`multiplied_in`, `place`).
 Of a pair (`pointwise_pair`) what stands between the two products stays in the cache: it would be as large as everything else together.
@@ -11,7 +12,6 @@ Nothing here is differentiable.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import gcd
 from typing import Any, NamedTuple
 
 import torch
@@ -65,14 +65,9 @@ def outer(left: Tensor, right: Tensor) -> Tensor:
     right = right.to(left.dtype)
     if not _prefers_onednn(left, right):
         return left.mT @ right
-    # as the gradient of a 1x1 convolution to its weight: oneDNN adds up the positions of an image, and then images
-    images = gcd(left.shape[0], 32)
-    grad, x = (rows.reshape(images, -1, 1, rows.shape[1]).permute(0, 3, 1, 2) for rows in (left, right))
-    weight = left.new_empty(left.shape[1], right.shape[1], 1, 1)
-    ones, none, learns = [1, 1], [0, 0], [False, True, False]
-    found = torch.ops.aten.convolution_backward.default(grad, x, weight, None, ones, none, ones, False, none, 1, learns)
-    gradient: Tensor = found[1][:, :, 0, 0]
-    return gradient
+    left, right = (rows if rows.stride(1) == 1 else rows.contiguous() for rows in (left, right))
+    sums: Tensor = torch.ops.spanet_kernels.outer_sum.default(left, right)
+    return sums
 
 
 def _prefers_onednn(*operands: Tensor) -> bool:

@@ -308,6 +308,11 @@ def pointwise_pair(
     y.copy_(product)
 
 
+def outer_sum(left: Tensor, right: Tensor) -> Tensor:
+    """left^T right, (D, C) of rows (N, D) and (N, C), in float32: the gradient of a 1x1 convolution to its weight."""
+    return left.mT @ right
+
+
 def column_sums(x: Tensor) -> Tensor:
     """(C,) sums over the rows of an (N, C), in fp32 at least."""
     return x.sum(0, dtype=modes.profile_dtype(x.dtype))

@@ -61,6 +61,7 @@ for dtype, (n, d) in itertools.product(DTYPES, ((1, 1), (65, 37), (130, 64))):
     h, bias, grad = (torch.randn(shape, dtype=dtype) for shape in ((n, d), d, (n, d)))
     for given in (None, grad):
         assert all(t.isfinite().all() for t in torch.ops.spanet_kernels.gelu(h, bias, given))
+    torch.ops.spanet_kernels.outer_sum(h.float(), torch.randn(n, 35)[:, 1:])
 print("done")
 """
 
@@ -90,7 +91,7 @@ def sanitized(tmp_path_factory):
         simd["avx2"] = ["-DSIMD_BYTES=32", "-mavx2", "-mfma", "-mf16c"]
         simd["avx512"] = ["-DSIMD_BYTES=64", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"]
     jobs = [("library", "library.cpp", [])]
-    for op in ("radial_filter", "axial_conv", "pointwise_pair", "gelu"):
+    for op in ("radial_filter", "axial_conv", "pointwise_pair", "outer_sum", "gelu"):
         jobs.append((op, f"cpu/{op}.cpp", []))
         jobs += [(f"{op}_{name}", f"cpu/{op}_kernel.cpp", [f"-DSIMD_NAME={name}", *options]) for name, options in simd.items()]
 

@@ -219,6 +219,11 @@ def _gelu_fake(x: Tensor, bias: Tensor | None, grad: Tensor | None) -> tuple[Ten
     return torch.empty_like(x), x.new_empty(0 if grad is None else x.shape[1], dtype=modes.profile_dtype(x.dtype))
 
 
+@torch.library.register_fake("spanet_kernels::outer_sum")
+def _outer_fake(left: Tensor, right: Tensor) -> Tensor:
+    return left.new_empty(left.shape[1], right.shape[1])
+
+
 @torch.library.register_fake("spanet_kernels::image_moments")
 def _moments_fake(x: Tensor, eps: float) -> Tensor:
     return x.new_empty((x.shape[0], 2), dtype=torch.float32)
