@@ -54,5 +54,6 @@ STABLE_TORCH_LIBRARY(spanet_kernels, m) {
   m.def("image_moments(Tensor x, float eps) -> Tensor");
   m.def(
       "pointwise_pair(Tensor(a!) y, Tensor x, Tensor? moments, Tensor? norm_weight, Tensor? norm_bias, Tensor? factor, Tensor? residual,"
-      " Tensor? residual_scale, Tensor? weight_in, Tensor? bias_in, Tensor weight_out, Tensor? bias_out) -> ()");
+      " Tensor? residual_scale, Tensor? weight_in, Tensor? bias_in, Tensor weight_out, Tensor? bias_out, Tensor(b!)? before_gelu=None)"
+      " -> ()");
 }

@@ -57,6 +57,6 @@ def _mixer_backward(
 
 
 def _pair(y: Shape, x: Shape, *args: Any, **__: Any) -> int:
-    weight_in, _, weight_out, _ = args[-4:]
+    weight_in, _, weight_out = args[6:9]
     between = x if weight_in is None else Shape((x[0], weight_in[0], *x[2:]))
     return (0 if weight_in is None else _product(x, weight_in)) + _product(between, weight_out)

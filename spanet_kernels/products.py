@@ -239,8 +239,10 @@ def pair(
     bias_out: Tensor | None,
     factor: Tensor | None = None,
     branch: Branch = Branch(),  # noqa: B008  an immutable value
+    before_gelu: Tensor | None = None,
 ) -> Tensor:
-    """y, as `reference.pointwise_pair` writes it, of x, factor and branch in any layout; only where `pair_serves`."""
+    """y, as `reference.pointwise_pair` writes it, of x, factor and branch in any layout; only where `pair_serves`, with before_gelu on
+    a CPU."""
     x = modes.like(x, x)
     moments = None if branch.norm_weight is None else torch.ops.spanet_kernels.image_moments.default(x, branch.eps)
     factor = None if factor is None else modes.like(factor, x)
@@ -259,5 +261,6 @@ def pair(
         bias_in,
         weight_out.contiguous(),
         bias_out,
+        before_gelu,
     )
     return y

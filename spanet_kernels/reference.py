@@ -287,11 +287,12 @@ def pointwise_pair(
     bias_in: Tensor | None,
     weight_out: Tensor,
     bias_out: Tensor | None,
+    before_gelu: Tensor | None = None,
 ) -> None:
     """y = residual_scale o residual + W_out h + b_out; what is None is left out.
 
     n = norm_weight o (x - mean) / deviation + norm_bias, mean and 1 / deviation being `image_moments`; n = x without them.
-    h = gelu(W_in n + b_in), h = factor o (W_in n + b_in), or h = n without W_in. x is (B, C, H, W), y (B, E, H, W).
+    h = gelu(g), g = W_in n + b_in, or h = factor o g, or h = n without W_in. x is (B, C, H, W), y (B, E, H, W); before_gelu becomes g.
     """
     h = x
     if moments is not None:
@@ -301,6 +302,8 @@ def pointwise_pair(
         h = (h if norm_bias is None else h + norm_bias[:, None, None]).to(x.dtype)
     if weight_in is not None:
         h = functional.conv2d(h, weight_in[:, :, None, None], bias_in)
+        if before_gelu is not None:
+            before_gelu.copy_(h)
         h = functional.gelu(h) if factor is None else factor * h
     product = functional.conv2d(h, weight_out[:, :, None, None], bias_out)
     if residual is not None:

@@ -87,6 +87,32 @@ def test_as_accurate_as_the_convolutions(shape, hidden, out, dtype, layout, to, 
     assert_as_accurate(y, by_convolutions(*args), exact(args), units=4, alike=True)
 
 
+@pytest.mark.parametrize("to", FORMATS)
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("shape", "hidden", "out"), SHAPES)
+def test_what_is_before_the_gelu(shape, hidden, out, dtype, layout, to):
+    """It is written besides, and changes nothing."""
+    args = sample(shape, hidden, out, dtype, layout, residual=to)
+    around = sample_around(args)
+    y = pair(*args, to=to, around=around)
+
+    def with_it(function, args, around):
+        x, factor, residual, *weights = args
+        moments, norm_weight, norm_bias, scale = around
+        again, before = (
+            torch.full((shape[0], count, *shape[2:]), torch.nan, dtype=x.dtype).contiguous(memory_format=FORMATS[layout])
+            for count, layout in ((out, to), (hidden, "channels_last"))
+        )
+        function(again, x, moments, norm_weight, norm_bias, factor, residual, scale, *weights, before)
+        return again, before
+
+    again, before = with_it(operator, args, around)
+    assert torch.equal(again, y)
+    exact = with_it(reference.pointwise_pair, doubled(args), doubled(around))[1]
+    assert_as_accurate(before, with_it(reference.pointwise_pair, args, around)[1], exact, units=4, alike=True)
+
+
 @pytest.mark.parametrize("what", ["mlp", "factor", "one"])
 @pytest.mark.parametrize("to", FORMATS)
 @pytest.mark.parametrize("layout", FORMATS)
@@ -179,6 +205,8 @@ def test_operator_contract():
             moments, *norm, scale = sample_around(args)
             torch.library.opcheck(operator, (torch.zeros(2, 96, 5, 6), x, None, None, None, f, residual, None, *weights))
             torch.library.opcheck(operator, (torch.zeros(2, 96, 5, 6), x, moments, *norm, f, residual, scale, *weights))
+    before = torch.zeros(2, 64, 5, 6).contiguous(memory_format=torch.channels_last)
+    torch.library.opcheck(operator, (torch.zeros(2, 96, 5, 6), x, None, None, None, None, None, None, *weights, before))
 
 
 def test_bad_input():
@@ -199,6 +227,10 @@ def test_bad_input():
     for y in (torch.empty(2, 31, 5, 6), torch.empty(2, 32, 5, 12)[..., ::2], torch.empty(2, 32, 5, 6, dtype=torch.float64)):
         with pytest.raises(RuntimeError, match=r"pointwise_pair: y must have shape \(B, out, H, W\), in the dtype of x"):
             run(operator, y, (x, None, None, *weights), None)
+    y, before = torch.empty(2, 32, 5, 6), torch.empty(2, 64, 5, 6)
+    for wrong in (before, before.contiguous(memory_format=torch.channels_last)[:1], before.bfloat16()):
+        with pytest.raises(RuntimeError, match=r"pointwise_pair: before_gelu must have shape .* and channels_last, and needs weight_in"):
+            operator(y, x, None, None, None, None, None, None, *weights, wrong)
     for message, index, wrong in (("moments must be", 0, (3, 2)), ("norm_weight must be", 1, (31,)), ("residual_scale must be", 3, (1,))):
         around = [torch.zeros(2, 2), torch.zeros(32), torch.zeros(32), torch.zeros(32)]
         around[index] = torch.zeros(wrong)

@@ -45,6 +45,10 @@ for dtype, layout, last, factor in itertools.product((torch.float32, torch.bfloa
         norm = (None, None) if factor else torch.randn(2, c, dtype=dtype)
         moments = None if factor else torch.ops.spanet_kernels.image_moments(x, 1e-5)
         torch.ops.spanet_kernels.pointwise_pair(y, x, moments, *norm, f, r, None, *weights)
+        if not factor:
+            before = torch.empty(b, hidden, h, w, dtype=dtype).contiguous(memory_format=torch.channels_last)
+            torch.ops.spanet_kernels.pointwise_pair(y, x, moments, *norm, f, r, None, *weights, before)
+            assert before.isfinite().all()
         assert y.isfinite().all()
 for dtype, layout in itertools.product((torch.float32, torch.bfloat16), LAYOUTS[:2]):
     for shape in ((1, 32, 1, 1), (3, 64, 66, 65)):  # of the second two images at a time, and the last alone

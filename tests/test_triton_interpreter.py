@@ -309,6 +309,7 @@ def evaluate_block(index: int) -> dict[str, dict[str, float]]:
         for op in _IN_TRITON:
             library.impl(op, logged(op), "CPU", allow_override=True)
         patch.setattr(Tensor, "is_cuda", property(lambda tensor: True))
+        patch.setattr(Tensor, "is_cpu", property(lambda tensor: False))
         results = run(dtype)
     if not expected <= called:
         raise AssertionError(f"not run by Triton: {expected - called}")

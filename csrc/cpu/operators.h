@@ -17,6 +17,7 @@ void image_moments_into(const Tensor& moments, const Tensor& x, double eps);
 struct PairOperands {
   const Tensor *x = nullptr, *moments = nullptr, *norm_weight = nullptr, *norm_bias = nullptr, *factor = nullptr, *residual = nullptr;
   const Tensor *residual_scale = nullptr, *weight_in = nullptr, *bias_in = nullptr, *weight_out = nullptr, *bias_out = nullptr;
+  const Tensor* before_gelu = nullptr;  // written
 };
 void pointwise_pair_into(const Tensor& y, const PairOperands& of);
 

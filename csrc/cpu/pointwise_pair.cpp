@@ -54,10 +54,11 @@ bool is_dense(const Tensor& x, bool channels_last) {
 void pointwise_pair(const Tensor& y, const Tensor& x, const std::optional<Tensor>& moments, const std::optional<Tensor>& norm_weight,
                     const std::optional<Tensor>& norm_bias, const std::optional<Tensor>& factor, const std::optional<Tensor>& residual,
                     const std::optional<Tensor>& residual_scale, const std::optional<Tensor>& weight_in,
-                    const std::optional<Tensor>& bias_in, const Tensor& weight_out, const std::optional<Tensor>& bias_out) {
+                    const std::optional<Tensor>& bias_in, const Tensor& weight_out, const std::optional<Tensor>& bias_out,
+                    const std::optional<Tensor>& before_gelu) {
   const auto of = [](const std::optional<Tensor>& t) { return t ? &*t : nullptr; };
   pointwise_pair_into(y, {&x, of(moments), of(norm_weight), of(norm_bias), of(factor), of(residual), of(residual_scale), of(weight_in),
-                          of(bias_in), &weight_out, of(bias_out)});
+                          of(bias_in), &weight_out, of(bias_out), of(before_gelu)});
 }
 
 Tensor image_moments(const Tensor& x, double eps) {
@@ -70,7 +71,8 @@ Tensor image_moments(const Tensor& x, double eps) {
 }  // namespace
 
 void pointwise_pair_into(const Tensor& y, const PairOperands& of) {
-  const auto& [x_, moments, norm_weight, norm_bias, factor, residual, residual_scale, weight_in, bias_in, weight_out_, bias_out] = of;
+  const auto& [x_, moments, norm_weight, norm_bias, factor, residual, residual_scale, weight_in, bias_in, weight_out_, bias_out,
+               before_gelu] = of;
   const Tensor &x = *x_, &weight_out = *weight_out_;
   STD_TORCH_CHECK(x.dim() == 4, "pointwise_pair: x must have shape (B, C, H, W)");
   const int64_t b = x.size(0), c = x.size(1), h = x.size(2), w = x.size(3);
@@ -97,6 +99,8 @@ void pointwise_pair_into(const Tensor& y, const PairOperands& of) {
                   "pointwise_pair: y must have shape (B, out, H, W), in the dtype of x, contiguous or channels_last");
   STD_TORCH_CHECK(!residual || (fits(*residual, out) && is_dense(*residual, y_last)),
                   "pointwise_pair: residual must have shape (B, out, H, W), in the dtype and layout of y");
+  STD_TORCH_CHECK(!before_gelu || (weight_in && !factor && fits(*before_gelu, hidden) && is_dense(*before_gelu, true)),
+                  "pointwise_pair: before_gelu must have shape (B, hidden, H, W), in the dtype of x and channels_last, and needs weight_in");
   if (y.numel() == 0) return;
   const auto run = [&]<class IO>(const PointwisePairEngine<IO>& engine) {
     const auto data = [](const Tensor& t) { return static_cast<const IO*>(t.data_ptr()); };
@@ -104,7 +108,8 @@ void pointwise_pair_into(const Tensor& y, const PairOperands& of) {
     const PointwisePair<IO> op{together ? 1 : b, together ? b * h * w : h * w, c, hidden, out, x_last, y_last, h * w,
                                data(x), given(factor), given(residual), given(residual_scale), given(weight_in), given(bias_in),
                                data(weight_out), given(bias_out), moments ? static_cast<const float*>(moments->data_ptr()) : nullptr,
-                               given(norm_weight), given(norm_bias), static_cast<IO*>(y.data_ptr())};
+                               given(norm_weight), given(norm_bias), static_cast<IO*>(y.data_ptr()),
+                               before_gelu ? static_cast<IO*>(before_gelu->data_ptr()) : nullptr};
     parallel(1, op.vectors(engine.lanes), 1, [&](int64_t begin, int64_t end) { engine.run(op, begin, end); });
   };
   if (x.scalar_type() == ScalarType::Float) run(kernels().f32);

@@ -1,9 +1,10 @@
 // Two 1x1 convolutions with something between them, for the instruction set this file is compiled for (simd.h).
 //
-//   h = gelu(W_in n + b_in)   or, with a factor f,   h = f o (W_in n + b_in)   or   h = n          y = s o r + W_out h + b_out
+//   h = gelu(g), g = W_in n + b_in   or, with a factor f,   h = f o (W_in n + b_in)   or   h = n          y = s o r + W_out h + b_out
 //   n = x   or, with moments,   n = gamma o (x - mean) / deviation + delta, mean and deviation of an image
 //
-// Work: 2 (in + out) hidden FLOP a pixel. Memory: x, f, r, y once, and the weights once for every tile; n and h never leave the cache.
+// Work: 2 (in + out) hidden FLOP a pixel. Memory: x, f, r, y once, g where it is wanted, and the weights once for every tile; n and h
+// never leave the cache.
 //
 // A tile of pixels is laid out with pixels adjacent, X (in, pixels), so that a vector is a run of pixels and a weight is one number for
 // all of it: the weights are read where they stand, in either product, and h is written as the second product reads it.
@@ -225,14 +226,22 @@ void load_strip(const Op& op, const IO* from, int64_t channels, bool last, const
     }
 }
 
-// The strip of y from sums (out, NV VL).
-template <class E, int NV, class Op> void store_strip(const Op& op, const float* sums, const Strip& strip) {
+// A result, of so many channels, channels_last or contiguous.
+template <class IO> struct Written {
+  IO* data;
+  int64_t channels;
+  bool last;
+};
+
+// The strip of n of its channels from one on, of sums (n, NV VL).
+template <class E, int NV, class Op, class IO>
+void store_strip(const Op& op, const Written<IO>& to, int64_t first, int64_t n, const float* sums, const Strip& strip) {
   constexpr int64_t width = NV * VL;
-  if (op.y_last) {
-    const int64_t units = op.out / E::channels;
-    char* pixel = reinterpret_cast<char*>(op.y) + (strip.image * op.pixels + strip.first) * units * 4;
+  if (to.last) {
+    const int64_t units = to.channels / E::channels;
+    char* pixel = reinterpret_cast<char*>(to.data + first) + (strip.image * op.pixels + strip.first) * units * 4;
     for (int v = 0; v < NV; ++v)
-      for (int64_t k = 0; k < units; k += VL) {
+      for (int64_t k = 0; k < n / E::channels; k += VL) {
         V square[VL];
         UNROLL
         for (int i = 0; i < VL; ++i) {
@@ -246,8 +255,8 @@ template <class E, int NV, class Op> void store_strip(const Op& op, const float*
       }
     return;
   }
-  auto* plane = op.y + strip.image * op.out * op.pixels + strip.first;
-  for (int64_t c = 0; c < op.out; ++c, plane += op.pixels)
+  IO* plane = to.data + (strip.image * to.channels + first) * op.pixels + strip.first;
+  for (int64_t c = 0; c < n; ++c, plane += op.pixels)
     for (int v = 0; v < NV; ++v) {
       const V sum = load_raw<V>(sums + c * width + v * VL);
       if (pixels_of(strip, v) == VL) store<float>(plane + v * VL, sum);
@@ -324,8 +333,10 @@ template <class E, int step, class F> SIMD_INLINE void for_rows(F f) {
   }
 }
 
-// E::rows hidden channels: h (E::rows / E::packed, NV VL) of x and their bias; factor are those of f, laid out like h, or nullptr.
-template <class E, int NV> void first_product(const Weights& weights, const float* bias, const float* x, const float* factor, float* h) {
+// E::rows hidden channels: h (E::rows / E::packed, NV VL) of x and their bias; factor are those of f, laid out like h, or nullptr; before
+// (E::rows, NV VL) is g, or nullptr.
+template <class E, int NV>
+void first_product(const Weights& weights, const float* bias, const float* x, const float* factor, float* h, float* before) {
   V total[E::rows][NV];
   multiply<E, NV>(weights, x, total);
   const auto finish = [&](auto of) __attribute__((always_inline)) {  // of(sum, where its value of f stands, which of a unit's channels)
@@ -335,7 +346,11 @@ template <class E, int NV> void first_product(const Weights& weights, const floa
         const int64_t at = (m / E::packed * NV + v) * VL;
         V part[E::packed];
         UNROLL
-        for (int c = 0; c < E::packed; ++c) part[c] = of(total[m + c][v] + bias[m + c], at, c);
+        for (int c = 0; c < E::packed; ++c) {
+          const V sum = total[m + c][v] + bias[m + c];
+          if (before) store<float>(before + ((m + c) * NV + v) * VL, sum);
+          part[c] = of(sum, at, c);
+        }
         store<float>(h + at, for_tile<E>(part));
       }
     });
@@ -385,12 +400,13 @@ template <class E> void run(const PointwisePair<typename E::IO>& op, int64_t beg
   // of a vector of pixels
   const int64_t x_size = op.in / E::packed * VL, f_size = op.factor ? op.hidden / E::packed * VL : 0;
   const int64_t r_size = op.residual ? op.out / E::packed * VL : 0, h_size = hidden_part / E::packed * VL, y_size = op.out * VL;
-  const int64_t vectors_size = 2 * op.in + op.hidden + 2 * op.out;
+  const int64_t g_size = op.before_gelu ? hidden_part * VL : 0, vectors_size = 2 * op.in + op.hidden + 2 * op.out;
   const int64_t widened_size = E::packed == E::channels ? 0 : E::rows * (op.in > hidden_part ? op.in : hidden_part);
-  const int64_t size = tile_vectors * (x_size + f_size + r_size + h_size + y_size) + vectors_size + widened_size;
+  const int64_t size = tile_vectors * (x_size + f_size + r_size + h_size + y_size + g_size) + vectors_size + widened_size;
   float* const x = static_cast<float*>(thread_scratch(size * sizeof(float)));
   float *const factor = x + tile_vectors * x_size, *const residual = factor + tile_vectors * f_size;
-  float *const h = residual + tile_vectors * r_size, *const y = h + tile_vectors * h_size, *const widened = y + tile_vectors * y_size;
+  float *const h = residual + tile_vectors * r_size, *const y = h + tile_vectors * h_size, *const g = y + tile_vectors * y_size;
+  float* const widened = g + tile_vectors * g_size;
   Vectors vectors;
   vectors.norm_weight = widened + widened_size;
   vectors.norm_bias = widen_all<E::channels>(op.norm_weight, op.in, 1.0f, vectors.norm_weight);
@@ -427,9 +443,14 @@ template <class E> void run(const PointwisePair<typename E::IO>& op, int64_t beg
           const int64_t width = nv() * VL, row = (from + channel) / E::packed;
           first_product<E, nv()>(weights, vectors.bias_in + from + channel, x + strip.before * x_size,
                                  op.factor ? factor + strip.before * f_size + row * width : nullptr,
-                                 h + strip.before * h_size + channel / E::packed * width);
+                                 h + strip.before * h_size + channel / E::packed * width,
+                                 op.before_gelu ? g + strip.before * g_size + channel * width : nullptr);
         });
       }
+      if (op.before_gelu)
+        for_strips([&](auto nv, const Strip& strip) {
+          store_strip<E, nv()>(op, Written{op.before_gelu, op.hidden, true}, from, hidden, g + strip.before * g_size, strip);
+        });
       for (int64_t channel = 0; channel < op.out; channel += E::rows) {
         const Weights weights = block_of<E>(op.weight_out + channel * op.hidden + from, op.hidden, hidden, widened);
         for_strips([&](auto nv, const Strip& strip) {
@@ -441,7 +462,9 @@ template <class E> void run(const PointwisePair<typename E::IO>& op, int64_t beg
         });
       }
     }
-    for_strips([&](auto nv, const Strip& strip) { store_strip<E, nv()>(op, y + strip.before * y_size, strip); });
+    for_strips([&](auto nv, const Strip& strip) {
+      store_strip<E, nv()>(op, Written{op.y, op.out, op.y_last}, 0, op.out, y + strip.before * y_size, strip);
+    });
   }
 }
 

@@ -7,7 +7,7 @@ namespace spanet {
 
 // x (B, in, P) and factor (B, hidden, P) of one layout, y and residual (B, out, P) of another: contiguous or channels_last. Where all are
 // channels_last they are one image of B P pixels. Weights (hidden, in) and (out, hidden) are contiguous. Only x, weight_out and y are
-// always there; without weight_in, hidden is in and the only product is that of weight_out.
+// always there; without weight_in, hidden is in and the only product is that of weight_out. before_gelu (B, hidden, P) is channels_last.
 template <class IO> struct PointwisePair {
   int64_t images, pixels, in, hidden, out;
   bool x_last, y_last;
@@ -15,7 +15,7 @@ template <class IO> struct PointwisePair {
   const IO *x, *factor, *residual, *residual_scale, *weight_in, *bias_in, *weight_out, *bias_out;
   const float* moments;  // (B, 2): mean and 1 / deviation of the images of x
   const IO *norm_weight, *norm_bias;
-  IO* y;
+  IO *y, *before_gelu;
 
   int64_t vectors(int64_t lanes) const { return images * vectors_of_image(lanes); }
   int64_t vectors_of_image(int64_t lanes) const { return (pixels + lanes - 1) / lanes; }

@@ -128,9 +128,12 @@ def _composition(x: Tensor, weight_in: Tensor, bias_in: Tensor | None, weight_ou
 
 def _body(x: Tensor, *weights: Any) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     """The MLP in the dtype of x, with weights of any."""
-    matrices = _in_dtype_of(x, *weights)
-    y, h = _by_parts(x, *matrices)
-    return y, (h, *matrices[:3])
+    matrix_in, row_in, matrix_out, row_out = _in_dtype_of(x, *weights)
+    if x.is_cpu and pair_serves(x, matrix_in, matrix_out):
+        y, h = _places_of(x, matrix_in, matrix_out)
+        return pair(y, x, matrix_in, row_in, matrix_out, row_out, before_gelu=h), (h, matrix_in, None, matrix_out)
+    y, h = _by_parts(x, matrix_in, row_in, matrix_out, row_out)
+    return y, (h, matrix_in, row_in, matrix_out)
 
 
 def _body_gradients(grad: Tensor, needed: Any, kept: Any, x: Tensor, *weights: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -153,12 +156,18 @@ def _in_dtype_of(x: Tensor, weight_in: Tensor, bias_in: Tensor | None, weight_ou
     return matrix_in.flatten(1), row_in, matrix_out.flatten(1), row_out
 
 
-def _by_parts(x: Tensor, weight_in: Tensor, bias_in: Tensor | None, weight_out: Tensor, bias_out: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The MLP of x, in its layout, and h as channels_last, without the bias that the GELU adds; weights (D, C) and (E, D)."""
+def _places_of(x: Tensor, weight_in: Tensor, weight_out: Tensor) -> tuple[Tensor, Tensor]:
+    """Memory for y, in the layout of x, and for h, as channels_last."""
     y, h = (
         torch.empty((x.shape[0], weight.shape[0], *x.shape[2:]), dtype=x.dtype, device=x.device, memory_format=layout)
         for weight, layout in ((weight_out, modes.memory_format(x)), (weight_in, torch.channels_last))
     )
+    return y, h
+
+
+def _by_parts(x: Tensor, weight_in: Tensor, bias_in: Tensor | None, weight_out: Tensor, bias_out: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The MLP of x, in its layout, and h as channels_last, without the bias that the GELU adds; weights (D, C) and (E, D)."""
+    y, h = _places_of(x, weight_in, weight_out)
     wide = multiplied_in(x)
     bias_in, bias_out = (None if bias is None else bias.to(wide) for bias in (bias_in, bias_out))
     in_product, in_gelu = _places(bias_in)
