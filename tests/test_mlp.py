@@ -95,8 +95,13 @@ def test_a_frozen_part_gets_no_gradient_and_the_rest_its_own():
         torch.testing.assert_close(ours, theirs)
 
 
-def test_keeps_its_input_and_one_hidden_tensor():
-    args = [arg.requires_grad_() for arg in sample(torch.float32, shape=(2, 12, 8, 8), hidden=48, out=12)]
+@pytest.mark.parametrize("channels", [12, 32])
+def test_keeps_its_input_and_one_hidden_tensor(channels, monkeypatch):
+    """On a residual branch, too, where it is one operator."""
+    monkeypatch.setattr(products, "PAIR_POSITIONS", 0)
+    args = [arg.requires_grad_() for arg in sample(torch.float32, shape=(2, channels, 8, 8), hidden=48 * 2, out=channels)]
+    norm = torch.ones(channels, requires_grad=True), torch.zeros(channels, requires_grad=True)
+    branch = (args[0], None, (*norm, 1e-5)) if channels == 32 and cpu_capability() != "plain" else ()
     kept = {}
 
     def pack(tensor):
@@ -104,9 +109,9 @@ def test_keeps_its_input_and_one_hidden_tensor():
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        pointwise_mlp(*args)
-    given = sum(arg.nbytes for arg in args)
-    assert sum(kept.values()) == given + 2 * 48 * 64 * 4
+        pointwise_mlp(*args, *branch)
+    given = sum(arg.nbytes for arg in (*args, *(norm if branch else ())))
+    assert sum(kept.values()) == given + 2 * 96 * 64 * 4
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -184,6 +189,32 @@ def test_residual(dtype, channels, gradients, monkeypatch):
         assert torch.equal(y, residual.float() + alone.float())
     with pytest.raises(ValueError, match=rf"pointwise_mlp: residual must have shape \(2, {channels}, 9, 8\)"):
         pointwise_mlp(*args, residual[:1])
+
+
+@pytest.mark.parametrize("grad", ["dense", "expanded"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("mkl_is_slow", [True, False])
+def test_gradients_where_pairs_serve(mkl_is_slow, dtype, layout, grad, monkeypatch):
+    """On a residual branch with a norm: to x, that is the residual, to norm, scale and weights."""
+    monkeypatch.setattr(products, "PAIR_POSITIONS", 0)
+    monkeypatch.setattr(products, "_MKL_IS_SLOW", mkl_is_slow)
+    args = sample(dtype, layout, (3, 32, 9, 7), 96, 32)
+    vectors = [torch.linspace(first, 2, 32).to(dtype) for first in (0.5, -1, 0)]
+
+    def gradients(function, to):
+        leaves = [arg.to(to).detach().requires_grad_() for arg in (*args, *vectors)]
+        x, *weights, weight, bias, scale = leaves
+        if function is pointwise_mlp:
+            y = pointwise_mlp(x, *weights, x, scale, (weight, bias, 1e-5))
+        else:
+            y = scale[:, None, None] * x + layers(functional.group_norm(x, 1, weight, bias), *weights)
+        dense = make_input(y.shape, torch.float64, seed=5).to(to)
+        return y.detach(), *torch.autograd.grad(y, leaves, dense if grad == "dense" else dense[:1, :1, :1, :1].expand(y.shape))
+
+    results = gradients(pointwise_mlp, dtype), gradients(layers, dtype), gradients(layers, torch.float64)
+    for ours, theirs, truth in zip(*results, strict=True):
+        assert_as_accurate(ours, theirs, truth, units=64, alike=True)
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -14,6 +14,7 @@ from .image_norm import normalised
 
 _norm = torch.ops.spanet_kernels.image_norm.default._op
 _norm_gradient = torch.ops.spanet_kernels.image_norm_backward.default._op
+_native_norm, _native_gradient = torch.ops.aten.native_group_norm.default, torch.ops.aten.native_group_norm_backward.default
 _without_autocast = torch._C._DisableAutocast
 
 
@@ -21,21 +22,25 @@ class Body(NamedTuple):
     """f, of n = norm(x), of tensors, which may be None, and of constants."""
 
     forward: Callable[..., tuple[Tensor, tuple[Tensor | None, ...]]]  # (n, ...) to f and what its gradients need
+    fuses: Callable[..., bool]  # (x, tensors) to whether, on a CPU, the whole branch is one operator
+    fused: Callable[..., tuple[Tensor, tuple[Tensor | None, ...]]]  # (branch, x, ...) to the branch and what the gradients of f need
     gradients: Callable[..., tuple[Tensor | None, ...]]  # (gradient of f, which of n and the tensors need one, what was kept, n, ...)
     composition: Callable[..., Tensor]  # (n, ...) to f, differentiable to any order
 
 
 def record(body: Body, constants: tuple[Any, ...], branch: Branch, dtype: torch.dtype, x: Tensor, *tensors: Tensor | None) -> Tensor:
-    """The branch with a body that is computed in a dtype, for gradients of eager code; off GPUs PyTorch's norm and sum stand around it."""
+    """The branch with a body that is computed in a dtype, for gradients of eager code; where a CPU does not have all of it as one operator,
+    PyTorch's norm and sum stand around the body."""
     norm_weight, norm_bias, eps, residual, scale = branch
-    if x.is_cuda:
+    one = branch.is_there and x.dtype == dtype and branch.has(dtype) and body.fuses(x, *tensors)
+    if x.is_cuda or one:
         y: Tensor = _Recorded.apply(body, constants, eps, dtype, x, norm_weight, norm_bias, residual, scale, *tensors)
         return y
     return branch.added(_Recorded.apply(body, constants, eps, dtype, normalised(branch, x).to(dtype), None, None, None, None, *tensors))
 
 
 class _Recorded(torch.autograd.Function):
-    """The branch with what it keeps: x, n, the moments of x and what the body does."""
+    """The branch with what it keeps: x, on GPUs n and the moments of x, which a CPU computes again, and what the body does."""
 
     @staticmethod
     def forward(
@@ -51,11 +56,15 @@ class _Recorded(torch.autograd.Function):
         scale: Tensor | None,
         *tensors: Tensor | None,
     ) -> Tensor:
+        n = moments = None
         with below_autograd(), _without_autocast():
-            n, moments = (x, None) if norm_weight is None else _norm(x, norm_weight, norm_bias, eps)
-            n = n.to(dtype)
-            f, kept = body.forward(n, *tensors, *constants)
-            y = Branch(residual=residual, scale=scale).added(f)
+            if x.is_cuda or (norm_weight is None and residual is None):
+                n, moments = (x, None) if norm_weight is None else _norm(x, norm_weight, norm_bias, eps)
+                n = n.to(dtype)
+                f, kept = body.forward(n, *tensors, *constants)
+                y = Branch(residual=residual, scale=scale).added(f)
+            else:
+                y, kept = body.fused(Branch(norm_weight, norm_bias, eps, residual, scale), x, *tensors, *constants)
         ctx.constants = body, constants, eps, dtype, len(tensors)
         residual = None if scale is None else residual  # nothing asks for it
         ctx.save_for_backward(x, norm_weight, norm_bias, residual, scale, *tensors, n, moments, *kept)
@@ -84,9 +93,18 @@ class _Recorded(torch.autograd.Function):
                 residual_grad = grad * scale[:, None, None] if needed[3] else None
                 scale_grad = (grad * residual).sum((0, 2, 3)) if needed[4] else None
         needs_n = needed[0] or needed[1] or needed[2]
+        if n is None:
+            n, *by_products = (x,) if norm_weight is None else _native_norm(x, norm_weight, args[2], *_sizes(x), 1, eps)
         n_grad, *grads = body.gradients(grad.to(dtype), (needs_n, *needed[5:]), kept, n, *tensors, *constants)
         norm_grads: tuple[Tensor | None, ...] = n_grad, None, None
-        if needs_n and norm_weight is not None:
+        if needs_n and norm_weight is not None and moments is None:
+            norm_grads = _native_gradient(n_grad, x, *by_products, norm_weight, *_sizes(x), 1, needed[:3])
+        elif needs_n and norm_weight is not None:
             norm_grads = _norm_gradient(n_grad.to(x.dtype), x, moments, norm_weight)
         found = *norm_grads, residual_grad, scale_grad, *grads
         return None, None, None, None, *(value if need else None for value, need in zip(found, needed, strict=True))
+
+
+def _sizes(x: Tensor) -> tuple[int, int, int]:
+    """Images, channels and positions."""
+    return x.shape[0], x.shape[1], x.shape[2] * x.shape[3]

@@ -130,10 +130,20 @@ def _body(x: Tensor, *weights: Any) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     """The MLP in the dtype of x, with weights of any."""
     matrix_in, row_in, matrix_out, row_out = _in_dtype_of(x, *weights)
     if x.is_cpu and pair_serves(x, matrix_in, matrix_out):
-        y, h = _places_of(x, matrix_in, matrix_out)
-        return pair(y, x, matrix_in, row_in, matrix_out, row_out, before_gelu=h), (h, matrix_in, None, matrix_out)
+        return _fused_body(Branch(), x, *weights)
     y, h = _by_parts(x, matrix_in, row_in, matrix_out, row_out)
     return y, (h, matrix_in, row_in, matrix_out)
+
+
+def _fuses_body(x: Tensor, weight_in: Tensor, bias_in: Tensor | None, weight_out: Tensor, bias_out: Tensor | None) -> bool:
+    return x.is_cpu and pair_serves(x, weight_in, weight_out)
+
+
+def _fused_body(branch: Branch, x: Tensor, *weights: Any) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    matrix_in, row_in, matrix_out, row_out = _in_dtype_of(x, *weights)
+    y, h = _places_of(x, matrix_in, matrix_out)
+    y = pair(y, x, matrix_in, row_in, matrix_out, row_out, branch=branch, before_gelu=h)
+    return y, (h, matrix_in, None, matrix_out)
 
 
 def _body_gradients(grad: Tensor, needed: Any, kept: Any, x: Tensor, *weights: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -147,7 +157,7 @@ def _body_composition(x: Tensor, *weights: Any) -> Tensor:
     return _composition(x, *cast_weights)
 
 
-_BODY = Body(_body, _body_gradients, _body_composition)
+_BODY = Body(_body, _fuses_body, _fused_body, _body_gradients, _body_composition)
 
 
 def _in_dtype_of(x: Tensor, weight_in: Tensor, bias_in: Tensor | None, weight_out: Tensor, bias_out: Tensor | None) -> Any:

@@ -157,12 +157,21 @@ def _body(x: Tensor, *args: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
     return y, tuple(kept)
 
 
+def _fuses_body(x: Tensor, *args: Any) -> bool:
+    return x.is_cpu and not composed.keeps_context(x) and pair_serves(x, args[6], args[10])
+
+
+def _fused_body(branch: Branch, x: Tensor, *args: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
+    y, *kept = composed.spectral_mixer(x, *(*_as_matrices(args), True, branch))
+    return y, tuple(kept)
+
+
 def _body_gradients(grad: Tensor, needed: Any, kept: tuple[Tensor, ...], x: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
     found: Any = _gradients(grad, needed, kept, x, *_as_matrices(args), True)
     return *found[:3], found[3].view_as(args[2]), found[4], found[5].view_as(args[4]), *found[6:-2]
 
 
-_BODY = Body(_body, _body_gradients, lambda x, *args: _call(x, *_as_matrices(args), True)[0])
+_BODY = Body(_body, _fuses_body, _fused_body, _body_gradients, lambda x, *args: _call(x, *_as_matrices(args), True)[0])
 
 
 @torch.library.register_fake("spanet_kernels::spectral_mixer")
