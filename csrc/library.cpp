@@ -5,9 +5,9 @@
 
 namespace {
 
-// What glibc takes from the system it gives back at once, page by page, unless the program has freed a large block before: then it keeps
-// twice as much. One of nearly 32 MiB, the largest that counts, without a page of it touched: else the maps of every block of a network
-// would be mapped anew. Where the thresholds are set by the environment or the program this changes nothing.
+// glibc gives freed memory back to the system, and takes it anew page by page, until the program has freed one large block: from then on it
+// keeps twice the size of that. One of nearly 32 MiB, the largest that counts, of which no page is touched: else the tensors of every
+// block of a network would be mapped anew. Where the environment or the program set the thresholds this changes nothing.
 [[maybe_unused]] const bool memory_is_kept = [] {
   void* block = std::malloc((size_t{32} << 20) - (size_t{64} << 10));
   asm volatile("" : "+r"(block));

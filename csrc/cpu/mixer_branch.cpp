@@ -6,7 +6,7 @@
 // calling thread that is there from call to call: no page of it is mapped anew.
 
 #include <algorithm>
-#include <vector>
+#include <memory>
 
 #include "cpu/operators.h"
 
@@ -36,20 +36,21 @@ Tensor channels_last_over(void* data, const Tensor& x, int64_t images) {
   return over(data, {images, c, h, w}, {h * w * c, 1, w * c, c}, x.scalar_type());
 }
 
-// Two maps of so many bytes, on cache lines of their own. Larger ones than those of a part go back when the call ends.
+// Two maps of so many bytes, on cache lines of their own. What is larger than a part goes back when the call ends.
 class Maps {
  public:
   explicit Maps(int64_t bytes) : bytes_((bytes + 63) / 64 * 64) {
-    thread_local std::vector<char> kept;
-    std::vector<char>& memory = bytes > part_bytes ? own_ : kept;
-    if (static_cast<int64_t>(memory.size()) < 2 * bytes_ + 64) memory = std::vector<char>(2 * bytes_ + 64);
-    first_ = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) & ~uintptr_t{63});
+    constexpr int64_t most = 2 * part_bytes;
+    thread_local std::unique_ptr<char[]> kept;
+    std::unique_ptr<char[]>& memory = 2 * bytes_ > most ? own_ : kept;
+    if (!memory) memory = std::make_unique_for_overwrite<char[]>(std::max(2 * bytes_, most) + 64);
+    first_ = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory.get()) + 63) & ~uintptr_t{63});
   }
   char* operator[](int64_t i) const { return first_ + i * bytes_; }
 
  private:
   int64_t bytes_;
-  std::vector<char> own_;
+  std::unique_ptr<char[]> own_;
   char* first_;
 };
 

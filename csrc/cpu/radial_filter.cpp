@@ -109,30 +109,10 @@ template <class F> void for_planes(const char* op, const Tensor& x, int64_t radi
   });
 }
 
-void filter(const Tensor& y, const Tensor& x, const Tensor& base, const Tensor& gain, int64_t radius_squared) {
-  const int64_t channels = x.size(1);
-  const auto check_profile = [&](int64_t shells) {
-    const bool shapes = base.dim() == 1 && base.size(0) == channels && gain.dim() == 2 && gain.size(0) == shells && gain.size(1) == channels;
-    const ScalarType wide = accumulator_dtype(x);
-    STD_TORCH_CHECK(shapes && base.scalar_type() == wide && gain.scalar_type() == wide,
-                    "radial_filter: base must have shape (C,) and gain (S, C), in the dtype of the accumulators");
-  };
-  if (x.numel() == 0) return check_profile(shell_count(radius_squared));
-  for_planes("radial_filter", x, radius_squared, Extent::disc,
-             [&]<class T, class IO>(const RadialFilterKernels<T, IO>& kernel, const Modes<T>& modes, const Plan<T>& plan) {
-    check_profile(modes.shells);
-    const Profile<T> profile{static_cast<const T*>(base.data_ptr()), static_cast<const T*>(gain.data_ptr()), base.stride(0), gain.stride(0),
-                             gain.stride(1)};
-    plan.over(x, modes, true, [&](const Work<T>& work, int64_t image, int64_t begin, int64_t end) {
-      kernel.filter(work, modes, planes<const IO>(x, image), planes<IO>(y, image), profile, begin, end);
-    });
-  });
-}
-
 Tensor radial_filter(const Tensor& x, const Tensor& base, const Tensor& gain, int64_t radius_squared) {
   STD_TORCH_CHECK(x.dim() == 4 && x.size(2) > 0 && x.size(3) > 0, "radial_filter: x must have shape (B, C, H, W), H and W at least 1");
   Tensor y = empty_in_layout_of(x);
-  filter(y, x, base, gain, radius_squared);
+  radial_filter_into(y, x, base, gain, radius_squared);
   return y;
 }
 
@@ -194,7 +174,23 @@ std::tuple<Tensor, Tensor> radial_filter_backward(const Tensor& grad, const Tens
 }  // namespace
 
 void radial_filter_into(const Tensor& y, const Tensor& x, const Tensor& base, const Tensor& gain, int64_t radius_squared) {
-  filter(y, x, base, gain, radius_squared);
+  const int64_t channels = x.size(1);
+  const auto check_profile = [&](int64_t shells) {
+    const bool shapes = base.dim() == 1 && base.size(0) == channels && gain.dim() == 2 && gain.size(0) == shells && gain.size(1) == channels;
+    const ScalarType wide = accumulator_dtype(x);
+    STD_TORCH_CHECK(shapes && base.scalar_type() == wide && gain.scalar_type() == wide,
+                    "radial_filter: base must have shape (C,) and gain (S, C), in the dtype of the accumulators");
+  };
+  if (x.numel() == 0) return check_profile(shell_count(radius_squared));
+  for_planes("radial_filter", x, radius_squared, Extent::disc,
+             [&]<class T, class IO>(const RadialFilterKernels<T, IO>& kernel, const Modes<T>& modes, const Plan<T>& plan) {
+    check_profile(modes.shells);
+    const Profile<T> profile{static_cast<const T*>(base.data_ptr()), static_cast<const T*>(gain.data_ptr()), base.stride(0), gain.stride(0),
+                             gain.stride(1)};
+    plan.over(x, modes, true, [&](const Work<T>& work, int64_t image, int64_t begin, int64_t end) {
+      kernel.filter(work, modes, planes<const IO>(x, image), planes<IO>(y, image), profile, begin, end);
+    });
+  });
 }
 
 }  // namespace spanet
