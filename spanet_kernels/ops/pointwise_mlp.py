@@ -1,4 +1,5 @@
-"""The MLP of a block, two 1x1 convolutions around a GELU: PyTorch's own operators, put together so that few bytes move and stay."""
+"""The MLP of a block, two 1x1 convolutions around a GELU: one operator on a CPU, else PyTorch's, put together so that few bytes move
+and stay."""
 
 from __future__ import annotations
 
@@ -53,9 +54,9 @@ def pointwise_mlp(
 ) -> Tensor:
     """residual_scale o residual + W_out gelu(W_in norm(x) + b_in) + b_out at every position, with the exact GELU.
 
-    For gradients x and h = W_in x + b_in are kept; gelu(h), as large as h, is computed again. Without gradients, on a CPU, h never
-    leaves the cache; of few positions the GELU is done where oneDNN writes h. In other graphs of torch.compile, which fuses and chooses
-    what to keep by itself, and under torch.func it is what `Conv2d`, `GELU`, `Conv2d` compute.
+    For gradients x and h = W_in norm(x) + b_in are kept; gelu(h), as large as h, is computed again, on a CPU norm(x), too. Without
+    gradients, on a CPU, h never leaves the cache; of few positions the GELU is done where oneDNN writes h. In other graphs of
+    torch.compile, which fuses and chooses what to keep by itself, and under torch.func it is what `Conv2d`, `GELU`, `Conv2d` compute.
 
     Args:
         x: (B, C, H, W), float64, float32, float16 or bfloat16; under autocast it is cast to autocast's dtype.

@@ -46,9 +46,9 @@ def spectral_mixer(
     z = axial_conv(W_in norm(x) + b_in),  y = residual_scale o residual + W_out (z o (W F(z) + b)) + b_out.
 
     Channels stay adjacent from the first product to the last, for either layout of x. For gradients t = W_in norm(x) + b_in is kept,
-    on GPUs z and its coefficients too, elsewhere W F(z) + b of many channels; the rest is computed again. Without gradients, on a CPU,
-    norm and residual are part of the products and sums. Compiled for inference on a CPU it is its parts: operators of this package
-    where they serve, else what Inductor fuses.
+    on GPUs z and its coefficients too, elsewhere W F(z) + b of many channels; the rest is computed again. On a CPU norm and residual
+    are part of the products where these are ours: channels in multiples of 32, fp32 or bf16 throughout. Compiled for inference on a CPU it
+    is that one operator, else its parts: operators of this package where they serve, else what Inductor fuses.
 
     Args:
         x: (B, C, H, W), float64, float32, float16 or bfloat16; under autocast it is cast to autocast's dtype.
