@@ -218,8 +218,14 @@ def summed(sums: list[Tensor], more: list[Tensor], last: bool) -> list[Tensor]:
 def pair_serves(x: Tensor, weight_in: Tensor | None, weight_out: Tensor) -> bool:
     """Whether `pointwise_pair` takes these: on a CPU with positions enough for every thread, or any number in a graph; on a GPU in 16
     bits and channels_last."""
-    for weight in (weight_out,) if weight_in is None else (weight_in, weight_out):
-        if weight.dtype != x.dtype or weight.shape[0] % PAIR_CHANNELS or weight.shape[1] % PAIR_CHANNELS:
+    weights = (weight_out,) if weight_in is None else (weight_in, weight_out)
+    return all(weight.dtype == x.dtype for weight in weights) and pair_fits(x, *weights)
+
+
+def pair_fits(x: Tensor, *weights: Tensor) -> bool:
+    """Whether `pointwise_pair` takes these once the weights have the dtype of x."""
+    for weight in weights:
+        if weight.shape[0] % PAIR_CHANNELS or weight.shape[1] % PAIR_CHANNELS:
             return False
     if x.shape[1] % PAIR_CHANNELS:
         return False

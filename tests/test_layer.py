@@ -25,6 +25,7 @@ from spanet_kernels import (
     composed,
     decompositions,
     modes,
+    pointwise_mlp,
     products,
     reference,
     spectral_gate,
@@ -611,6 +612,38 @@ def test_gradients_of_a_residual_branch(given, dtype, layout, monkeypatch):
     for found, other, truth in zip(ours, theirs, exact, strict=True):
         if truth is not None:
             assert_as_accurate(found, other, truth, units=64, alike=True)
+
+
+@pytest.mark.parametrize("body", ["mixer", "mlp"])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_residual_branch_under_autocast(body, scaled, monkeypatch):
+    """An image in bf16 and parameters in float32: one operator, unless a factor in float32 makes the sum float32."""
+    monkeypatch.setattr(products, "PAIR_POSITIONS", 0)
+    torch.manual_seed(0)
+    layer, x = SPAM(32, radius=1), make_input((3, 32, 9, 8), torch.bfloat16, "channels_last")
+    weights = [(torch.randn(shape) / 8).requires_grad_() for shape in ((64, 32, 1, 1), (64,), (32, 64, 1, 1), (32,))]
+    norm, scale = [torch.randn(32).requires_grad_() for _ in range(2)], torch.randn(32).requires_grad_()
+    grad = make_input(x.shape, torch.float32, seed=3)
+
+    def gradients(together, to, autocast=True):
+        twin = copy.deepcopy(layer).to(to)
+        given = [value.to(to).detach().requires_grad_() for value in (*weights, *norm, *((scale,) if scaled else ()))]
+        matrices, vectors, factor = given[:4], given[4:6], given[6] if scaled else None
+        image = x.to(torch.bfloat16 if autocast else to).detach().requires_grad_()
+        call = twin if body == "mixer" else lambda image, *branch: pointwise_mlp(image, *matrices, *branch)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            if together:
+                y = call(image, image, factor, (*vectors, 1e-5))
+            else:
+                y = (image if factor is None else image * factor[:, None, None]) + call(nn.functional.group_norm(image, 1, *vectors))
+        wanted = [image, *given[4:], *(twin.parameters() if body == "mixer" else matrices)]
+        return y.detach(), *torch.autograd.grad(y, wanted, grad.to(y.dtype))
+
+    ours, theirs, exact = gradients(True, torch.float32), gradients(False, torch.float32), gradients(False, torch.float64, False)
+    for found, other, truth in zip(ours, theirs, exact, strict=True):
+        assert found.dtype == other.dtype
+        assert (found.double() - truth).norm() <= 2 * (other.double() - truth).norm()  # of few elements, after many roundings
+    assert torch.equal(ours[0], theirs[0]) == scaled or cpu_capability() == "plain"
 
 
 def test_a_norm_without_weight_and_bias():

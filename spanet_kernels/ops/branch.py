@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..products import Branch
+from ..products import Branch, cast
 from .autograd import below_autograd, gradients_in_graph
 from .image_norm import normalised
 
@@ -22,7 +22,7 @@ class Body(NamedTuple):
     """f, of n = norm(x), of tensors, which may be None, and of constants."""
 
     forward: Callable[..., tuple[Tensor, tuple[Tensor | None, ...]]]  # (n, ...) to f and what its gradients need
-    fuses: Callable[..., bool]  # (x, tensors) to whether, on a CPU, the whole branch is one operator
+    fuses: Callable[..., bool]  # (x, tensors) to whether, on a CPU, the whole branch is one operator in the dtype of x
     fused: Callable[..., tuple[Tensor, tuple[Tensor | None, ...]]]  # (branch, x, ...) to the branch and what the gradients of f need
     gradients: Callable[..., tuple[Tensor | None, ...]]  # (gradient of f, which of n and the tensors need one, what was kept, n, ...)
     composition: Callable[..., Tensor]  # (n, ...) to f, differentiable to any order
@@ -32,7 +32,8 @@ def record(body: Body, constants: tuple[Any, ...], branch: Branch, dtype: torch.
     """The branch with a body that is computed in a dtype, for gradients of eager code; where a CPU does not have all of it as one operator,
     PyTorch's norm and sum stand around the body."""
     norm_weight, norm_bias, eps, residual, scale = branch
-    one = branch.is_there and x.dtype == dtype and branch.has(dtype) and body.fuses(x, *tensors)
+    sum_alike = all(tensor is None or tensor.dtype == dtype for tensor in (residual, scale))  # else the sum has another dtype
+    one = branch.is_there and x.dtype == dtype and sum_alike and body.fuses(x, *tensors)
     if x.is_cuda or one:
         y: Tensor = _Recorded.apply(body, constants, eps, dtype, x, norm_weight, norm_bias, residual, scale, *tensors)
         return y
@@ -64,7 +65,8 @@ class _Recorded(torch.autograd.Function):
                 f, kept = body.forward(n, *tensors, *constants)
                 y = Branch(residual=residual, scale=scale).added(f)
             else:
-                y, kept = body.fused(Branch(norm_weight, norm_bias, eps, residual, scale), x, *tensors, *constants)
+                weight, bias = cast((norm_weight, norm_bias), (dtype, dtype))
+                y, kept = body.fused(Branch(weight, bias, eps, residual, scale), x, *tensors, *constants)
         ctx.constants = body, constants, eps, dtype, len(tensors)
         residual = None if scale is None else residual  # nothing asks for it
         ctx.save_for_backward(x, norm_weight, norm_bias, residual, scale, *tensors, n, moments, *kept)

@@ -21,6 +21,7 @@ from ..products import (
     onednn_serves,
     outer,
     pair,
+    pair_fits,
     pair_serves,
     parts,
     place,
@@ -137,7 +138,7 @@ def _body(x: Tensor, *weights: Any) -> tuple[Tensor, tuple[Tensor | None, ...]]:
 
 
 def _fuses_body(x: Tensor, weight_in: Tensor, bias_in: Tensor | None, weight_out: Tensor, bias_out: Tensor | None) -> bool:
-    return x.is_cpu and pair_serves(x, weight_in, weight_out)
+    return x.is_cpu and pair_fits(x, weight_in, weight_out)
 
 
 def _fused_body(branch: Branch, x: Tensor, *weights: Any) -> tuple[Tensor, tuple[Tensor | None, ...]]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .. import composed, modes
-from ..products import Branch, cast, pair_serves
+from ..products import Branch, cast, pair_fits, pair_serves
 from .autograd import by_composition, infers, is_eager, is_traced
 from .axial_conv import axial_conv, coefficients_fake
 from .branch import Body, record
@@ -158,7 +158,7 @@ def _body(x: Tensor, *args: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
 
 
 def _fuses_body(x: Tensor, *args: Any) -> bool:
-    return x.is_cpu and not composed.keeps_context(x) and pair_serves(x, args[6], args[10])
+    return x.is_cpu and not composed.keeps_context(x) and pair_fits(x, args[6], args[10])
 
 
 def _fused_body(branch: Branch, x: Tensor, *args: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
