@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import modes
 from ..products import Branch, cast
 from .autograd import below_autograd, gradients_in_graph
 from .image_norm import normalised
@@ -96,6 +97,7 @@ class _Recorded(torch.autograd.Function):
                 scale_grad = (grad * residual).sum((0, 2, 3)) if needed[4] else None
         needs_n = needed[0] or needed[1] or needed[2]
         if n is None:
+            x = modes.like(x, x)
             n, *by_products = (x,) if norm_weight is None else _native_norm(x, norm_weight, args[2], *_sizes(x), 1, eps)
         n_grad, *grads = body.gradients(grad.to(dtype), (needs_n, *needed[5:]), kept, n, *tensors, *constants)
         norm_grads: tuple[Tensor | None, ...] = n_grad, None, None
