@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -71,11 +71,15 @@ def _pointwise_like(x: Tensor, weight: Tensor, bias: Tensor, like: Tensor) -> Te
     return modes.like(_pointwise(x, weight, bias), like)
 
 
+def _applied(weight: Tensor, base: Tensor, radius_squared: int) -> Tensor:
+    """The weight that applies to F(z); of an empty disc F is diag(base), which it takes in."""
+    return weight if radius_squared >= 0 else (weight * base).to(weight.dtype)
+
+
 def _filtered(z: Tensor, weight: Tensor, base: Tensor, gain: Tensor, radius_squared: int) -> tuple[Tensor, Tensor]:
-    """F(z) and the weight that applies to it; of an empty disc F is diag(base), which the weight takes in."""
-    if radius_squared < 0:
-        return z, (weight * base).to(weight.dtype)
-    return _ops.radial_filter(z, base, gain, radius_squared), weight
+    """F(z), or z where the weight has taken F in, and the weight that applies to it."""
+    filtered = z if radius_squared < 0 else _ops.radial_filter(z, base, gain, radius_squared)
+    return filtered, _applied(weight, base, radius_squared)
 
 
 @exact
@@ -199,35 +203,23 @@ def spectral_mixer(
     )
     before, after = (in_weight, in_bias, row_weight, row_bias, column_weight, column_bias), (bias, base, gain, out_weight, out_bias)
     if not x.is_cpu or (keep and keeps_context(x)) or not pair_serves(x, weight, out_weight):
-        return mixer_in_parts(x, *before, weight, *after, radius_squared, keep, branch)
+        return mixer_in_parts(x, *before, weight, *after, radius_squared, keep, branch=branch)
     y = torch.empty_like(x, memory_format=modes.memory_format(x))
     t = torch.empty_like(x, memory_format=torch.channels_last) if keep else None
     branch = branch if branch.residual is None else branch._replace(residual=modes.like(branch.residual, y))
-    applied = weight if radius_squared >= 0 else (weight * base).to(weight.dtype)
-    dense = (value.contiguous() for value in (*before, applied, *after))
+    dense = (value.contiguous() for value in (*before, _applied(weight, base, radius_squared), *after))
     _ops.mixer_branch(y, t, modes.like(x, x), *branch, *dense, radius_squared)
     return y, x.new_empty(0) if t is None else t, x.new_empty(0), base.new_empty(0)
 
 
 def mixer_in_parts(
     x: Tensor,
-    in_weight: Tensor,
-    in_bias: Tensor,
-    row_weight: Tensor,
-    row_bias: Tensor,
-    column_weight: Tensor,
-    column_bias: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    base: Tensor,
-    gain: Tensor,
-    out_weight: Tensor,
-    out_bias: Tensor,
-    radius_squared: int,
-    keep: bool,
+    *args: Any,
     branch: Branch = Branch(),  # noqa: B008  an immutable value
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`spectral_mixer` in operators that any device has, with weights of its dtypes: on a CPU of a few images at a time."""
+    in_weight, in_bias, row_weight, row_bias, column_weight, column_bias, weight, bias, base, gain, *last = args
+    out_weight, out_bias, radius_squared, keep = last
     wanted = radius_squared if takes_coefficients(x) else -1
     with_context, pieces = keep and keeps_context(x), parts(x, PART)
     # memory for the results of all parts; of a single one the result is the whole

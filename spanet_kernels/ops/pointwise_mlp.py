@@ -112,7 +112,7 @@ def _inferred(
         if inplace and x.is_cpu and branch.residual is not None and branch.residual.is_contiguous(memory_format=layout):
             y = branch.residual
         else:
-            y = torch.empty((x.shape[0], matrix_out.shape[0], *x.shape[2:]), dtype=x.dtype, device=x.device, memory_format=layout)
+            y = _memory(x, matrix_out, layout)
         return pair(y, x, matrix_in, bias_in, matrix_out, bias_out, branch=branch)
     x = normalised(branch, x)
     if is_eager() and onednn_serves(x) and x.dtype == weight_in.dtype and x.is_contiguous(memory_format=torch.channels_last):
@@ -130,9 +130,9 @@ def _composition(x: Tensor, weight_in: Tensor, bias_in: Tensor | None, weight_ou
 
 def _body(x: Tensor, *weights: Any) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     """The MLP in the dtype of x, with weights of any."""
-    matrix_in, row_in, matrix_out, row_out = _in_dtype_of(x, *weights)
-    if x.is_cpu and pair_serves(x, matrix_in, matrix_out):
+    if _fuses_body(x, *weights):
         return _fused_body(Branch(), x, *weights)
+    matrix_in, row_in, matrix_out, row_out = _in_dtype_of(x, *weights)
     y, h = _by_parts(x, matrix_in, row_in, matrix_out, row_out)
     return y, (h, matrix_in, row_in, matrix_out)
 
@@ -143,9 +143,9 @@ def _fuses_body(x: Tensor, weight_in: Tensor, bias_in: Tensor | None, weight_out
 
 def _fused_body(branch: Branch, x: Tensor, *weights: Any) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     matrix_in, row_in, matrix_out, row_out = _in_dtype_of(x, *weights)
-    y, h = _places_of(x, matrix_in, matrix_out)
-    y = pair(y, x, matrix_in, row_in, matrix_out, row_out, branch=branch, before_gelu=h)
-    return y, (h, matrix_in, None, matrix_out)
+    y, h = _memory(x, matrix_out, modes.memory_format(x)), _memory(x, matrix_in, torch.channels_last)
+    pair(y, x, matrix_in, row_in, matrix_out, row_out, branch=branch, before_gelu=h)
+    return y, (h, matrix_in, None, matrix_out)  # the bias is in h
 
 
 def _body_gradients(grad: Tensor, needed: Any, kept: Any, x: Tensor, *weights: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -168,18 +168,14 @@ def _in_dtype_of(x: Tensor, weight_in: Tensor, bias_in: Tensor | None, weight_ou
     return matrix_in.flatten(1), row_in, matrix_out.flatten(1), row_out
 
 
-def _places_of(x: Tensor, weight_in: Tensor, weight_out: Tensor) -> tuple[Tensor, Tensor]:
-    """Memory for y, in the layout of x, and for h, as channels_last."""
-    y, h = (
-        torch.empty((x.shape[0], weight.shape[0], *x.shape[2:]), dtype=x.dtype, device=x.device, memory_format=layout)
-        for weight, layout in ((weight_out, modes.memory_format(x)), (weight_in, torch.channels_last))
-    )
-    return y, h
+def _memory(x: Tensor, weight: Tensor, layout: torch.memory_format) -> Tensor:
+    """For the 1x1 convolution of x with a weight (D, C)."""
+    return torch.empty((x.shape[0], weight.shape[0], *x.shape[2:]), dtype=x.dtype, device=x.device, memory_format=layout)
 
 
 def _by_parts(x: Tensor, weight_in: Tensor, bias_in: Tensor | None, weight_out: Tensor, bias_out: Tensor | None) -> tuple[Tensor, Tensor]:
     """The MLP of x, in its layout, and h as channels_last, without the bias that the GELU adds; weights (D, C) and (E, D)."""
-    y, h = _places_of(x, weight_in, weight_out)
+    y, h = _memory(x, weight_out, modes.memory_format(x)), _memory(x, weight_in, torch.channels_last)
     wide = multiplied_in(x)
     bias_in, bias_out = (None if bias is None else bias.to(wide) for bias in (bias_in, bias_out))
     in_product, in_gelu = _places(bias_in)
