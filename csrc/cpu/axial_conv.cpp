@@ -81,7 +81,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> axial_conv_backward(const Ten
   check("row_weight", row_weight, x, size);
   check("row_bias", row_bias, x, 0);
   check("column_weight", column_weight, x, size);
-  check_grad("axial_conv_backward", grad, x);
+  check_like("axial_conv_backward", "grad", grad, x);
   Tensor x_grad = empty_in_layout_of(x);
   Tensor row_weight_grad = zeros(x, {channels, size}), column_weight_grad = zeros(x, {channels, size});
   Tensor row_bias_grad = zeros(x, {channels}), column_bias_grad = zeros(x, {channels});

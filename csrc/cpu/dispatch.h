@@ -14,8 +14,10 @@ template <template <class, class> class Kernels> struct Compiled {
 
 #if defined(__x86_64__)
 #define SPANET_COMPILED(NAME) {plain::NAME, avx2::NAME, avx512::NAME}
+#define SPANET_BEST(NAME) best(plain::NAME, avx2::NAME, avx512::NAME)
 #else
 #define SPANET_COMPILED(NAME) {plain::NAME, plain::NAME, plain::NAME}
+#define SPANET_BEST(NAME) plain::NAME
 #endif
 
 // The kernels of the best instruction set; the one with vectors half as long if half a vector holds all lanes, but not for
@@ -26,6 +28,12 @@ const Kernels<T, IO>& pick(const Compiled<Kernels>& compiled, Kernels<T, IO> Ker
   const Kernels<T, IO>& avx2 = compiled.avx2.*dtype;
   if (capability >= Capability::avx512 && (lanes > avx2.lanes || sizeof(IO) == 2)) return compiled.avx512.*dtype;
   return capability == Capability::plain ? compiled.plain.*dtype : avx2;
+}
+
+// Those of the best instruction set, of kernels that have none for every dtype.
+template <class Kernels> const Kernels& best(const Kernels& plain, const Kernels& avx2, const Kernels& avx512) {
+  static const Capability capability = cpu_capability();
+  return capability >= Capability::avx512 ? avx512 : capability == Capability::avx2 ? avx2 : plain;
 }
 
 // Calls f(kernels) with the kernels for the dtype and so many adjacent elements to work on.
@@ -61,10 +69,10 @@ inline ScalarType accumulator_dtype(const Tensor& x) {
   return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-inline void check_grad(const char* op, const Tensor& grad, const Tensor& x) {
-  bool same = grad.dim() == 4 && grad.scalar_type() == x.scalar_type();
-  for (int k = 0; same && k < 4; ++k) same = grad.size(k) == x.size(k);
-  STD_TORCH_CHECK(same, op, ": grad must have the shape and dtype of x");
+inline void check_like(const char* op, const char* name, const Tensor& given, const Tensor& x) {
+  bool same = given.dim() == 4 && given.scalar_type() == x.scalar_type();
+  for (int k = 0; same && k < 4; ++k) same = given.size(k) == x.size(k);
+  STD_TORCH_CHECK(same, op, ": ", name, " must have the shape and dtype of x");
 }
 
 inline Tensor empty_in_layout_of(const Tensor& x) {

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <memory>
 
+#include "cpu/dispatch.h"
 #include "cpu/operators.h"
 
 namespace spanet {
@@ -54,21 +55,15 @@ class Maps {
   char* first_;
 };
 
-void check_like(const char* name, const Tensor& given, const Tensor& x) {
-  bool same = given.dim() == 4 && given.scalar_type() == x.scalar_type();
-  for (int64_t k = 0; same && k < 4; ++k) same = given.size(k) == x.size(k);
-  STD_TORCH_CHECK(same, "mixer_branch: ", name, " must have the shape and dtype of x");
-}
-
 void mixer_branch(const Tensor& y, const std::optional<Tensor>& t, const Tensor& x, const std::optional<Tensor>& norm_weight,
                   const std::optional<Tensor>& norm_bias, double eps, const std::optional<Tensor>& residual,
                   const std::optional<Tensor>& residual_scale, const Tensor& in_weight, const Tensor& in_bias, const Tensor& row_weight,
                   const Tensor& row_bias, const Tensor& column_weight, const Tensor& column_bias, const Tensor& weight, const Tensor& bias,
                   const Tensor& base, const Tensor& gain, const Tensor& out_weight, const Tensor& out_bias, int64_t radius_squared) {
   STD_TORCH_CHECK(x.dim() == 4, "mixer_branch: x must have shape (B, C, H, W)");
-  check_like("y", y, x);
-  if (t) check_like("t", *t, x);
-  if (residual) check_like("residual", *residual, x);
+  check_like("mixer_branch", "y", y, x);
+  if (t) check_like("mixer_branch", "t", *t, x);
+  if (residual) check_like("mixer_branch", "residual", *residual, x);
   if (x.numel() == 0) return;
   const auto of = [](const std::optional<Tensor>& given) { return given ? &*given : nullptr; };
   const int64_t images = x.size(0), image_bytes = x.numel() / images * x.element_size();

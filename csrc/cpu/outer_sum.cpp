@@ -8,15 +8,6 @@
 namespace spanet {
 namespace {
 
-const OuterSumKernels& kernels() {
-#if defined(__x86_64__)
-  static const Capability capability = cpu_capability();
-  if (capability >= Capability::avx512) return avx512::outer_sum_kernels;
-  if (capability == Capability::avx2) return avx2::outer_sum_kernels;
-#endif
-  return plain::outer_sum_kernels;
-}
-
 // Work for a thread to be worth its start: this many products.
 constexpr int64_t grain = int64_t{1} << 18;
 
@@ -30,7 +21,7 @@ Tensor outer_sum(const Tensor& left, const Tensor& right) {
   Tensor out = empty(std::array{d, c}, ScalarType::Float);
   if (rows == 0) std::memset(out.data_ptr(), 0, out.numel() * out.element_size());
   if (rows == 0 || out.numel() == 0) return out;
-  const OuterSumKernels& kernel = kernels();
+  const OuterSumKernels& kernel = SPANET_BEST(outer_sum_kernels);
   const OuterSum op{rows, d, c, left.stride(0), right.stride(0), static_cast<const float*>(left.data_ptr()),
                     static_cast<const float*>(right.data_ptr()), static_cast<float*>(out.data_ptr())};
   const int64_t blocks = (d + kernel.block - 1) / kernel.block, vectors = (c + kernel.lanes - 1) / kernel.lanes;

@@ -11,14 +11,7 @@
 namespace spanet {
 namespace {
 
-const PointwisePairKernels& kernels() {
-  static const Capability capability = cpu_capability();
-#if defined(__x86_64__)
-  if (capability >= Capability::avx512) return avx512::pointwise_pair_kernels;
-  if (capability == Capability::avx2) return avx2::pointwise_pair_kernels;
-#endif
-  return plain::pointwise_pair_kernels;
-}
+const PointwisePairKernels& kernels() { return SPANET_BEST(pointwise_pair_kernels); }
 
 const PointwisePairEngine<Bf16>& bf16_engine() {
   static const Capability capability = cpu_capability();

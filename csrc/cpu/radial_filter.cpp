@@ -136,7 +136,7 @@ std::tuple<Tensor, Tensor> radial_filter_backward(const Tensor& grad, const Tens
   const int64_t shells = shell_count(radius_squared);
   Tensor base_grad = zeros(x, {channels}), gain_grad = zeros(x, {shells, channels});
   if (x.numel() == 0) return {std::move(base_grad), std::move(gain_grad)};
-  check_grad("radial_filter_backward", grad, x);
+  check_like("radial_filter_backward", "grad", grad, x);
   const bool channels_last = grad.stride(1) == 1 && x.stride(1) == 1 && channels > 1;
   const bool gathered = are_gathered(grad, radius_squared) && are_gathered(x, radius_squared);
   const Cut cut = channels_last ? Cut::lanes : gathered ? Cut::gathered : Cut::columns;
