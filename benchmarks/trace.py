@@ -84,6 +84,7 @@ class Trace(TorchDispatchMode):
 KINDS = {  # a part of an operator's name, to what it is shown as; the first that fits
     "spanet_kernels::pointwise_pair": "matrix products",
     "spanet_kernels::outer_sum": "matrix products",
+    "spanet_kernels::pointwise_mlp": "matrix products",
     "spanet_kernels::mixer_branch": "SPAM layers",  # products, filter and all
     "spanet_kernels::image_moments": "norms",
     "spanet_kernels::gelu": "activations",

@@ -46,8 +46,12 @@ STABLE_TORCH_LIBRARY(spanet_kernels, m) {
       " Tensor? residual_scale, Tensor in_weight, Tensor in_bias, Tensor row_weight, Tensor row_bias, Tensor column_weight,"
       " Tensor column_bias, Tensor weight, Tensor bias, Tensor base, Tensor gain, Tensor out_weight, Tensor out_bias,"
       " int radius_squared) -> ()");
+  m.def(
+      "mixer_branch_backward(Tensor(a!) x_grad, Tensor grad, Tensor x, Tensor t, Tensor? context, Tensor in_weight, Tensor row_weight,"
+      " Tensor row_bias, Tensor column_weight, Tensor column_bias, Tensor weight, Tensor bias, Tensor base, Tensor gain, Tensor out_weight,"
+      " int radius_squared, bool profile_learns) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("gelu(Tensor x, Tensor? bias, Tensor(a!)? grad) -> (Tensor, Tensor)");
-  m.def("outer_sum(Tensor left, Tensor right) -> Tensor");
+  m.def("outer_sum(Tensor left, Tensor? left_factor, Tensor right, Tensor? right_factor, bool gelu) -> (Tensor, Tensor)");
   m.def("column_sums(Tensor x) -> Tensor");
   m.def("image_norm(Tensor x, Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor)");
   m.def("image_norm_backward(Tensor grad, Tensor x, Tensor moments, Tensor weight) -> (Tensor, Tensor, Tensor)");
@@ -56,4 +60,6 @@ STABLE_TORCH_LIBRARY(spanet_kernels, m) {
       "pointwise_pair(Tensor(a!) y, Tensor x, Tensor? moments, Tensor? norm_weight, Tensor? norm_bias, Tensor? factor, Tensor? residual,"
       " Tensor? residual_scale, Tensor? weight_in, Tensor? bias_in, Tensor weight_out, Tensor? bias_out, Tensor(b!)? before_gelu=None)"
       " -> ()");
+  m.def(
+      "pointwise_mlp_backward(Tensor(a!) x_grad, Tensor(b!) h_grad, Tensor grad, Tensor h, Tensor weight_in, Tensor weight_out) -> ()");
 }

@@ -35,6 +35,7 @@ OPERATORS = (
     "spectral_mixer",
     "spectral_mixer_backward",
     "mixer_branch",
+    "mixer_branch_backward",
     "outer_sum",
     "gelu",
     "column_sums",
@@ -42,6 +43,7 @@ OPERATORS = (
     "image_norm_backward",
     "image_moments",
     "pointwise_pair",
+    "pointwise_mlp_backward",
 )
 _FOLDER = Path(__file__).parent
 _library = torch.library.Library("spanet_kernels", "IMPL")
@@ -83,6 +85,7 @@ _BY_MODES = {
     "spectral_mixer": composed.spectral_mixer,
     "spectral_mixer_backward": composed.spectral_mixer_backward,
     "mixer_branch": functools.partial(reference.mixer_branch, mixer=composed.mixer_in_parts),
+    "mixer_branch_backward": functools.partial(reference.mixer_branch_backward, gradients=composed.gradients_in_parts),
 }
 # the operators that Triton has, and the file of each
 _IN_TRITON = {

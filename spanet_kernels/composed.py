@@ -19,11 +19,11 @@ from . import modes
 from .products import (
     Branch,
     cast,
-    column_sums,
     image,
     linear,
     multiplied_in,
     outer,
+    outer_sum_serves,
     pair,
     pair_serves,
     parts,
@@ -107,7 +107,7 @@ def spectral_gate_backward(
     pixels = z.contiguous(memory_format=torch.channels_last)
     args = weight, bias, base, gain, radius_squared, profile_learns
     z_grad, weight_grad, bias_grad, base_grad, gain_grad = _gate_gradients(rows(grad), pixels, *args)
-    return modes.like(z_grad, z), weight_grad, bias_grad.to(bias.dtype), base_grad, gain_grad  # a GPU sums up in float32
+    return modes.like(z_grad, z), weight_grad.to(weight.dtype), bias_grad.to(bias.dtype), base_grad, gain_grad
 
 
 def _gate_gradients(
@@ -131,16 +131,16 @@ def _gate_gradients(
     filtered, applied = _filtered(z, weight, base, gain, radius_squared)
     z_rows, filtered = rows(z), rows(filtered)
     kept, context = context, linear(filtered, applied, bias) if context is None else context
-    last = []
+    last: list[Tensor] = []
     if out_weight is not None:
-        last.append(outer(grad, z_rows * context))
+        last += outer(grad, z_rows * context)
         grad = product(grad, out_weight)
     through = context.mul_(grad) if kept is None else context * grad
     c = grad * z_rows if out_weight is None else grad.mul_(z_rows)
     shape, learns_from = z.shape, z if profile_learns else None
     del grad, context, kept, z_rows, z
     wide = base.dtype if radius_squared < 0 else c.dtype  # not to round before base scales it and after that again
-    weight_grad, bias_grad = outer(c.to(wide), filtered.to(wide)), column_sums(c)
+    weight_grad, bias_grad = outer(c.to(wide), filtered.to(wide))
     del filtered
     mixed = image(product(c, applied), shape)
     del c
@@ -259,7 +259,28 @@ def mixer_in_parts(
 
 
 @exact
-def spectral_mixer_backward(
+def spectral_mixer_backward(grad: Tensor, x: Tensor, t: Tensor, z: Tensor, coefficients: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    """Gradients of `spectral_mixer` to x and, in its order, to every weight, bias, base and gain, each in its dtype, of in_bias and
+    out_bias that of their weights; what was not kept is computed again. The arguments after coefficients are in_weight, row_weight,
+    row_bias, column_weight, column_bias, weight, bias, base, gain, out_weight, radius_squared and whether the profile learns."""
+    in_weight, row_weight, row_bias, column_weight, column_bias, weight, bias, base, gain, out_weight, radius_squared, learns = args
+    convs = row_weight, row_bias, column_weight, column_bias
+    dtypes = [like.dtype for like in (in_weight, in_weight, *convs, weight, bias, base, gain, out_weight, out_weight)]
+    in_weight, weight, bias, out_weight, row_weight, row_bias, column_weight, column_bias = cast(
+        (in_weight, weight, bias, out_weight, *convs), (x.dtype,) * 4 + (base.dtype,) * 4
+    )
+    weights = in_weight, row_weight, row_bias, column_weight, column_bias, weight, bias, base, gain, out_weight
+    if x.numel() and radius_squared >= 0 and outer_sum_serves(x) and pair_serves(x, weight, out_weight):
+        x_grad = torch.empty_like(x, memory_format=modes.memory_format(x))
+        kept = modes.like(x, x), t, z if z.numel() else None
+        dense = (value.contiguous() for value in weights)
+        found = _ops.mixer_branch_backward(x_grad, modes.like(grad, grad), *kept, *dense, radius_squared, learns)
+    else:
+        x_grad, *found = gradients_in_parts(grad, x, t, z, coefficients, *weights, radius_squared, learns)
+    return x_grad, *cast(found, dtypes)
+
+
+def gradients_in_parts(
     grad: Tensor,
     x: Tensor,
     t: Tensor,
@@ -278,13 +299,7 @@ def spectral_mixer_backward(
     radius_squared: int,
     profile_learns: bool,
 ) -> tuple[Tensor, ...]:
-    """Gradients of `spectral_mixer` to x and, in its order, to every weight, bias, base and gain, each in its dtype, of in_bias and
-    out_bias that of their weights; what was not kept is computed again."""
-    convs = row_weight, row_bias, column_weight, column_bias
-    given = in_weight, in_weight, *convs, weight, bias, base, gain, out_weight, out_weight
-    in_weight, weight, bias, out_weight, row_weight, row_bias, column_weight, column_bias = cast(
-        (in_weight, weight, bias, out_weight, *convs), (x.dtype,) * 4 + (base.dtype,) * 4
-    )
+    """`spectral_mixer_backward` in operators that any device has, with weights of its dtypes: on a CPU of a few images at a time."""
     x_grad = torch.empty_like(x, memory_format=modes.memory_format(x))
     gate_args = weight, bias, base, gain, radius_squared
     sums: list[Tensor] = []
@@ -294,7 +309,7 @@ def spectral_mixer_backward(
         g, t_part = rows(some(grad, part)), some(t, part)
         if takes_coefficients(t):
             y_grad, y = image(product(g, out_weight), z.shape), _ops.spectral_gate(z, coefficients, *gate_args)
-            gate = [*_ops.spectral_gate_backward(y_grad, z, coefficients, *gate_args, profile_learns), outer(g, rows(y))]
+            gate = [*_ops.spectral_gate_backward(y_grad, z, coefficients, *gate_args, profile_learns), *outer(g, rows(y))]
         else:
             # GPUs kept z, which is whole there, a CPU the context or nothing
             again = [z if t.is_cuda else _ops.axial_conv(t_part, row_weight, row_bias, column_weight, column_bias, -1)[0]]
@@ -303,7 +318,7 @@ def spectral_mixer_backward(
         t_grad, *conv = _ops.axial_conv_backward(gate.pop(0), t_part, row_weight, row_bias, column_weight)
         t_grad = rows(t_grad)
         write(some(x_grad, part), t_grad, in_weight.mT)
-        grads = [outer(t_grad, rows(some(x, part))), column_sums(t_grad), *conv, *gate, column_sums(g)]
+        grads = [*outer(t_grad, rows(some(x, part))), *conv, *gate]
         sums = summed(sums, grads, part is pieces[-1])
         del t_grad, grads
-    return x_grad, *cast(sums, [like.dtype for like in given])
+    return x_grad, *sums

@@ -1,8 +1,8 @@
 """Matrix products over the channels of every position: ours for pairs of them, on a CPU oneDNN's, elsewhere PyTorch's.
 
 oneDNN adds the bias and applies the GELU where it writes the product; PyTorch's `linear` on a CPU writes the bias first and adds to it.
-PyTorch gives products of float32 on a CPU to MKL, which is at home on Intel's processors; on others they are oneDNN's here, too, and sums
-of outer products our own.
+PyTorch gives products of float32 on a CPU to MKL, which is at home on Intel's processors; on others they are oneDNN's here, too. Sums of
+outer products, the gradients of weights, are our own, which add up the gradients of biases in passing (`outer_sum`).
 x86 without AMX and Intel's AVX512_BF16 multiply bf16 at half the speed of float32: there a product of bf16 is one of float32, and the
 MLP, whose hidden channels are many, is float32 from its first product to its last (`multiplied_in`, `place`).
 Of a pair (`pointwise_pair`) what stands between the two products stays in the cache: it would be as large as everything else together.
@@ -32,6 +32,7 @@ _WIDENED = {torch.bfloat16} if cpu_capability() in ("avx2", "avx512") else set()
 # MKL multiplies float32 at less than half of oneDNN's speed on other processors than Intel's (EPYC of Zen 5: 200 and 450 GFLOP/s)
 _MKL_IS_SLOW = torch.backends.mkl.is_available() and not cpu_is_intel()
 _PAIR_DTYPES = {torch.float32, torch.bfloat16} if cpu_capability() != "plain" else set()
+_SUM_DTYPES = _PAIR_DTYPES - ({torch.bfloat16} if cpu_capability() == "amx" else set())  # `outer_sum` has no instructions of AMX
 
 
 def linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
@@ -58,16 +59,23 @@ def product(rows: Tensor, matrix: Tensor) -> Tensor:
     return _onednn(rows.contiguous(), matrix.mT) if _prefers_onednn(rows, matrix) else rows @ matrix
 
 
-def outer(left: Tensor, right: Tensor) -> Tensor:
-    """left^T right, of rows (N, D) and (N, C), in the dtype of the left ones."""
+def outer(left: Tensor, right: Tensor, gelu: bool = False) -> tuple[Tensor, Tensor]:
+    """left^T right, or left^T gelu(right), of rows (N, D) and (N, C), and the sums of the left ones over the rows, in their dtype or
+    float32: the gradients of a weight and a bias."""
+    if outer_sum_serves(left):
+        right = right.to(left.dtype)
+        left, right = (rows if rows.stride(1) == 1 else rows.contiguous() for rows in (left, right))
+        found: tuple[Tensor, Tensor] = torch.ops.spanet_kernels.outer_sum.default(left, None, right, None, gelu)
+        return found
     if widens(left):
-        return outer(left.float(), right).to(left.dtype)
+        product_, sums = outer(left.float(), right.float(), gelu)
+        return product_.to(left.dtype), sums
     right = right.to(left.dtype)
-    if not _prefers_onednn(left, right):
-        return left.mT @ right
-    left, right = (rows if rows.stride(1) == 1 else rows.contiguous() for rows in (left, right))
-    sums: Tensor = torch.ops.spanet_kernels.outer_sum.default(left, right)
-    return sums
+    return left.mT @ (functional.gelu(right) if gelu else right), column_sums(left)
+
+
+def outer_sum_serves(x: Tensor) -> bool:
+    return x.is_cpu and x.dtype in _SUM_DTYPES and not torch.compiler.is_compiling()
 
 
 def _prefers_onednn(*operands: Tensor) -> bool:

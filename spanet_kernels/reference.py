@@ -241,6 +241,23 @@ def mixer_branch(
         t.copy_(hidden)
 
 
+def mixer_branch_backward(
+    x_grad: Tensor,
+    grad: Tensor,
+    x: Tensor,
+    t: Tensor,
+    context: Tensor | None,
+    *args: Any,
+    gradients: Callable[..., tuple[Tensor, ...]] | None = None,
+) -> tuple[Tensor, ...]:
+    """The gradients of `spectral_mixer` by a function like `spectral_mixer_backward`, that to x written, the others in fp32 at least, from
+    what `spectral_mixer` keeps on a CPU: t and, of many channels, context, W F(z) + b."""
+    wide, nothing = args[-4].dtype, x.new_empty(0)
+    found = (gradients or spectral_mixer_backward)(grad, x, t, nothing if context is None else context, nothing, *args)
+    x_grad.copy_(found[0])
+    return tuple(value.to(wide) if value.numel() else value.new_empty(0, dtype=wide) for value in found[1:])
+
+
 def spectral_mixer_backward(grad: Tensor, x: Tensor, t: Tensor, z: Tensor, coefficients: Tensor, *args: Any) -> tuple[Tensor, ...]:
     """Gradients of <grad, spectral_mixer(x, ...)>: to x, then in its order to all weights, biases, base and gain, each in its dtype."""
     in_weight, row_weight, row_bias, column_weight, column_bias, weight, bias, base, gain, out_weight, radius_squared, _ = args
@@ -311,9 +328,20 @@ def pointwise_pair(
     y.copy_(product)
 
 
-def outer_sum(left: Tensor, right: Tensor) -> Tensor:
-    """left^T right, (D, C) of rows (N, D) and (N, C), in float32: the gradient of a 1x1 convolution to its weight."""
-    return left.mT @ right
+def outer_sum(left: Tensor, left_factor: Tensor | None, right: Tensor, right_factor: Tensor | None, gelu: bool) -> tuple[Tensor, Tensor]:
+    """left^T right, (D, C) of rows (N, D) and (N, C), and the sums of the left rows (D,), in fp32 at least: the gradients of a 1x1
+    convolution to its weight and bias. A side with a factor is left o left_factor or right o right_factor, with a GELU gelu(right)."""
+    left = left if left_factor is None else left * left_factor
+    right = functional.gelu(right) if gelu else right if right_factor is None else right * right_factor
+    left, right = (side.to(modes.profile_dtype(side.dtype)) for side in (left, right))
+    return left.mT @ right, left.sum(0)
+
+
+def pointwise_mlp_backward(x_grad: Tensor, h_grad: Tensor, grad: Tensor, h: Tensor, weight_in: Tensor, weight_out: Tensor) -> None:
+    """h_grad = gelu'(h) o W_out^T grad and x_grad = W_in^T h_grad, the gradients of an MLP of weights (D, C) and (E, D)."""
+    through = torch.einsum("ed,behw->bdhw", weight_out, grad)
+    h_grad.copy_(torch.ops.aten.gelu_backward(through, h))
+    x_grad.copy_(torch.einsum("dc,bdhw->bchw", weight_in, h_grad))
 
 
 def column_sums(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""mixer_branch, the mixer without a gradient as one operator of the CPU, against the reference."""
+"""mixer_branch, the mixer as one operator of the CPU, and mixer_branch_backward, its gradients, against the reference."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from spanet_kernels import modes, reference, use
 from spanet_kernels.testing import make_input, make_profile
 
 operator = torch.ops.spanet_kernels.mixer_branch.default
+operator_backward = torch.ops.spanet_kernels.mixer_branch_backward.default
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 # one pixel, a few, several images at a time and fewer at the end, images that are larger than a part
 SHAPES = [((1, 32, 1, 1), 1), ((3, 64, 7, 9), 1), ((5, 64, 66, 65), 2), ((2, 32, 131, 130), 4.5), ((2, 96, 8, 8), None)]
@@ -68,6 +69,44 @@ def test_as_accurate_as_the_reference(shape, radius, dtype, layout, what):
         assert torch.equal(run(operator, one, squared), y[image : image + 1])
 
 
+def gradients(function, given, context, args, learns):
+    """Of x in fresh memory, NaN before, and of the parameters."""
+    grad, x, t = given
+    x_grad = torch.full_like(x, torch.nan, memory_format=modes.memory_format(x))
+    return x_grad, *function(x_grad, grad, x, t, context, *args, learns)
+
+
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("learns", [False, True])
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("shape", "radius"), [case for case in SHAPES if case[1] is not None], ids=str)
+def test_gradients_as_accurate_as_the_reference(shape, radius, dtype, layout, learns, kept):
+    (x, _, _, _, _, _, *mixer), squared = sample(shape, radius, dtype, layout)
+    in_weight, _, *between, out_weight, _ = mixer
+    args = [in_weight, *between, out_weight, squared]
+    grad = make_input(shape, dtype, layout, seed=7)
+    t, z = (value.contiguous(memory_format=torch.channels_last) for value in reference.spectral_mixer(x, *mixer, squared, True)[1:3])
+    context = None
+    if kept:
+        *_, weight, bias, base, gain = between
+        filtered = torch.ops.spanet_kernels.radial_filter(z, base, gain, squared)
+        context = (torch.einsum("oc,bchw->bohw", weight, filtered) + bias[:, None, None]).contiguous(memory_format=torch.channels_last)
+    found = gradients(operator_backward, (grad, x, t), context, args, learns)
+    plain = gradients(reference.mixer_branch_backward, (grad, x, t), None, args, learns)
+    truth = gradients(reference.mixer_branch_backward, (grad.double(), x.double(), t.double()), None, widened(args), learns)
+    for index, (ours, theirs, exact) in enumerate(zip(found, plain, truth, strict=True)):
+        if not learns and index in (9, 10):
+            assert ours.numel() == 0
+            continue
+        assert ours.dtype == (x.dtype if index == 0 else torch.float32)
+        # sums over one pixel are its own rounding: a unit of bf16
+        units = 2**15 if dtype == torch.bfloat16 and shape[2] * shape[3] == 1 else 16
+        assert_as_accurate(ours, theirs, exact, units=units, alike=True)
+    for ours, again in zip(found, gradients(operator_backward, (grad, x, t), context, args, learns), strict=True):
+        assert torch.equal(ours, again)
+
+
 def test_by_the_modes_and_by_the_reference():
     args, squared = sample((3, 64, 7, 9), 1, torch.float32)
     y, t = run(operator, args, squared, keep=True)
@@ -89,6 +128,22 @@ def test_no_images():
     args, squared = sample((2, 32, 4, 4), 1, torch.float32)
     args[0], args[4] = args[0][:0], args[4][:0]
     assert run(operator, args, squared).shape == (0, 32, 4, 4)
+
+
+def test_contract_of_the_gradients():
+    (x, _, _, _, _, _, in_weight, _, *between, out_weight, _), squared = sample((2, 32, 5, 6), 1, torch.float32)
+    maps = torch.zeros_like(x), x, x, x.contiguous(memory_format=torch.channels_last)
+    weights = in_weight, *between, out_weight
+    for learns in (False, True):
+        torch.library.opcheck(operator_backward, (*maps, None, *weights, squared, learns))
+    for message, given, radius in (
+        ("radius_squared must be at least 0, got -1", maps, -1),
+        ("t must be channels_last", (*maps[:3], x), squared),
+        ("grad must have the shape and dtype of x", (maps[0], x.double(), *maps[2:]), squared),
+        (r"x must have shape \(B, C, H, W\) and elements", tuple(value[:0] for value in maps), squared),
+    ):
+        with pytest.raises(RuntimeError, match=f"mixer_branch_backward: {message}"):
+            operator_backward(*given, None, *weights, radius, False)
 
 
 @pytest.mark.parametrize(

@@ -113,6 +113,30 @@ def test_what_is_before_the_gelu(shape, hidden, out, dtype, layout, to):
     assert_as_accurate(before, with_it(reference.pointwise_pair, args, around)[1], exact, units=4, alike=True)
 
 
+@pytest.mark.parametrize("to", FORMATS)
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("shape", "hidden", "out"), SHAPES)
+def test_gradients_of_an_mlp(shape, hidden, out, dtype, layout, to):
+    """Of x in one layout and of its grad in another."""
+    _, h, grad, weight_in, _, weight_out, _ = sample(shape, hidden, out, dtype, "channels_last", factor=True, residual=to)
+    given = grad, h, weight_in, weight_out
+
+    def gradients(function, given):
+        x_grad, h_grad = (torch.full(size, torch.nan, dtype=given[0].dtype) for size in (shape, h.shape))
+        x_grad, h_grad = x_grad.contiguous(memory_format=FORMATS[layout]), h_grad.contiguous(memory_format=torch.channels_last)
+        function(x_grad, h_grad, *given)
+        return x_grad, h_grad
+
+    found = gradients(torch.ops.spanet_kernels.pointwise_mlp_backward, given)
+    plain, truth = (gradients(reference.pointwise_mlp_backward, args) for args in (given, doubled(given)))
+    for ours, theirs, exact in zip(found, plain, truth, strict=True):
+        assert_as_accurate(ours, theirs, exact, units=4, alike=True)
+    for ours, again in zip(found, gradients(torch.ops.spanet_kernels.pointwise_mlp_backward, given), strict=True):
+        assert torch.equal(ours, again)
+    torch.library.opcheck(torch.ops.spanet_kernels.pointwise_mlp_backward.default, (*(torch.zeros_like(t) for t in found), *given))
+
+
 @pytest.mark.parametrize("what", ["mlp", "factor", "one"])
 @pytest.mark.parametrize("to", FORMATS)
 @pytest.mark.parametrize("layout", FORMATS)
@@ -218,6 +242,7 @@ def test_bad_input():
         "bias_out must be contiguous with 32 elements": (x, None, None, *weights[:3], weights[3][:31]),
         "factor must have shape .* and needs weight_in": (x, x, None, None, None, torch.zeros(32, 32), None),
         "factor must have shape": (x, x, None, *weights),
+        "factor must have shape .*, contiguous or channels_last": (x, torch.zeros(2, 64, 6, 5).mT, None, *weights),
         "residual must have shape": (x, None, x[:1], *weights),
         "channels must be multiples of 32": (x, None, None, weights[0][:40], None, weights[2][:, :40].contiguous(), None),
         "x must be float32 or bfloat16": (x.half(), None, None, *(weight.half() for weight in weights)),
@@ -229,7 +254,7 @@ def test_bad_input():
             run(operator, y, (x, None, None, *weights), None)
     y, before = torch.empty(2, 32, 5, 6), torch.empty(2, 64, 5, 6)
     for wrong in (before, before.contiguous(memory_format=torch.channels_last)[:1], before.bfloat16()):
-        with pytest.raises(RuntimeError, match=r"pointwise_pair: before_gelu must have shape .* and channels_last, and needs weight_in"):
+        with pytest.raises(RuntimeError, match=r"pointwise_pair: before must have shape .* and channels_last, and needs weight_in"):
             operator(y, x, None, None, None, None, None, None, *weights, wrong)
     for message, index, wrong in (("moments must be", 0, (3, 2)), ("norm_weight must be", 1, (31,)), ("residual_scale must be", 3, (1,))):
         around = [torch.zeros(2, 2), torch.zeros(32), torch.zeros(32), torch.zeros(32)]

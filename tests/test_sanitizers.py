@@ -48,7 +48,9 @@ for dtype, layout, last, factor in itertools.product((torch.float32, torch.bfloa
         if not factor:
             before = torch.empty(b, hidden, h, w, dtype=dtype).contiguous(memory_format=torch.channels_last)
             torch.ops.spanet_kernels.pointwise_pair(y, x, moments, *norm, f, r, None, *weights, before)
-            assert before.isfinite().all()
+            grads = torch.empty_like(x), torch.empty_like(before)
+            torch.ops.spanet_kernels.pointwise_mlp_backward(*grads, y, before, weights[0], weights[2])
+            assert all(t.isfinite().all() for t in (before, *grads))
         assert y.isfinite().all()
 for dtype, layout in itertools.product((torch.float32, torch.bfloat16), LAYOUTS[:2]):
     for shape in ((1, 32, 1, 1), (3, 64, 66, 65)):  # of the second two images at a time, and the last alone
@@ -61,11 +63,17 @@ for dtype, layout in itertools.product((torch.float32, torch.bfloat16), LAYOUTS[
             weights = square, vector, *taps, square, vector, *profile, square, vector
             torch.ops.spanet_kernels.mixer_branch(y, t, x, *norm, x, vector, *weights, 4)
             assert y.isfinite().all()
+        for context in (None, t):
+            weights = square, *taps, square, vector, *profile, square
+            grads = torch.ops.spanet_kernels.mixer_branch_backward(y, x, x, t, context, *weights, 4, True)
+            assert all(g.isfinite().all() for g in (y, *grads))
 for dtype, (n, d) in itertools.product(DTYPES, ((1, 1), (65, 37), (130, 64))):
     h, bias, grad = (torch.randn(shape, dtype=dtype) for shape in ((n, d), d, (n, d)))
     for given in (None, grad):
         assert all(t.isfinite().all() for t in torch.ops.spanet_kernels.gelu(h, bias, given))
-    torch.ops.spanet_kernels.outer_sum(h.float(), torch.randn(n, 35)[:, 1:])
+    if dtype in (torch.float32, torch.bfloat16):
+        for factor, gelu in ((None, True), (grad, False)):
+            torch.ops.spanet_kernels.outer_sum(h, factor, torch.randn(n, 35).to(dtype)[:, 1:], None, gelu)
 print("done")
 """
 
@@ -94,7 +102,7 @@ def sanitized(tmp_path_factory):
     if platform.machine() == "x86_64":
         simd["avx2"] = ["-DSIMD_BYTES=32", "-mavx2", "-mfma", "-mf16c"]
         simd["avx512"] = ["-DSIMD_BYTES=64", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"]
-    jobs = [("library", "library.cpp", [])]
+    jobs = [("library", "library.cpp", []), ("mixer_branch", "cpu/mixer_branch.cpp", [])]
     for op in ("radial_filter", "axial_conv", "pointwise_pair", "outer_sum", "gelu"):
         jobs.append((op, f"cpu/{op}.cpp", []))
         jobs += [(f"{op}_{name}", f"cpu/{op}_kernel.cpp", [f"-DSIMD_NAME={name}", *options]) for name, options in simd.items()]

@@ -76,13 +76,21 @@ std::tuple<Tensor, Tensor> axial_conv(const Tensor& x, const Tensor& row_weight,
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> axial_conv_backward(const Tensor& grad, const Tensor& x, const Tensor& row_weight,
                                                                        const Tensor& row_bias, const Tensor& column_weight) {
   STD_TORCH_CHECK(x.dim() == 4 && grad.dim() == 4, "axial_conv_backward: x and grad must have shape (B, C, H, W)");
+  Tensor x_grad = empty_in_layout_of(x);
+  AxialConvGrads grads = axial_conv_backward_into(x_grad, grad, x, row_weight, row_bias, column_weight);
+  return {std::move(x_grad), std::move(grads[0]), std::move(grads[1]), std::move(grads[2]), std::move(grads[3])};
+}
+
+}  // namespace
+
+AxialConvGrads axial_conv_backward_into(const Tensor& x_grad, const Tensor& grad, const Tensor& x, const Tensor& row_weight,
+                                        const Tensor& row_bias, const Tensor& column_weight) {
   const int64_t images = x.size(0), channels = x.size(1), h = x.size(2), w = x.size(3);
   const int64_t size = row_weight.dim() == 2 && row_weight.size(1) % 2 ? row_weight.size(1) : -1;
   check("row_weight", row_weight, x, size);
   check("row_bias", row_bias, x, 0);
   check("column_weight", column_weight, x, size);
   check_like("axial_conv_backward", "grad", grad, x);
-  Tensor x_grad = empty_in_layout_of(x);
   Tensor row_weight_grad = zeros(x, {channels, size}), column_weight_grad = zeros(x, {channels, size});
   Tensor row_bias_grad = zeros(x, {channels}), column_bias_grad = zeros(x, {channels});
   if (x.numel() > 0)
@@ -100,10 +108,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> axial_conv_backward(const Ten
                           row_planes<T>(column_bias_grad), begin, end);
       });
     });
-  return {std::move(x_grad), std::move(row_weight_grad), std::move(row_bias_grad), std::move(column_weight_grad), std::move(column_bias_grad)};
+  return {std::move(row_weight_grad), std::move(row_bias_grad), std::move(column_weight_grad), std::move(column_bias_grad)};
 }
-
-}  // namespace
 
 void axial_conv_into(const Tensor& z, const Tensor& x, const Tensor& row_weight, const Tensor& row_bias, const Tensor& column_weight,
                      const Tensor& column_bias) {

@@ -1,9 +1,9 @@
-// mixer_branch on the CPU: the mixer of SPANet without a gradient, of the operators that it consists of.
+// mixer_branch and mixer_branch_backward on the CPU: the mixer of SPANet and its gradients, of the operators that they consist of.
 //
 //   t = W_in norm(x) + b_in    z = axial_conv(t)    y = scale o residual + W_out (z o (W F(z) + b)) + b_out
 //
-// It takes a few images at a time, so that what it writes between its first product and its last stays in the cache, in memory of the
-// calling thread that is there from call to call: no page of it is mapped anew.
+// They take a few images at a time, so that what they write between the first product and the last stays in the cache; forward in memory of
+// the calling thread that is there from call to call: no page of it is mapped anew.
 
 #include <algorithm>
 #include <memory>
@@ -16,11 +16,12 @@ namespace {
 
 // Of a map of the images that are taken at a time, or of one image.
 constexpr int64_t part_bytes = int64_t{2} << 20;
+constexpr int64_t backward_part_bytes = int64_t{7} << 18;  // of more maps that are in use
 
-// (B, C, H, W) of memory that stays the caller's.
-Tensor over(void* data, const std::array<int64_t, 4>& sizes, const std::array<int64_t, 4>& strides, ScalarType type) {
+// A tensor of memory that stays the caller's.
+template <size_t N> Tensor over(void* data, const std::array<int64_t, N>& sizes, const std::array<int64_t, N>& strides, ScalarType type) {
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob(data, 4, sizes.data(), strides.data(), 0, code_of(type),
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob(data, N, sizes.data(), strides.data(), 0, code_of(type),
                                                                    aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
@@ -28,13 +29,14 @@ Tensor over(void* data, const std::array<int64_t, 4>& sizes, const std::array<in
 // So many images of x from one on.
 Tensor images_of(const Tensor& x, int64_t first, int64_t images) {
   char* data = static_cast<char*>(x.data_ptr()) + first * x.stride(0) * x.element_size();
-  return over(data, {images, x.size(1), x.size(2), x.size(3)}, {x.stride(0), x.stride(1), x.stride(2), x.stride(3)}, x.scalar_type());
+  return over(data, std::array{images, x.size(1), x.size(2), x.size(3)}, std::array{x.stride(0), x.stride(1), x.stride(2), x.stride(3)},
+              x.scalar_type());
 }
 
 // As many images of the shape and dtype of x as channels_last.
 Tensor channels_last_over(void* data, const Tensor& x, int64_t images) {
   const int64_t c = x.size(1), h = x.size(2), w = x.size(3);
-  return over(data, {images, c, h, w}, {h * w * c, 1, w * c, c}, x.scalar_type());
+  return over(data, std::array{images, c, h, w}, std::array{h * w * c, int64_t{1}, w * c, c}, x.scalar_type());
 }
 
 // Two maps of so many bytes, on cache lines of their own. What is larger than a part goes back when the call ends.
@@ -93,9 +95,110 @@ void mixer_branch(const Tensor& y, const std::optional<Tensor>& t, const Tensor&
   }
 }
 
+// As many images of the shape and dtype of x as channels_last.
+Tensor empty_map(const Tensor& x, int64_t images) {
+  const int64_t c = x.size(1), h = x.size(2), w = x.size(3);
+  return empty(std::array{images, c, h, w}, std::array{h * w * c, int64_t{1}, w * c, c}, x.scalar_type());
+}
+
+// (B H W, C) of a channels_last map.
+Tensor rows_of(const Tensor& x) {
+  const int64_t c = x.size(1);
+  return over(x.data_ptr(), std::array{x.size(0) * x.size(2) * x.size(3), c}, std::array{c, int64_t{1}}, x.scalar_type());
+}
+
+Tensor empty_gradient(const Tensor& like) {
+  return like.dim() == 1 ? empty(std::array{like.size(0)}, ScalarType::Float)
+                         : empty(std::array{like.size(0), like.size(1)}, ScalarType::Float);
+}
+
+// sum += more, or more where there is no sum yet.
+void add_or_take(std::optional<Tensor>& sum, Tensor more) {
+  if (!sum) return void(sum.emplace(std::move(more)));
+  float* to = static_cast<float*>(sum->data_ptr());
+  const float* from = static_cast<const float*>(more.data_ptr());
+  for (int64_t i = 0, n = sum->numel(); i < n; ++i) to[i] += from[i];
+}
+
+using TwelveTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// With c = z o W_out^T g and ctx = W F(z) + b:
+//
+//   z_grad = F(W^T c) + W_out^T g o ctx    W_grad = sum c F(z)^T    W_out_grad = sum g (z o ctx)^T    W_in_grad = sum t_grad x^T
+TwelveTensors mixer_branch_backward(const Tensor& x_grad, const Tensor& grad, const Tensor& x, const Tensor& t,
+                                    const std::optional<Tensor>& context, const Tensor& in_weight, const Tensor& row_weight,
+                                    const Tensor& row_bias, const Tensor& column_weight, const Tensor& column_bias, const Tensor& weight,
+                                    const Tensor& bias, const Tensor& base, const Tensor& gain, const Tensor& out_weight,
+                                    int64_t radius_squared, bool profile_learns) {
+  STD_TORCH_CHECK(x.dim() == 4 && x.numel() > 0, "mixer_branch_backward: x must have shape (B, C, H, W) and elements");
+  STD_TORCH_CHECK(radius_squared >= 0, "mixer_branch_backward: radius_squared must be at least 0, got ", radius_squared);
+  check_like("mixer_branch_backward", "x_grad", x_grad, x);
+  check_like("mixer_branch_backward", "grad", grad, x);
+  check_like("mixer_branch_backward", "t", t, x);
+  if (context) check_like("mixer_branch_backward", "context", *context, x);
+  STD_TORCH_CHECK(is_channels_last(t) || t.size(2) * t.size(3) == 1, "mixer_branch_backward: t must be channels_last");
+  const Tensor in_transposed = transposed_weight(in_weight), transposed = transposed_weight(weight);
+  const Tensor out_transposed = transposed_weight(out_weight);
+  const int64_t images = x.size(0), c = x.size(1), image_bytes = images ? x.numel() / images * x.element_size() : 0;
+  const int64_t most = std::max(backward_part_bytes, c * c * x.element_size());  // as many positions as channels are worth a sum of products
+  const int64_t parts = std::max<int64_t>(1, std::min(images, (images * image_bytes + most - 1) / most)), step = (images + parts - 1) / parts;
+  const Tensor z = empty_map(x, step), filtered = empty_map(x, step), again = empty_map(x, context ? 0 : step);
+  const Tensor mixed = empty_map(x, step), y_grad = empty_map(x, step);
+  const auto copied = [&](const Tensor& given) { return empty_map(x, is_channels_last(given) ? 0 : step); };
+  const Tensor grad_map = copied(grad), x_map = copied(x);
+  Tensor in_grad = empty_gradient(in_weight), in_sums = empty_gradient(bias), weight_grad = empty_gradient(weight);
+  Tensor weight_sums = empty_gradient(bias), out_grad = empty_gradient(out_weight), out_sums = empty_gradient(bias);
+  std::optional<Tensor> row[2], column[2], profile[2];
+  for (int64_t first = 0; first < images; first += step) {
+    const int64_t count = std::min(step, images - first);
+    const bool add = first > 0;
+    const auto here = [&](const Tensor& map) { return images_of(map, 0, count); };
+    const auto as_rows = [&](const Tensor& given, const Tensor& map) {
+      Tensor part = images_of(given, first, count);
+      if (is_channels_last(given)) return part;
+      Tensor copy = here(map);
+      AtenTensorHandle to = copy.release(), from = part.release();
+      STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(to, from, 0));
+      Tensor{from};
+      return Tensor(to);
+    };
+    const Tensor g = as_rows(grad, grad_map), from = as_rows(x, x_map), hidden = images_of(t, first, count);
+    const Tensor zs = here(z), fs = here(filtered), ms = here(mixed), ds = here(y_grad);
+    const Tensor to = images_of(x_grad, first, count), ctx = context ? images_of(*context, first, count) : here(again);
+    const Tensor z_rows = rows_of(zs), f_rows = rows_of(fs), ctx_rows = rows_of(ctx), d_rows = rows_of(ds), g_rows = rows_of(g);
+    axial_conv_into(zs, hidden, row_weight, row_bias, column_weight, column_bias);
+    radial_filter_into(fs, zs, base, gain, radius_squared);
+    if (!context) pointwise_pair_into(ctx, {.x = &fs, .weight_out = &weight, .bias_out = &bias});
+    pointwise_pair_into(ms, {.x = &g, .factor = &zs, .weight_in = &out_transposed, .weight_out = &transposed, .before = &ds});
+    outer_sum_into(out_grad, out_sums, {&g_rows}, {&ctx_rows, &z_rows}, add);
+    outer_sum_into(weight_grad, weight_sums, {&d_rows, &z_rows}, {&f_rows}, add);
+    if (profile_learns) {
+      auto [base_grad, gain_grad] = radial_filter_backward(ms, zs, radius_squared);
+      add_or_take(profile[0], std::move(base_grad));
+      add_or_take(profile[1], std::move(gain_grad));
+    }
+    radial_filter_into(fs, ms, base, gain, radius_squared);
+    add_product(fs, ds, ctx);
+    auto [row_grad, row_sums, column_grad, column_sums] = axial_conv_backward_into(ms, fs, hidden, row_weight, row_bias, column_weight);
+    add_or_take(row[0], std::move(row_grad));
+    add_or_take(row[1], std::move(row_sums));
+    add_or_take(column[0], std::move(column_grad));
+    add_or_take(column[1], std::move(column_sums));
+    pointwise_pair_into(to, {.x = &ms, .weight_out = &in_transposed});
+    const Tensor t_rows = rows_of(ms), x_rows = rows_of(from);
+    outer_sum_into(in_grad, in_sums, {&t_rows}, {&x_rows}, add);
+  }
+  for (std::optional<Tensor>& sum : profile)
+    if (!sum) sum.emplace(empty(std::array{int64_t{0}}, ScalarType::Float));
+  return {std::move(in_grad),     std::move(in_sums),    std::move(*row[0]),     std::move(*row[1]),
+          std::move(*column[0]),  std::move(*column[1]), std::move(weight_grad), std::move(weight_sums),
+          std::move(*profile[0]), std::move(*profile[1]), std::move(out_grad),   std::move(out_sums)};
+}
+
 }  // namespace
 }  // namespace spanet
 
 STABLE_TORCH_LIBRARY_IMPL(spanet_kernels, CPU, m) {
+  m.impl("mixer_branch_backward", spanet::boxed<&spanet::mixer_branch_backward>);
   m.impl("mixer_branch", spanet::boxed<&spanet::mixer_branch>);
 }

@@ -10,6 +10,14 @@ void radial_filter_into(const Tensor& y, const Tensor& x, const Tensor& base, co
 void axial_conv_into(const Tensor& z, const Tensor& x, const Tensor& row_weight, const Tensor& row_bias, const Tensor& column_weight,
                      const Tensor& column_bias);
 
+// The gradients of radial_filter to base and gain.
+std::tuple<Tensor, Tensor> radial_filter_backward(const Tensor& grad, const Tensor& x, int64_t radius_squared);
+
+// Those of axial_conv to x, of its shape, dtype and layout, and to row_weight, row_bias, column_weight and column_bias.
+using AxialConvGrads = std::array<Tensor, 4>;
+AxialConvGrads axial_conv_backward_into(const Tensor& x_grad, const Tensor& grad, const Tensor& x, const Tensor& row_weight,
+                                        const Tensor& row_bias, const Tensor& column_weight);
+
 // moments (B, 2), float32 and contiguous.
 void image_moments_into(const Tensor& moments, const Tensor& x, double eps);
 
@@ -17,8 +25,23 @@ void image_moments_into(const Tensor& moments, const Tensor& x, double eps);
 struct PairOperands {
   const Tensor *x = nullptr, *moments = nullptr, *norm_weight = nullptr, *norm_bias = nullptr, *factor = nullptr, *residual = nullptr;
   const Tensor *residual_scale = nullptr, *weight_in = nullptr, *bias_in = nullptr, *weight_out = nullptr, *bias_out = nullptr;
-  const Tensor* before_gelu = nullptr;  // written
+  bool by_slope = false;                               // gelu'(factor) is the factor
+  const Tensor *before = nullptr, *after = nullptr;  // what the second product multiplies, before its GELU or factor and after, is written
 };
 void pointwise_pair_into(const Tensor& y, const PairOperands& of);
+
+// The transpose of a weight of pointwise_pair.
+Tensor transposed_weight(const Tensor& weight);
+
+// y += a o b, of one shape, dtype and layout, float32 or bfloat16.
+void add_product(const Tensor& y, const Tensor& a, const Tensor& b);
+
+// A side of outer_sum: data, or data o factor, or gelu(data).
+struct OuterOperand {
+  const Tensor *data = nullptr, *factor = nullptr;
+  bool gelu = false;
+};
+// out (D, C) and sums (D,), float32 and contiguous; added to, or written.
+void outer_sum_into(const Tensor& out, const Tensor& sums, const OuterOperand& left, const OuterOperand& right, bool add);
 
 }  // namespace spanet

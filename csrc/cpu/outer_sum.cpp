@@ -4,6 +4,7 @@
 #include "cpu/outer_sum_kernel.h"
 
 #include "cpu/dispatch.h"
+#include "cpu/operators.h"
 
 namespace spanet {
 namespace {
@@ -11,29 +12,62 @@ namespace {
 // Work for a thread to be worth its start: this many products.
 constexpr int64_t grain = int64_t{1} << 18;
 
-Tensor outer_sum(const Tensor& left, const Tensor& right) {
-  for (const Tensor* rows : {&left, &right})
-    STD_TORCH_CHECK(rows->dim() == 2 && (rows->stride(1) == 1 || rows->size(1) == 1) && rows->scalar_type() == ScalarType::Float,
-                    "outer_sum: left and right must be float32 of shape (N, D) and (N, C), with adjacent columns");
-  STD_TORCH_CHECK(left.size(0) == right.size(0), "outer_sum: left and right must have as many rows, got ", left.size(0), " and ",
-                  right.size(0));
-  const int64_t rows = left.size(0), d = left.size(1), c = right.size(1);
-  Tensor out = empty(std::array{d, c}, ScalarType::Float);
-  if (rows == 0) std::memset(out.data_ptr(), 0, out.numel() * out.element_size());
-  if (rows == 0 || out.numel() == 0) return out;
-  const OuterSumKernels& kernel = SPANET_BEST(outer_sum_kernels);
-  const OuterSum op{rows, d, c, left.stride(0), right.stride(0), static_cast<const float*>(left.data_ptr()),
-                    static_cast<const float*>(right.data_ptr()), static_cast<float*>(out.data_ptr())};
-  const int64_t blocks = (d + kernel.block - 1) / kernel.block, vectors = (c + kernel.lanes - 1) / kernel.lanes;
-  // the longer side is shared out: a thread copies all of the other one
-  if (d >= c)
-    parallel(grain, blocks, rows * kernel.block * c, [&](int64_t begin, int64_t end) { kernel.run(op, begin, end, 0, vectors); });
-  else
-    parallel(grain, vectors, rows * kernel.lanes * d, [&](int64_t begin, int64_t end) { kernel.run(op, 0, blocks, begin, end); });
-  return out;
+const OuterSumKernels& kernels() { return SPANET_BEST(outer_sum_kernels); }
+
+void check_side(const Tensor& data, const Tensor* factor) {
+  const auto fits = [&](const Tensor& rows) {
+    return rows.dim() == 2 && (rows.stride(1) == 1 || rows.size(1) == 1) && rows.scalar_type() == data.scalar_type();
+  };
+  const ScalarType type = data.scalar_type();
+  STD_TORCH_CHECK((type == ScalarType::Float || type == ScalarType::BFloat16) && fits(data),
+                  "outer_sum: left and right must be float32 or bfloat16 of shape (N, D) and (N, C), with adjacent columns");
+  STD_TORCH_CHECK(!factor || (fits(*factor) && factor->size(0) == data.size(0) && factor->size(1) == data.size(1)),
+                  "outer_sum: a factor must have the shape and dtype of its side, with adjacent columns");
+}
+
+std::tuple<Tensor, Tensor> outer_sum(const Tensor& left, const std::optional<Tensor>& left_factor, const Tensor& right,
+                                     const std::optional<Tensor>& right_factor, bool gelu) {
+  STD_TORCH_CHECK(left.dim() == 2 && right.dim() == 2, "outer_sum: left and right must have shape (N, D) and (N, C)");
+  std::tuple<Tensor, Tensor> result{empty(std::array{left.size(1), right.size(1)}, ScalarType::Float),
+                                    empty(std::array{left.size(1)}, ScalarType::Float)};
+  const auto of = [](const std::optional<Tensor>& given) { return given ? &*given : nullptr; };
+  outer_sum_into(std::get<0>(result), std::get<1>(result), {&left, of(left_factor)}, {&right, of(right_factor), gelu}, false);
+  return result;
 }
 
 }  // namespace
+
+void outer_sum_into(const Tensor& out, const Tensor& sums, const OuterOperand& left, const OuterOperand& right, bool add) {
+  check_side(*left.data, left.factor);
+  check_side(*right.data, right.factor);
+  const int64_t rows = left.data->size(0), d = left.data->size(1), c = right.data->size(1);
+  STD_TORCH_CHECK(rows == right.data->size(0) && left.data->scalar_type() == right.data->scalar_type(),
+                  "outer_sum: left and right must have as many rows and one dtype, got ", rows, " and ", right.data->size(0), " rows");
+  STD_TORCH_CHECK(!right.gelu || !right.factor, "outer_sum: right has a GELU or a factor");
+  if (rows == 0 && !add)
+    for (const Tensor* zero : {&out, &sums}) std::memset(zero->data_ptr(), 0, zero->numel() * zero->element_size());
+  if (rows == 0 || d == 0) return;
+  const auto run = [&]<class IO>(OuterSumRun<IO> kernel) {
+    const auto side = [](const OuterOperand& of) {
+      const auto data = [](const Tensor* t) { return t ? static_cast<const IO*>(t->data_ptr()) : nullptr; };
+      return OuterSide<IO>{of.data->size(1), of.data->stride(0), of.factor ? of.factor->stride(0) : 0, data(of.data), data(of.factor), of.gelu};
+    };
+    const OuterSum<IO> op{rows, side(left), side(right), static_cast<float*>(out.data_ptr()), static_cast<float*>(sums.data_ptr()), add};
+    OuterSum<IO> without_sums = op;
+    without_sums.sums = nullptr;
+    const int64_t lanes = kernels().lanes, panels = (d + lanes - 1) / lanes, vectors = (c + lanes - 1) / lanes;
+    // the longer side is shared out: a thread copies all of the other one
+    if (d >= c)
+      parallel(grain, panels, rows * lanes * (c + 1), [&](int64_t begin, int64_t end) { kernel(op, begin, end, 0, vectors); });
+    else
+      parallel(grain, vectors, rows * lanes * d,
+               [&](int64_t begin, int64_t end) { kernel(begin ? without_sums : op, 0, panels, begin, end); });
+  };
+  static const bool by_dot = cpu_capability() >= Capability::avx512_bf16;
+  if (left.data->scalar_type() == ScalarType::Float) run(kernels().f32);
+  else run(by_dot ? kernels().bf16_dot : kernels().bf16);
+}
+
 }  // namespace spanet
 
 STABLE_TORCH_LIBRARY_IMPL(spanet_kernels, CPU, m) {

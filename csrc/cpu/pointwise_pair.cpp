@@ -11,6 +11,9 @@
 namespace spanet {
 namespace {
 
+// What is written besides y, for later, leaves the caches to others from this size on.
+constexpr int64_t stream_bytes = int64_t{2} << 20;
+
 const PointwisePairKernels& kernels() { return SPANET_BEST(pointwise_pair_kernels); }
 
 const PointwisePairEngine<Bf16>& bf16_engine() {
@@ -51,7 +54,14 @@ void pointwise_pair(const Tensor& y, const Tensor& x, const std::optional<Tensor
                     const std::optional<Tensor>& before_gelu) {
   const auto of = [](const std::optional<Tensor>& t) { return t ? &*t : nullptr; };
   pointwise_pair_into(y, {&x, of(moments), of(norm_weight), of(norm_bias), of(factor), of(residual), of(residual_scale), of(weight_in),
-                          of(bias_in), &weight_out, of(bias_out), of(before_gelu)});
+                          of(bias_in), &weight_out, of(bias_out), false, of(before_gelu)});
+}
+
+// h_grad = gelu'(h) o W_out^T grad, x_grad = W_in^T h_grad: a pair whose factor is a slope.
+void pointwise_mlp_backward(const Tensor& x_grad, const Tensor& h_grad, const Tensor& grad, const Tensor& h, const Tensor& weight_in,
+                            const Tensor& weight_out) {
+  const Tensor first = transposed_weight(weight_out), second = transposed_weight(weight_in);
+  pointwise_pair_into(x_grad, {.x = &grad, .factor = &h, .weight_in = &first, .weight_out = &second, .by_slope = true, .after = &h_grad});
 }
 
 Tensor image_moments(const Tensor& x, double eps) {
@@ -64,8 +74,8 @@ Tensor image_moments(const Tensor& x, double eps) {
 }  // namespace
 
 void pointwise_pair_into(const Tensor& y, const PairOperands& of) {
-  const auto& [x_, moments, norm_weight, norm_bias, factor, residual, residual_scale, weight_in, bias_in, weight_out_, bias_out,
-               before_gelu] = of;
+  const auto& [x_, moments, norm_weight, norm_bias, factor, residual, residual_scale, weight_in, bias_in, weight_out_, bias_out, by_slope,
+               before, after] = of;
   const Tensor &x = *x_, &weight_out = *weight_out_;
   STD_TORCH_CHECK(x.dim() == 4, "pointwise_pair: x must have shape (B, C, H, W)");
   const int64_t b = x.size(0), c = x.size(1), h = x.size(2), w = x.size(3);
@@ -81,33 +91,66 @@ void pointwise_pair_into(const Tensor& y, const PairOperands& of) {
     const bool shape = t.dim() == 4 && t.size(0) == b && t.size(1) == channels && t.size(2) == h && t.size(3) == w;
     return shape && t.scalar_type() == x.scalar_type();
   };
-  const bool x_last = !x.is_contiguous(), y_last = !y.is_contiguous(), together = x_last && y_last;
+  const bool x_last = !x.is_contiguous(), y_last = !y.is_contiguous(), factor_last = factor && !factor->is_contiguous();
+  const bool together = x_last && y_last && (!factor || is_dense(*factor, true));
   STD_TORCH_CHECK(is_dense(x, x_last), "pointwise_pair: x must be contiguous or channels_last");
   STD_TORCH_CHECK(!moments || (moments->dim() == 2 && moments->size(0) == b && moments->size(1) == 2 && moments->is_contiguous() &&
                                moments->scalar_type() == ScalarType::Float),
                   "pointwise_pair: moments must be contiguous float32 of shape (B, 2)");
-  STD_TORCH_CHECK(!factor || (weight_in && fits(*factor, hidden) && is_dense(*factor, x_last)),
-                  "pointwise_pair: factor must have shape (B, hidden, H, W), in the dtype and layout of x, and needs weight_in");
+  STD_TORCH_CHECK(!factor || (weight_in && fits(*factor, hidden) && is_dense(*factor, factor_last)),
+                  "pointwise_pair: factor must have shape (B, hidden, H, W), in the dtype of x, contiguous or channels_last, and needs weight_in");
   STD_TORCH_CHECK(fits(y, out) && is_dense(y, y_last),
                   "pointwise_pair: y must have shape (B, out, H, W), in the dtype of x, contiguous or channels_last");
   STD_TORCH_CHECK(!residual || (fits(*residual, out) && is_dense(*residual, y_last)),
                   "pointwise_pair: residual must have shape (B, out, H, W), in the dtype and layout of y");
-  STD_TORCH_CHECK(!before_gelu || (weight_in && !factor && fits(*before_gelu, hidden) && is_dense(*before_gelu, true)),
-                  "pointwise_pair: before_gelu must have shape (B, hidden, H, W), in the dtype of x and channels_last, and needs weight_in");
+  for (const Tensor* written : {before, after})
+    STD_TORCH_CHECK(!written || (weight_in && fits(*written, hidden) && is_dense(*written, true)),
+                    "pointwise_pair: before must have shape (B, hidden, H, W), in the dtype of x and channels_last, and needs weight_in");
   if (y.numel() == 0) return;
+  const bool stream = before && !after && before->numel() * before->element_size() >= stream_bytes;
   const auto run = [&]<class IO>(const PointwisePairEngine<IO>& engine) {
     const auto data = [](const Tensor& t) { return static_cast<const IO*>(t.data_ptr()); };
     const auto given = [&](const Tensor* t) { return t ? data(*t) : nullptr; };
-    const PointwisePair<IO> op{together ? 1 : b, together ? b * h * w : h * w, c, hidden, out, x_last, y_last, h * w,
-                               data(x), given(factor), given(residual), given(residual_scale), given(weight_in), given(bias_in),
+    const auto written = [](const Tensor* t) { return t ? static_cast<IO*>(t->data_ptr()) : nullptr; };
+    const PointwisePair<IO> op{together ? 1 : b, together ? b * h * w : h * w, c, hidden, out, x_last, y_last, factor_last || together,
+                               by_slope, stream, h * w, data(x), given(factor), given(residual), given(residual_scale), given(weight_in), given(bias_in),
                                data(weight_out), given(bias_out), moments ? static_cast<const float*>(moments->data_ptr()) : nullptr,
                                given(norm_weight), given(norm_bias), static_cast<IO*>(y.data_ptr()),
-                               before_gelu ? static_cast<IO*>(before_gelu->data_ptr()) : nullptr};
+                               written(before), written(after)};
     parallel(1, op.vectors(engine.lanes), 1, [&](int64_t begin, int64_t end) { engine.run(op, begin, end); });
   };
   if (x.scalar_type() == ScalarType::Float) run(kernels().f32);
   else if (x.scalar_type() == ScalarType::BFloat16) run(bf16_engine());
   else STD_TORCH_CHECK(false, "pointwise_pair: x must be float32 or bfloat16");
+}
+
+Tensor transposed_weight(const Tensor& weight) {
+  check_weight("weight", weight, weight, weight.dim() == 2 ? weight.size(1) : 0);
+  const int64_t rows = weight.size(0), columns = weight.size(1);
+  Tensor to = empty(std::array{columns, rows}, weight.scalar_type());
+  const auto run = [&]<class IO>(void (*kernel)(const IO*, int64_t, int64_t, int64_t, int64_t, IO*)) {
+    constexpr int64_t grain = 16384, step = pointwise_pair_channels;
+    parallel(grain, rows / step, step * columns, [&](int64_t begin, int64_t end) {
+      kernel(static_cast<const IO*>(weight.data_ptr()), rows, columns, begin * step, end * step, static_cast<IO*>(to.data_ptr()));
+    });
+  };
+  if (weight.scalar_type() == ScalarType::Float) run(kernels().f32_transposed);
+  else if (weight.scalar_type() == ScalarType::BFloat16) run(kernels().bf16_transposed);
+  else STD_TORCH_CHECK(false, "pointwise_pair: weights must be float32 or bfloat16");
+  return to;
+}
+
+void add_product(const Tensor& y, const Tensor& a, const Tensor& b) {
+  const auto run = [&]<class IO>(void (*kernel)(const IO*, const IO*, IO*, int64_t)) {
+    constexpr int64_t grain = 16384, step = 1024;
+    const int64_t n = y.numel();
+    parallel(grain, (n + step - 1) / step, step, [&](int64_t begin, int64_t end) {
+      const auto from = [&](const Tensor& t) { return static_cast<IO*>(t.data_ptr()) + begin * step; };
+      kernel(from(a), from(b), from(y), (end * step < n ? end * step : n) - begin * step);
+    });
+  };
+  if (y.scalar_type() == ScalarType::Float) run(kernels().f32_add_product);
+  else run(kernels().bf16_add_product);
 }
 
 void image_moments_into(const Tensor& out, const Tensor& x, double eps) {
@@ -133,5 +176,6 @@ void image_moments_into(const Tensor& out, const Tensor& x, double eps) {
 
 STABLE_TORCH_LIBRARY_IMPL(spanet_kernels, CPU, m) {
   m.impl("pointwise_pair", spanet::boxed<&spanet::pointwise_pair>);
+  m.impl("pointwise_mlp_backward", spanet::boxed<&spanet::pointwise_mlp_backward>);
   m.impl("image_moments", spanet::boxed<&spanet::image_moments>);
 }

@@ -1,10 +1,10 @@
 // Two 1x1 convolutions with something between them, for the instruction set this file is compiled for (simd.h).
 //
-//   h = gelu(g), g = W_in n + b_in   or, with a factor f,   h = f o (W_in n + b_in)   or   h = n          y = s o r + W_out h + b_out
+//   h = gelu(g), g = W_in n + b_in   or, with a factor f,   h = f o g or gelu'(f) o g   or   h = n          y = s o r + W_out h + b_out
 //   n = x   or, with moments,   n = gamma o (x - mean) / deviation + delta, mean and deviation of an image
 //
-// Work: 2 (in + out) hidden FLOP a pixel. Memory: x, f, r, y once, g where it is wanted, and the weights once for every tile; n and h
-// never leave the cache.
+// Work: 2 (in + out) hidden FLOP a pixel. Memory: x, f, r, y once, g or h where it is wanted, and the weights once for every tile; else n,
+// g and h never leave the cache.
 //
 // A tile of pixels is laid out with pixels adjacent, X (in, pixels), so that a vector is a run of pixels and a weight is one number for
 // all of it: the weights are read where they stand, in either product, and h is written as the second product reads it.
@@ -19,6 +19,7 @@
 
 #include "cpu/pointwise_pair_kernel.h"
 
+#include "cpu/bf16_dot.h"
 #include "cpu/gelu.h"
 #include "cpu/radial_filter_kernel.h"
 #include "cpu/simd.h"
@@ -49,7 +50,7 @@ struct Numbers {
   static constexpr int rows = SIMD_BYTES == 64 ? 8 : 4, vectors = 3;  // of a block
   static constexpr int64_t tile_vectors = 6, hidden_part = 256;  // of a tile, and hidden channels that it takes at a time
   static constexpr bool in_registers = true;  // the accumulators of a block
-  static constexpr const auto& tail = tail_of_numbers;
+  static constexpr const auto &tail = tail_of_numbers, &slope = slope_of_numbers;
   struct Session {};  // what lives while a thread multiplies
   static SIMD_MEMBER V multiply_add(V sum, V a, V b) { return sum + a * b; }
   static SIMD_MEMBER V channel(V unit, int) { return unit; }
@@ -60,29 +61,17 @@ struct Numbers {
 struct Pairs : Numbers {
   using IO = Bf16;
   static constexpr int channels = 2;
-  static constexpr const auto& tail = tail_of_pairs;
+  static constexpr const auto &tail = tail_of_pairs, &slope = slope_of_pairs;
   static SIMD_MEMBER V channel(V unit, int which) { return which ? (V)((U)unit & 0xffff0000u) : (V)((U)unit << 16); }
   static SIMD_MEMBER V join(V first, V second) { return (V)(bf16_bits(first) >> 16 | (bf16_bits(second) & 0xffff0000u)); }
 };
 
 #if SIMD_BYTES == 64
-// Instructions that not every processor with AVX-512 has stand as such: this file is compiled for those without them too.
-// Denormals are zeros to them.
-
 // By AVX512_BF16.
 struct PairsByDot : Pairs {
   static constexpr int packed = 2;
-  static SIMD_MEMBER V multiply_add(V sum, V a, V b) {
-    asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
-    return sum;
-  }
-  static SIMD_MEMBER V join(V first, V second) {
-    typedef uint16_t Halves __attribute__((vector_size(64)));
-    Halves halves, zipped;
-    asm("vcvtne2ps2bf16 %1, %2, %0" : "=v"(halves) : "v"(first), "v"(second));
-    for (int i = 0; i < 32; ++i) zipped[i] = uint16_t(i / 2 + i % 2 * 16);
-    return (V)__builtin_shuffle(halves, zipped);
-  }
+  static SIMD_MEMBER V multiply_add(V sum, V a, V b) { return dot_pairs(sum, a, b); }
+  static SIMD_MEMBER V join(V first, V second) { return join_pairs(first, second); }
 };
 
 // By AMX: a block is two tiles of 16 rows by up to two tiles of 16 pixels.
@@ -177,15 +166,22 @@ struct Norm {
   const float *weight, *bias;  // (E::channels, units): the first channels of all units, then the second
 };
 
-// to (channels / E::packed, NV VL) = the strip of a tensor, normalised if norm is not nullptr; pixels that are not there are anything.
+// A tensor of so many channels, channels_last or contiguous.
+template <class IO> struct Map {
+  IO* data;
+  int64_t channels;
+  bool last;
+};
+
+// to (n / E::packed, NV VL) = the strip of n channels from one on, normalised if norm is not nullptr; pixels that are not there are anything.
 template <class E, int NV, class Op, class IO>
-void load_strip(const Op& op, const IO* from, int64_t channels, bool last, const Strip& strip, const Norm* norm, float* to) {
+void load_strip(const Op& op, const Map<const IO>& from, int64_t first, int64_t n_channels, const Strip& strip, const Norm* norm, float* to) {
   constexpr int64_t width = NV * VL, unit_size = E::channels / E::packed * width;
-  const int64_t units = channels / E::channels;
-  if (last) {
-    const char* pixel = reinterpret_cast<const char*>(from) + (strip.image * op.pixels + strip.first) * units * 4;
+  const int64_t units = from.channels / E::channels, wanted = n_channels / E::channels;
+  if (from.last) {
+    const char* pixel = reinterpret_cast<const char*>(from.data + first) + (strip.image * op.pixels + strip.first) * units * 4;
     for (int v = 0; v < NV; ++v)
-      for (int64_t k = 0; k < units; k += VL) {
+      for (int64_t k = 0; k < wanted; k += VL) {
         V square[VL];
         UNROLL
         for (int i = 0; i < VL; ++i) square[i] = i < pixels_of(strip, v) ? load_raw<V>(pixel + ((v * VL + i) * units + k) * 4) : V{};
@@ -209,8 +205,8 @@ void load_strip(const Op& op, const IO* from, int64_t channels, bool last, const
       }
     return;
   }
-  const IO* plane = from + strip.image * channels * op.pixels + strip.first;
-  for (int64_t k = 0; k < units; ++k, plane += E::channels * op.pixels)
+  const IO* plane = from.data + (strip.image * from.channels + first) * op.pixels + strip.first;
+  for (int64_t k = 0; k < wanted; ++k, plane += E::channels * op.pixels)
     for (int v = 0; v < NV; ++v) {
       const int64_t n = pixels_of(strip, v);
       V part[E::channels];
@@ -226,16 +222,10 @@ void load_strip(const Op& op, const IO* from, int64_t channels, bool last, const
     }
 }
 
-// A result, of so many channels, channels_last or contiguous.
-template <class IO> struct Written {
-  IO* data;
-  int64_t channels;
-  bool last;
-};
-
-// The strip of n of its channels from one on, of sums (n, NV VL).
-template <class E, int NV, class Op, class IO>
-void store_strip(const Op& op, const Written<IO>& to, int64_t first, int64_t n, const float* sums, const Strip& strip) {
+// The strip of n of its channels from one on, of rows (n / packed, NV VL): sums, or units if packed is not 1; past the caches
+// if `stream`.
+template <class E, int NV, int packed, class Op, class IO>
+void store_strip(const Op& op, const Map<IO>& to, int64_t first, int64_t n, const float* rows, const Strip& strip, bool stream = false) {
   constexpr int64_t width = NV * VL;
   if (to.last) {
     const int64_t units = to.channels / E::channels;
@@ -245,20 +235,20 @@ void store_strip(const Op& op, const Written<IO>& to, int64_t first, int64_t n, 
         V square[VL];
         UNROLL
         for (int i = 0; i < VL; ++i) {
-          const float* row = sums + (k + i) * E::channels * width + v * VL;
-          square[i] = E::join(load_raw<V>(row), load_raw<V>(row + (E::channels - 1) * width));
+          const float* row = rows + (k + i) * (E::channels / packed) * width + v * VL;
+          square[i] = packed == E::channels ? load_raw<V>(row) : E::join(load_raw<V>(row), load_raw<V>(row + (E::channels - 1) * width));
         }
         transpose<float>(square);
         UNROLL
         for (int i = 0; i < VL; ++i)
-          if (i < pixels_of(strip, v)) std::memcpy(pixel + ((v * VL + i) * units + k) * 4, &square[i], sizeof(V));
+          if (i < pixels_of(strip, v)) store_whole(pixel + ((v * VL + i) * units + k) * 4, square[i], stream);
       }
     return;
   }
   IO* plane = to.data + (strip.image * to.channels + first) * op.pixels + strip.first;
   for (int64_t c = 0; c < n; ++c, plane += op.pixels)
     for (int v = 0; v < NV; ++v) {
-      const V sum = load_raw<V>(sums + c * width + v * VL);
+      const V value = load_raw<V>(rows + c / packed * width + v * VL), sum = packed == 1 ? value : E::channel(value, c % packed);
       if (pixels_of(strip, v) == VL) store<float>(plane + v * VL, sum);
       else store_part<float>(plane + v * VL, sum, pixels_of(strip, v));
     }
@@ -333,10 +323,13 @@ template <class E, int step, class F> SIMD_INLINE void for_rows(F f) {
   }
 }
 
-// E::rows hidden channels: h (E::rows / E::packed, NV VL) of x and their bias; factor are those of f, laid out like h, or nullptr; before
-// (E::rows, NV VL) is g, or nullptr.
+// What a hidden channel is multiplied by.
+enum class Factor { gelu, given, slope };  // h = gelu(g), f o g, gelu'(f) o g
+
+// E::rows hidden channels: h (E::rows / E::packed, NV VL) of x and their bias; factor are those of f, laid out like h; before, like h, is g,
+// or nullptr.
 template <class E, int NV>
-void first_product(const Weights& weights, const float* bias, const float* x, const float* factor, float* h, float* before) {
+void first_product(const Weights& weights, const float* bias, const float* x, Factor kind, const float* factor, float* h, float* before) {
   V total[E::rows][NV];
   multiply<E, NV>(weights, x, total);
   const auto finish = [&](auto of) __attribute__((always_inline)) {  // of(sum, where its value of f stands, which of a unit's channels)
@@ -346,17 +339,18 @@ void first_product(const Weights& weights, const float* bias, const float* x, co
         const int64_t at = (m / E::packed * NV + v) * VL;
         V part[E::packed];
         UNROLL
-        for (int c = 0; c < E::packed; ++c) {
-          const V sum = total[m + c][v] + bias[m + c];
-          if (before) store<float>(before + ((m + c) * NV + v) * VL, sum);
-          part[c] = of(sum, at, c);
-        }
+        for (int c = 0; c < E::packed; ++c) part[c] = total[m + c][v] + bias[m + c];
+        if (before) store<float>(before + at, for_tile<E>(part));
+        UNROLL
+        for (int c = 0; c < E::packed; ++c) part[c] = of(part[c], at, c);
         store<float>(h + at, for_tile<E>(part));
       }
     });
   };
-  if (factor) finish([&](V sum, int64_t at, int c) { return sum * channel_in_tile<E>(load_raw<V>(factor + at), c); });
-  else finish([](V sum, int64_t, int) { return gelu(sum, E::tail); });
+  const auto of_factor = [&](int64_t at, int c) __attribute__((always_inline)) { return channel_in_tile<E>(load_raw<V>(factor + at), c); };
+  if (kind == Factor::gelu) finish([](V sum, int64_t, int) { return gelu(sum, E::tail); });
+  else if (kind == Factor::given) finish([&](V sum, int64_t at, int c) { return sum * of_factor(at, c); });
+  else finish([&](V sum, int64_t at, int c) { return sum * gelu_slope(of_factor(at, c), E::slope); });
 }
 
 // E::rows outputs: sums (E::rows, NV VL) += W_out h over a part of the hidden channels, s o r + b_out before the first; residual are those
@@ -395,12 +389,13 @@ template <class E, class Op> int64_t cut(const Op& op, int64_t first, int64_t ve
 }
 
 template <class E> void run(const PointwisePair<typename E::IO>& op, int64_t begin, int64_t end) {
+  using IO = typename E::IO;
   constexpr int64_t tile_vectors = E::tile_vectors, hidden_part = E::hidden_part, strip_pixels = E::vectors * VL;
   [[maybe_unused]] const typename E::Session session;
   // of a vector of pixels
-  const int64_t x_size = op.in / E::packed * VL, f_size = op.factor ? op.hidden / E::packed * VL : 0;
-  const int64_t r_size = op.residual ? op.out / E::packed * VL : 0, h_size = hidden_part / E::packed * VL, y_size = op.out * VL;
-  const int64_t g_size = op.before_gelu ? hidden_part * VL : 0, vectors_size = 2 * op.in + op.hidden + 2 * op.out;
+  const int64_t x_size = op.in / E::packed * VL, h_size = hidden_part / E::packed * VL, f_size = op.factor ? h_size : 0;
+  const int64_t g_size = op.before ? h_size : 0, r_size = op.residual ? op.out / E::packed * VL : 0, y_size = op.out * VL;
+  const int64_t vectors_size = 2 * op.in + op.hidden + 2 * op.out;
   const int64_t widened_size = E::packed == E::channels ? 0 : E::rows * (op.in > hidden_part ? op.in : hidden_part);
   const int64_t size = tile_vectors * (x_size + f_size + r_size + h_size + y_size + g_size) + vectors_size + widened_size;
   float* const x = static_cast<float*>(thread_scratch(size * sizeof(float)));
@@ -414,6 +409,9 @@ template <class E> void run(const PointwisePair<typename E::IO>& op, int64_t beg
   vectors.bias_out = widen_all<1>(op.bias_in, op.hidden, 0.0f, vectors.bias_in);
   vectors.residual_scale = widen_all<1>(op.bias_out, op.out, 0.0f, vectors.bias_out);
   widen_all<1>(op.residual_scale, op.out, 1.0f, vectors.residual_scale);
+  const Factor kind = !op.factor ? Factor::gelu : op.by_slope ? Factor::slope : Factor::given;
+  const auto unaligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % SIMD_BYTES; };
+  const bool stream = op.stream && !unaligned(op.before) && !unaligned(op.after);
   float scale[strip_pixels], shift[strip_pixels];
   const Norm norm{scale, shift, vectors.norm_weight, vectors.norm_bias};
   const int64_t tiles = (end - begin + tile_vectors - 1) / tile_vectors;
@@ -431,26 +429,31 @@ template <class E> void run(const PointwisePair<typename E::IO>& op, int64_t beg
         scale[i] = moments[1];
         shift[i] = -moments[0] * moments[1];
       }
-      load_strip<E, nv()>(op, op.x, op.in, op.x_last, strip, op.moments ? &norm : nullptr, x + strip.before * x_size);
-      if (op.factor) load_strip<E, nv()>(op, op.factor, op.hidden, op.x_last, strip, nullptr, factor + strip.before * f_size);
-      if (op.residual) load_strip<E, nv()>(op, op.residual, op.out, op.y_last, strip, nullptr, residual + strip.before * r_size);
+      load_strip<E, nv()>(op, Map{op.x, op.in, op.x_last}, 0, op.in, strip, op.moments ? &norm : nullptr, x + strip.before * x_size);
+      if (op.residual)
+        load_strip<E, nv()>(op, Map{op.residual, op.out, op.y_last}, 0, op.out, strip, nullptr, residual + strip.before * r_size);
     });
     for (int64_t from = 0; from < op.hidden; from += hidden_part) {
       const int64_t hidden = op.hidden - from < hidden_part ? op.hidden - from : hidden_part;
+      if (op.factor)
+        for_strips([&](auto nv, const Strip& strip) {
+          load_strip<E, nv()>(op, Map{op.factor, op.hidden, op.factor_last}, from, hidden, strip, nullptr, factor + strip.before * f_size);
+        });
       for (int64_t channel = 0; channel < (op.weight_in ? hidden : 0); channel += E::rows) {
         const Weights weights = block_of<E>(op.weight_in + (from + channel) * op.in, op.in, op.in, widened);
         for_strips([&](auto nv, const Strip& strip) {
-          const int64_t width = nv() * VL, row = (from + channel) / E::packed;
-          first_product<E, nv()>(weights, vectors.bias_in + from + channel, x + strip.before * x_size,
-                                 op.factor ? factor + strip.before * f_size + row * width : nullptr,
-                                 h + strip.before * h_size + channel / E::packed * width,
-                                 op.before_gelu ? g + strip.before * g_size + channel * width : nullptr);
+          const int64_t at = channel / E::packed * nv() * VL;
+          first_product<E, nv()>(weights, vectors.bias_in + from + channel, x + strip.before * x_size, kind, factor + strip.before * f_size + at,
+                                 h + strip.before * h_size + at, op.before ? g + strip.before * g_size + at : nullptr);
         });
       }
-      if (op.before_gelu)
-        for_strips([&](auto nv, const Strip& strip) {
-          store_strip<E, nv()>(op, Written{op.before_gelu, op.hidden, true}, from, hidden, g + strip.before * g_size, strip);
-        });
+      for_strips([&](auto nv, const Strip& strip) {
+        const auto store = [&](IO* to, const float* rows) {
+          if (to) store_strip<E, nv(), E::packed>(op, Map<IO>{to, op.hidden, true}, from, hidden, rows, strip, stream);
+        };
+        store(op.before, g + strip.before * g_size);
+        store(op.after, h + strip.before * h_size);
+      });
       for (int64_t channel = 0; channel < op.out; channel += E::rows) {
         const Weights weights = block_of<E>(op.weight_out + channel * op.hidden + from, op.hidden, hidden, widened);
         for_strips([&](auto nv, const Strip& strip) {
@@ -463,9 +466,30 @@ template <class E> void run(const PointwisePair<typename E::IO>& op, int64_t beg
       }
     }
     for_strips([&](auto nv, const Strip& strip) {
-      store_strip<E, nv()>(op, Written{op.y, op.out, op.y_last}, 0, op.out, y + strip.before * y_size, strip);
+      store_strip<E, nv(), 1>(op, Map<IO>{op.y, op.out, op.y_last}, 0, op.out, y + strip.before * y_size, strip);
     });
   }
+  if (stream) fence_streaming();
+}
+
+template <class IO> void add_product(const IO* a, const IO* b, IO* y, int64_t n) {
+  for (int64_t i = 0; i < n; i += VL) {
+    if (n - i >= VL) store<float>(y + i, load<float>(y + i) + load<float>(a + i) * load<float>(b + i));
+    else store_part<float>(y + i, load_part<float>(y + i, n - i) + load_part<float>(a + i, n - i) * load_part<float>(b + i, n - i), n - i);
+  }
+}
+
+// Columns [begin, end) of to = those rows of from, in blocks of a vector by a vector.
+template <class IO> void transposed(const IO* from, int64_t rows, int64_t columns, int64_t begin, int64_t end, IO* to) {
+  for (int64_t row = begin; row < end; row += VL)
+    for (int64_t column = 0; column < columns; column += VL) {
+      V square[VL];
+      UNROLL
+      for (int i = 0; i < VL; ++i) square[i] = load<float>(from + (row + i) * columns + column);
+      transpose<float>(square);
+      UNROLL
+      for (int i = 0; i < VL; ++i) store<float>(to + (column + i) * rows + row, square[i]);
+    }
 }
 
 // In chunks that stay in the first-level cache between the two sums; those of all chunks are put together in fp64.
@@ -512,7 +536,11 @@ extern const PointwisePairKernels pointwise_pair_kernels{
     {},
 #endif
     moments_of<float>,
-    moments_of<Bf16>};
+    moments_of<Bf16>,
+    add_product<float>,
+    add_product<Bf16>,
+    transposed<float>,
+    transposed<Bf16>};
 
 }  // namespace SIMD_NAME
 }  // namespace spanet

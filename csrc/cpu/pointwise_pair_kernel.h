@@ -5,17 +5,18 @@
 
 namespace spanet {
 
-// x (B, in, P) and factor (B, hidden, P) of one layout, y and residual (B, out, P) of another: contiguous or channels_last. Where all are
+// x (B, in, P), factor (B, hidden, P), y and residual (B, out, P), these two of one layout, are contiguous or channels_last. Where all are
 // channels_last they are one image of B P pixels. Weights (hidden, in) and (out, hidden) are contiguous. Only x, weight_out and y are
-// always there; without weight_in, hidden is in and the only product is that of weight_out. before_gelu (B, hidden, P) is channels_last.
+// always there; without weight_in, hidden is in and the only product is that of weight_out. before and after (B, hidden, P), channels_last,
+// become g and h; past the caches if `stream`.
 template <class IO> struct PointwisePair {
   int64_t images, pixels, in, hidden, out;
-  bool x_last, y_last;
+  bool x_last, y_last, factor_last, by_slope, stream;
   int64_t image_pixels;  // of one image, also where all are one
   const IO *x, *factor, *residual, *residual_scale, *weight_in, *bias_in, *weight_out, *bias_out;
   const float* moments;  // (B, 2): mean and 1 / deviation of the images of x
   const IO *norm_weight, *norm_bias;
-  IO *y, *before_gelu;
+  IO *y, *before, *after;
 
   int64_t vectors(int64_t lanes) const { return images * vectors_of_image(lanes); }
   int64_t vectors_of_image(int64_t lanes) const { return (pixels + lanes - 1) / lanes; }
@@ -37,6 +38,12 @@ struct PointwisePairKernels {
   PointwisePairEngine<Bf16> bf16, bf16_dot, bf16_tiles;  // the last two by AVX512_BF16 and AMX, or nothing
   Moments (*f32_moments)(const float* x, int64_t n);
   Moments (*bf16_moments)(const Bf16* x, int64_t n);
+  // y += a o b
+  void (*f32_add_product)(const float* a, const float* b, float* y, int64_t n);
+  void (*bf16_add_product)(const Bf16* a, const Bf16* b, Bf16* y, int64_t n);
+  // to (columns, rows), of rows [begin, end) of from
+  void (*f32_transposed)(const float* from, int64_t rows, int64_t columns, int64_t begin, int64_t end, float* to);
+  void (*bf16_transposed)(const Bf16* from, int64_t rows, int64_t columns, int64_t begin, int64_t end, Bf16* to);
 };
 
 namespace plain { extern const PointwisePairKernels pointwise_pair_kernels; }

@@ -131,6 +131,8 @@ Tensor mode_coefficients(const Tensor& x, int64_t radius_squared) {
   return coefficients;
 }
 
+}  // namespace
+
 std::tuple<Tensor, Tensor> radial_filter_backward(const Tensor& grad, const Tensor& x, int64_t radius_squared) {
   const int64_t images = x.size(0), channels = x.size(1), h = x.size(2), w = x.size(3);
   const int64_t shells = shell_count(radius_squared);
@@ -170,8 +172,6 @@ std::tuple<Tensor, Tensor> radial_filter_backward(const Tensor& grad, const Tens
   });
   return {std::move(base_grad), std::move(gain_grad)};
 }
-
-}  // namespace
 
 void radial_filter_into(const Tensor& y, const Tensor& x, const Tensor& base, const Tensor& gain, int64_t radius_squared) {
   const int64_t channels = x.size(1);

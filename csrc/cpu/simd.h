@@ -351,8 +351,18 @@ template <class T, int S = 1> SIMD_INLINE void transpose(Vec<T>* v) {
 // The vectors that fill SIMD_BYTES of memory.
 template <class T, class IO> constexpr int64_t vectors_of_line = SIMD_BYTES / sizeof(IO) / lanes_of<T>;
 
+// A vector to memory, which is aligned if it goes past the caches, as it does if `stream`.
+template <class V> SIMD_INLINE void store_whole(void* to, V v, [[maybe_unused]] bool stream) {
+#if SIMD_BYTES == 64
+  if (stream) return _mm512_stream_si512((__m512i*)to, (__m512i)v);
+#elif SIMD_BYTES == 32
+  if (stream) return _mm256_stream_si256((__m256i*)to, (__m256i)v);
+#endif
+  std::memcpy(to, &v, sizeof v);
+}
+
 // Narrows so many vectors at `from` to a whole, aligned vector in memory, past the caches if `stream`.
-template <class T, class IO> SIMD_INLINE void store_line(const T* from, IO* to, [[maybe_unused]] bool stream) {
+template <class T, class IO> SIMD_INLINE void store_line(const T* from, IO* to, bool stream) {
   typedef uint8_t Bytes __attribute__((vector_size(SIMD_BYTES)));
   Bytes line{};
 #if SIMD_BYTES == 64
@@ -382,12 +392,7 @@ template <class T, class IO> SIMD_INLINE void store_line(const T* from, IO* to, 
 #endif
     }
   }
-#if SIMD_BYTES == 64
-  if (stream) return _mm512_stream_si512((__m512i*)to, (__m512i)line);
-#elif SIMD_BYTES == 32
-  if (stream) return _mm256_stream_si256((__m256i*)to, (__m256i)line);
-#endif
-  std::memcpy(to, &line, sizeof line);
+  store_whole(to, line, stream);
 }
 
 SIMD_INLINE void fence_streaming() {

@@ -15,7 +15,6 @@ from ..composed import exact
 from ..products import (
     Branch,
     cast,
-    column_sums,
     linear,
     multiplied_in,
     onednn_serves,
@@ -209,24 +208,33 @@ def _gradients_by_parts(
 ) -> tuple[Tensor, ...]:
     """Gradients to x (nothing if it needs none) and, in these dtypes, weight_in, bias_in, weight_out and bias_out; h as `_by_parts` returns
     it."""
-    x_grad = torch.empty_like(x, memory_format=modes.memory_format(x)) if needs_x else x
+    fused = bias_in is None and x.is_cpu and pair_fits(x, weight_in, weight_out)
+    x_grad = torch.empty_like(x, memory_format=modes.memory_format(x)) if needs_x or fused else x
+    grad = modes.like(grad, grad) if fused else grad
     sums: list[Tensor] = []
     wide = multiplied_in(x)
     _, in_gelu = _places(None if bias_in is None else bias_in.to(wide))
     pieces = parts(h, PART if h.dtype == wide else WIDENED_PART)
     for part in pieces:
+        if fused:
+            g_part, h_part = some(grad, part), some(h, part)
+            h_grad_part = torch.empty_like(h_part)
+            torch.ops.spanet_kernels.pointwise_mlp_backward.default(some(x_grad, part), h_grad_part, g_part, h_part, weight_in, weight_out)
+            grads = [*outer(rows(h_grad_part), rows(some(x, part))), *outer(rows(g_part), rows(h_part), gelu=True)]
+            sums = summed(sums, grads, part is pieces[-1])
+            continue
         g, hidden, x_part = (rows(some(images, part)).to(wide) for images in (grad, h, x))
         h_grad = product(g, weight_out)  # of gelu(h), then of h
         a, bias_grad = _gelu(hidden, in_gelu, h_grad)
         del hidden
-        weight_out_grad = outer(g, a)
+        weight_out_grad, bias_out_grad = outer(g, a)
         del a
         if needs_x:
             x_grad_part = some(x_grad, part)
             written = place(x_grad_part, wide)
             write(written, h_grad, weight_in.mT)
             settle(x_grad_part, written)
-        sums = summed(sums, [outer(h_grad, x_part), bias_grad, weight_out_grad, column_sums(g)], part is pieces[-1])
+        sums = summed(sums, [outer(h_grad, x_part)[0], bias_grad, weight_out_grad, bias_out_grad], part is pieces[-1])
     weight_in_grad, bias_in_grad, weight_out_grad, bias_out_grad = cast(sums, dtypes)
     return x_grad, weight_in_grad[:, :, None, None], bias_in_grad, weight_out_grad[:, :, None, None], bias_out_grad
 
@@ -237,8 +245,13 @@ def _gelu_fake(x: Tensor, bias: Tensor | None, grad: Tensor | None) -> tuple[Ten
 
 
 @torch.library.register_fake("spanet_kernels::outer_sum")
-def _outer_fake(left: Tensor, right: Tensor) -> Tensor:
-    return left.new_empty(left.shape[1], right.shape[1])
+def _outer_fake(left: Tensor, left_factor: Tensor | None, right: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return left.new_empty(left.shape[1], right.shape[1], dtype=torch.float32), left.new_empty(left.shape[1], dtype=torch.float32)
+
+
+@torch.library.register_fake("spanet_kernels::pointwise_mlp_backward")
+def _mlp_backward_fake(x_grad: Tensor, h_grad: Tensor, *_: Tensor) -> None:
+    pass
 
 
 @torch.library.register_fake("spanet_kernels::image_moments")

@@ -187,6 +187,13 @@ def _mixer_fake(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return y, t, torch.empty_like(t) if composed.keeps_context(x) else nothing[0], nothing[1]
 
 
+@torch.library.register_fake("spanet_kernels::mixer_branch_backward")
+def _branch_backward_fake(x_grad: Tensor, grad: Tensor, x: Tensor, t: Tensor, context: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
+    in_weight, *convs, weight, bias, base, gain, out_weight, _, learns = args
+    shapes = [in_weight, bias, *convs, weight, bias, *((base, gain) if learns else (None, None)), out_weight, bias]
+    return tuple(x.new_empty(0 if like is None else like.shape, dtype=torch.float32) for like in shapes)
+
+
 @torch.library.register_fake("spanet_kernels::spectral_mixer_backward")
 def _gradient_fake(grad: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
     *_, in_weight, row_weight, row_bias, column_weight, column_bias, weight, bias, base, gain, out_weight, _, learns = args
