@@ -6,6 +6,7 @@ leaves in the caches fall on all of them alike. A slow competitor takes part in 
 
 from __future__ import annotations
 
+import gc
 import math
 import random
 import statistics
@@ -157,6 +158,8 @@ def interleave(functions: Mapping[str, Function], clock: Clock, budget: float, s
     again = dict(zip(brief, clock.round([functions[name] for name in brief]), strict=True))
     counts = {name: int(max(least, min(samples, share / min(once[name], again.get(name, math.inf))))) for name in names}
     rounds = max(counts.values())
+    gc.collect()  # a full collection within a sample would be of what the process holds, not of the function
+    gc.freeze()
     order, deadline = random.Random(0), time.perf_counter() + 3 * budget
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for index in range(rounds):
@@ -166,4 +169,5 @@ def interleave(functions: Mapping[str, Function], clock: Clock, budget: float, s
             seconds[name].append(value)
         if time.perf_counter() > deadline and min(map(len, seconds.values())) >= least:
             break
+    gc.unfreeze()
     return {name: Timing.of(values) for name, values in seconds.items()}

@@ -87,6 +87,7 @@ KINDS = {  # a part of an operator's name, to what it is shown as; the first tha
     "spanet_kernels::pointwise_mlp": "matrix products",
     "spanet_kernels::mixer_branch": "SPAM layers",  # products, filter and all
     "spanet_kernels::image_moments": "norms",
+    "spanet_kernels::branch_": "norms",  # and the sums of residual branches
     "spanet_kernels::gelu": "activations",
     "spanet_kernels::": "SPAM kernels",
     "linear": "matrix products",

@@ -42,12 +42,12 @@ STABLE_TORCH_LIBRARY(spanet_kernels, m) {
       " Tensor row_bias, Tensor column_weight, Tensor column_bias, Tensor weight, Tensor bias, Tensor base, Tensor gain,"
       " Tensor out_weight, int radius_squared, bool profile_learns) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "mixer_branch(Tensor(a!) y, Tensor(b!)? t, Tensor x, Tensor? norm_weight, Tensor? norm_bias, float eps, Tensor? residual,"
+      "mixer_branch(Tensor(a!) y, Tensor(b!)? t, Tensor(c!)? context, Tensor x, Tensor? norm_weight, Tensor? norm_bias, float eps, Tensor? residual,"
       " Tensor? residual_scale, Tensor in_weight, Tensor in_bias, Tensor row_weight, Tensor row_bias, Tensor column_weight,"
       " Tensor column_bias, Tensor weight, Tensor bias, Tensor base, Tensor gain, Tensor out_weight, Tensor out_bias,"
       " int radius_squared) -> ()");
   m.def(
-      "mixer_branch_backward(Tensor(a!) x_grad, Tensor grad, Tensor x, Tensor t, Tensor? context, Tensor in_weight, Tensor row_weight,"
+      "mixer_branch_backward(Tensor(a!) x_grad, Tensor grad, Tensor x, Tensor t, Tensor context, Tensor in_weight, Tensor row_weight,"
       " Tensor row_bias, Tensor column_weight, Tensor column_bias, Tensor weight, Tensor bias, Tensor base, Tensor gain, Tensor out_weight,"
       " int radius_squared, bool profile_learns) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("gelu(Tensor x, Tensor? bias, Tensor(a!)? grad) -> (Tensor, Tensor)");
@@ -55,6 +55,11 @@ STABLE_TORCH_LIBRARY(spanet_kernels, m) {
   m.def("column_sums(Tensor x) -> Tensor");
   m.def("image_norm(Tensor x, Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor)");
   m.def("image_norm_backward(Tensor grad, Tensor x, Tensor moments, Tensor weight) -> (Tensor, Tensor, Tensor)");
+  m.def("branch_norm(Tensor(a!) n, Tensor x, Tensor moments, Tensor weight, Tensor bias) -> ()");
+  m.def(
+      "branch_norm_backward(Tensor(a!) x_grad, Tensor n_grad, Tensor x, Tensor moments, Tensor weight, Tensor? sum_grad, Tensor? scale)"
+      " -> (Tensor, Tensor, Tensor)");
+  m.def("branch_sum(Tensor(a!) y, Tensor f, Tensor x, Tensor? scale) -> ()");
   m.def("image_moments(Tensor x, float eps) -> Tensor");
   m.def(
       "pointwise_pair(Tensor(a!) y, Tensor x, Tensor? moments, Tensor? norm_weight, Tensor? norm_bias, Tensor? factor, Tensor? residual,"

@@ -42,6 +42,9 @@ OPERATORS = (
     "image_norm",
     "image_norm_backward",
     "image_moments",
+    "branch_norm",
+    "branch_norm_backward",
+    "branch_sum",
     "pointwise_pair",
     "pointwise_mlp_backward",
 )

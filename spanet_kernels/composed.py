@@ -36,7 +36,6 @@ from .products import (
 
 PART = 2 * 2**20  # bytes of a tensor of the images that a CPU takes at a time; in the backward pass, with more of them in use:
 BACKWARD_PART = 7 * 2**18
-KEPT_CHANNELS = 512  # from so many a CPU keeps the context for the gradients: to multiply again would cost more than its memory
 
 _ops = torch.ops.spanet_kernels
 P = ParamSpec("P")
@@ -160,11 +159,6 @@ def takes_coefficients(x: Tensor) -> bool:
     return x.is_cuda and x.element_size() == 2
 
 
-def keeps_context(x: Tensor) -> bool:
-    """Whether `spectral_mixer` keeps W F(z) + b for the gradients, where it keeps anything."""
-    return not x.is_cuda and x.shape[1] >= KEPT_CHANNELS
-
-
 def _placed(whole: Tensor | None, part: slice, value: Tensor) -> Tensor:
     if whole is None:
         return value
@@ -191,8 +185,8 @@ def spectral_mixer(
     keep: bool,
     branch: Branch = Branch(),  # noqa: B008  an immutable value
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`reference.spectral_mixer`; keep returns for the gradients t and, on GPUs, z and its coefficients, on a CPU W F(z) + b of
-    many channels; what it does not keep is empty. The weights may be of any dtype.
+    """`reference.spectral_mixer`; keep returns for the gradients t and, on GPUs, z and its coefficients, elsewhere W F(z) + b in place of
+    z, which costs less to compute again; what it does not keep is empty. The weights may be of any dtype.
 
     With a branch, the residual branch that the mixer makes; x and its residual are then dense, and in one dtype with all the weights, and
     on a GPU `pair_serves` them.
@@ -202,14 +196,15 @@ def spectral_mixer(
         (x.dtype,) * 6 + (base.dtype,) * 4,
     )
     before, after = (in_weight, in_bias, row_weight, row_bias, column_weight, column_bias), (bias, base, gain, out_weight, out_bias)
-    if not x.is_cpu or (keep and keeps_context(x)) or not pair_serves(x, weight, out_weight):
+    if not x.is_cpu or not pair_serves(x, weight, out_weight):
         return mixer_in_parts(x, *before, weight, *after, radius_squared, keep, branch=branch)
     y = torch.empty_like(x, memory_format=modes.memory_format(x))
-    t = torch.empty_like(x, memory_format=torch.channels_last) if keep else None
+    t, context = (torch.empty_like(x, memory_format=torch.channels_last) if keep else None for _ in range(2))
     branch = branch if branch.residual is None else branch._replace(residual=modes.like(branch.residual, y))
     dense = (value.contiguous() for value in (*before, _applied(weight, base, radius_squared), *after))
-    _ops.mixer_branch(y, t, modes.like(x, x), *branch, *dense, radius_squared)
-    return y, x.new_empty(0) if t is None else t, x.new_empty(0), base.new_empty(0)
+    _ops.mixer_branch(y, t, context, modes.like(x, x), *branch, *dense, radius_squared)
+    nothing = x.new_empty(0)
+    return y, nothing if t is None else t, nothing if context is None else context, base.new_empty(0)
 
 
 def mixer_in_parts(
@@ -221,7 +216,7 @@ def mixer_in_parts(
     in_weight, in_bias, row_weight, row_bias, column_weight, column_bias, weight, bias, base, gain, *last = args
     out_weight, out_bias, radius_squared, keep = last
     wanted = radius_squared if takes_coefficients(x) else -1
-    with_context, pieces = keep and keeps_context(x), parts(x, PART)
+    with_context, pieces = keep and not x.is_cuda, parts(x, PART)
     # memory for the results of all parts; of a single one the result is the whole
     out, all_t, all_context = (
         torch.empty_like(x, memory_format=layout) if wants and len(pieces) > 1 else None
@@ -272,9 +267,8 @@ def spectral_mixer_backward(grad: Tensor, x: Tensor, t: Tensor, z: Tensor, coeff
     weights = in_weight, row_weight, row_bias, column_weight, column_bias, weight, bias, base, gain, out_weight
     if x.numel() and radius_squared >= 0 and outer_sum_serves(x) and pair_serves(x, weight, out_weight):
         x_grad = torch.empty_like(x, memory_format=modes.memory_format(x))
-        kept = modes.like(x, x), t, z if z.numel() else None
         dense = (value.contiguous() for value in weights)
-        found = _ops.mixer_branch_backward(x_grad, modes.like(grad, grad), *kept, *dense, radius_squared, learns)
+        found = _ops.mixer_branch_backward(x_grad, modes.like(grad, grad), modes.like(x, x), t, z, *dense, radius_squared, learns)
     else:
         x_grad, *found = gradients_in_parts(grad, x, t, z, coefficients, *weights, radius_squared, learns)
     return x_grad, *cast(found, dtypes)
@@ -311,9 +305,9 @@ def gradients_in_parts(
             y_grad, y = image(product(g, out_weight), z.shape), _ops.spectral_gate(z, coefficients, *gate_args)
             gate = [*_ops.spectral_gate_backward(y_grad, z, coefficients, *gate_args, profile_learns), *outer(g, rows(y))]
         else:
-            # GPUs kept z, which is whole there, a CPU the context or nothing
+            # GPUs kept z, which is whole there, others the context
             again = [z if t.is_cuda else _ops.axial_conv(t_part, row_weight, row_bias, column_weight, column_bias, -1)[0]]
-            context = rows(some(z, part)) if not t.is_cuda and z.numel() else None
+            context = None if t.is_cuda else rows(some(z, part))
             gate = _gate_gradients(g, again.pop(), *gate_args, profile_learns, out_weight, context)
         t_grad, *conv = _ops.axial_conv_backward(gate.pop(0), t_part, row_weight, row_bias, column_weight)
         t_grad = rows(t_grad)

@@ -158,9 +158,13 @@ def spectral_gate(
     z: Tensor, coefficients: Tensor | None, weight: Tensor, bias: Tensor, base: Tensor, gain: Tensor, radius_squared: int
 ) -> Tensor:
     """z o (W F(z) + b), F the radial filter of base and gain, W (C, C) a 1x1 convolution; coefficients are those of z, if at hand."""
+    return modes.like(z * spectral_context(z, weight, bias, base, gain, radius_squared), z)
+
+
+def spectral_context(z: Tensor, weight: Tensor, bias: Tensor, base: Tensor, gain: Tensor, radius_squared: int) -> Tensor:
+    """W F(z) + b."""
     filtered = radial_filter(z.to(base.dtype), base, gain, radius_squared).to(z.dtype)  # FFTs refuse most 16-bit sizes
-    context = torch.einsum("oc,bchw->bohw", weight, filtered) + bias[:, None, None]
-    return modes.like(z * context, z)
+    return torch.einsum("oc,bchw->bohw", weight, filtered) + bias[:, None, None]
 
 
 def spectral_gate_backward(
@@ -199,7 +203,8 @@ def spectral_mixer(
     radius_squared: int,
     keep: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """proj_out(gate(axial_conv(proj_in(x)))), proj_in and proj_out being 1x1 convolutions; and what its gradients need, or nothing.
+    """proj_out(gate(axial_conv(proj_in(x)))), proj_in and proj_out being 1x1 convolutions; and what its gradients need, or nothing:
+    t = proj_in(x), on GPUs z = axial_conv(t), elsewhere W F(z) + b, and the coefficients of z.
 
     The weights, of any dtype, are computed with in that of x, those of the axial convolution in that of base.
     """
@@ -213,12 +218,15 @@ def spectral_mixer(
     z, coefficients = axial_conv(t, row_weight, row_bias, column_weight, column_bias, radius_squared)
     y = spectral_gate(z, coefficients, weight, bias, base, gain, radius_squared)
     out = modes.like(torch.einsum("oc,bchw->bohw", out_weight, y) + out_bias[:, None, None], x)
-    return (out, t, z, coefficients) if keep else (out, x.new_empty(0), x.new_empty(0), base.new_empty(0))
+    if not keep:
+        return out, x.new_empty(0), x.new_empty(0), base.new_empty(0)
+    return out, t, z if x.is_cuda else spectral_context(z, weight, bias, base, gain, radius_squared), coefficients
 
 
 def mixer_branch(
     y: Tensor,
     t: Tensor | None,
+    context: Tensor | None,
     x: Tensor,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
@@ -228,17 +236,18 @@ def mixer_branch(
     *args: Any,
     mixer: Callable[..., tuple[Tensor, ...]] = spectral_mixer,
 ) -> None:
-    """y = residual_scale o residual + spectral_mixer(norm(x), ...) and its t, by a mixer; what is None is left out.
+    """y = residual_scale o residual + spectral_mixer(norm(x), ...), its t and its context, by a mixer; what is None is left out.
 
     norm is a GroupNorm with one group; the last of the other arguments, those of `spectral_mixer`, is radius_squared.
     """
     n = x if norm_weight is None else functional.group_norm(x, 1, norm_weight, norm_bias, eps)
-    found, hidden, *_ = mixer(n, *args, True)
+    found, *kept = mixer(n, *args, True)
     if residual is not None:
         found = (residual if residual_scale is None else residual_scale[:, None, None] * residual) + found
     y.copy_(found)
-    if t is not None:
-        t.copy_(hidden)
+    for to, value in zip((t, context), kept, strict=False):
+        if to is not None:
+            to.copy_(value)
 
 
 def mixer_branch_backward(
@@ -246,14 +255,14 @@ def mixer_branch_backward(
     grad: Tensor,
     x: Tensor,
     t: Tensor,
-    context: Tensor | None,
+    context: Tensor,
     *args: Any,
     gradients: Callable[..., tuple[Tensor, ...]] | None = None,
 ) -> tuple[Tensor, ...]:
     """The gradients of `spectral_mixer` by a function like `spectral_mixer_backward`, that to x written, the others in fp32 at least, from
-    what `spectral_mixer` keeps on a CPU: t and, of many channels, context, W F(z) + b."""
-    wide, nothing = args[-4].dtype, x.new_empty(0)
-    found = (gradients or spectral_mixer_backward)(grad, x, t, nothing if context is None else context, nothing, *args)
+    what `spectral_mixer` keeps on a CPU: t and the context."""
+    wide = args[-5].dtype
+    found = (gradients or spectral_mixer_backward)(grad, x, t, context, x.new_empty(0), *args)
     x_grad.copy_(found[0])
     return tuple(value.to(wide) if value.numel() else value.new_empty(0, dtype=wide) for value in found[1:])
 
@@ -283,6 +292,30 @@ def gelu(x: Tensor, bias: Tensor | None, grad: Tensor | None) -> tuple[Tensor, T
         return functional.gelu(h), x.new_empty(0, dtype=wide)
     grad.copy_(torch.ops.aten.gelu_backward(grad, h))
     return functional.gelu(h), grad.sum(0, dtype=wide)
+
+
+def branch_norm(n: Tensor, x: Tensor, moments: Tensor, weight: Tensor, bias: Tensor) -> None:
+    """n = weight o (x - mean) / deviation + bias, of the dtype of n; mean and 1 / deviation being `image_moments`."""
+    n.copy_(_normalised(x, moments) * weight[:, None, None] + bias[:, None, None])
+
+
+def branch_norm_backward(
+    x_grad: Tensor, n_grad: Tensor, x: Tensor, moments: Tensor, weight: Tensor, sum_grad: Tensor | None, scale: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of <n_grad, `branch_norm`> + <sum_grad, scale o x>: x_grad, and those to weight, bias and scale, empty without one."""
+    x_grad_, weight_grad, bias_grad = image_norm_backward(n_grad, x.to(moments.dtype), moments, weight)
+    scale_grad = weight.new_empty(0)
+    if sum_grad is not None:
+        x_grad_ = x_grad_ + (sum_grad if scale is None else sum_grad * scale[:, None, None])
+    if sum_grad is not None and scale is not None:
+        scale_grad = (sum_grad.to(scale.dtype) * x).sum((0, 2, 3))
+    x_grad.copy_(x_grad_)
+    return weight_grad, bias_grad, scale_grad
+
+
+def branch_sum(y: Tensor, f: Tensor, x: Tensor, scale: Tensor | None) -> None:
+    """y = scale o x + f, in the dtype of x."""
+    y.copy_((x if scale is None else x * scale[:, None, None]) + f)
 
 
 def image_moments(x: Tensor, eps: float) -> Tensor:

@@ -35,10 +35,11 @@ def sample(shape, radius, dtype, layout="contiguous"):
 
 
 def run(function, args, squared, keep=False):
-    """y, and t where it is kept, in fresh memory, NaN before."""
-    y, t = (torch.full_like(args[0], torch.nan, memory_format=layout) for layout in (modes.memory_format(args[0]), torch.channels_last))
-    function(y, t if keep else None, *args, squared)
-    return (y, t) if keep else y
+    """y, and t and the context where they are kept, in fresh memory, NaN before."""
+    layouts = modes.memory_format(args[0]), torch.channels_last, torch.channels_last
+    y, *kept = (torch.full_like(args[0], torch.nan, memory_format=layout) for layout in layouts)
+    function(y, *(kept if keep else (None, None)), *args, squared)
+    return (y, *kept) if keep else y
 
 
 def widened(args):
@@ -60,41 +61,34 @@ def test_as_accurate_as_the_reference(shape, radius, dtype, layout, what):
     exact, plain = (run(reference.mixer_branch, given, squared) for given in (widened(args), args))
     # between them t, z, the filtered z and the gate are rounded, in bf16 a sample of one distribution each
     assert_as_accurate(y, plain, exact, units=4, alike=True)
-    again, t = run(operator, args, squared, keep=True)
+    again, *kept = run(operator, args, squared, keep=True)
     assert torch.equal(y, again)
-    hidden = [run(reference.mixer_branch, given, squared, keep=True)[1] for given in (args, widened(args))]
-    assert_as_accurate(t, *hidden, units=4, alike=True)
+    expected = [run(reference.mixer_branch, given, squared, keep=True)[1:] for given in (args, widened(args))]
+    for ours, theirs, truth in zip(kept, *expected, strict=True):
+        assert_as_accurate(ours, theirs, truth, units=4, alike=True)
     for image in range(shape[0]):
         one = [arg[image : image + 1] if arg is not None and i in (0, 4) else arg for i, arg in enumerate(args)]
         assert torch.equal(run(operator, one, squared), y[image : image + 1])
 
 
-def gradients(function, given, context, args, learns):
+def gradients(function, maps, args, learns):
     """Of x in fresh memory, NaN before, and of the parameters."""
-    grad, x, t = given
-    x_grad = torch.full_like(x, torch.nan, memory_format=modes.memory_format(x))
-    return x_grad, *function(x_grad, grad, x, t, context, *args, learns)
+    x_grad = torch.full_like(maps[1], torch.nan, memory_format=modes.memory_format(maps[1]))
+    return x_grad, *function(x_grad, *maps, *args, learns)
 
 
-@pytest.mark.parametrize("kept", [False, True])
 @pytest.mark.parametrize("learns", [False, True])
 @pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("shape", "radius"), [case for case in SHAPES if case[1] is not None], ids=str)
-def test_gradients_as_accurate_as_the_reference(shape, radius, dtype, layout, learns, kept):
+def test_gradients_as_accurate_as_the_reference(shape, radius, dtype, layout, learns):
     (x, _, _, _, _, _, *mixer), squared = sample(shape, radius, dtype, layout)
     in_weight, _, *between, out_weight, _ = mixer
     args = [in_weight, *between, out_weight, squared]
-    grad = make_input(shape, dtype, layout, seed=7)
-    t, z = (value.contiguous(memory_format=torch.channels_last) for value in reference.spectral_mixer(x, *mixer, squared, True)[1:3])
-    context = None
-    if kept:
-        *_, weight, bias, base, gain = between
-        filtered = torch.ops.spanet_kernels.radial_filter(z, base, gain, squared)
-        context = (torch.einsum("oc,bchw->bohw", weight, filtered) + bias[:, None, None]).contiguous(memory_format=torch.channels_last)
-    found = gradients(operator_backward, (grad, x, t), context, args, learns)
-    plain = gradients(reference.mixer_branch_backward, (grad, x, t), None, args, learns)
-    truth = gradients(reference.mixer_branch_backward, (grad.double(), x.double(), t.double()), None, widened(args), learns)
+    kept = (value.contiguous(memory_format=torch.channels_last) for value in reference.spectral_mixer(x, *mixer, squared, True)[1:3])
+    maps = make_input(shape, dtype, layout, seed=7), x, *kept
+    found, plain = (gradients(function, maps, args, learns) for function in (operator_backward, reference.mixer_branch_backward))
+    truth = gradients(reference.mixer_branch_backward, widened(maps), widened(args), learns)
     for index, (ours, theirs, exact) in enumerate(zip(found, plain, truth, strict=True)):
         if not learns and index in (9, 10):
             assert ours.numel() == 0
@@ -103,16 +97,16 @@ def test_gradients_as_accurate_as_the_reference(shape, radius, dtype, layout, le
         # sums over one pixel are its own rounding: a unit of bf16
         units = 2**15 if dtype == torch.bfloat16 and shape[2] * shape[3] == 1 else 16
         assert_as_accurate(ours, theirs, exact, units=units, alike=True)
-    for ours, again in zip(found, gradients(operator_backward, (grad, x, t), context, args, learns), strict=True):
+    for ours, again in zip(found, gradients(operator_backward, maps, args, learns), strict=True):
         assert torch.equal(ours, again)
 
 
 def test_by_the_modes_and_by_the_reference():
     args, squared = sample((3, 64, 7, 9), 1, torch.float32)
-    y, t = run(operator, args, squared, keep=True)
+    expected = run(operator, args, squared, keep=True)
     for implementation in ("modes", "reference"):
         with use(implementation):
-            for ours, theirs in zip(run(operator, args, squared, keep=True), (y, t), strict=True):
+            for ours, theirs in zip(run(operator, args, squared, keep=True), expected, strict=True):
                 torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
@@ -120,8 +114,8 @@ def test_operator_contract():
     for layout in FORMATS:
         args, squared = sample((2, 32, 5, 6), 1, torch.float32, layout)
         y, t = torch.zeros_like(args[0]), torch.zeros_like(args[0], memory_format=torch.channels_last)
-        torch.library.opcheck(operator, (y, t, *args, squared))
-        torch.library.opcheck(operator, (y, None, args[0], None, None, 0.0, None, None, *args[6:], squared))
+        torch.library.opcheck(operator, (y, t, t.clone(), *args, squared))
+        torch.library.opcheck(operator, (y, None, None, args[0], None, None, 0.0, None, None, *args[6:], squared))
 
 
 def test_no_images():
@@ -132,18 +126,18 @@ def test_no_images():
 
 def test_contract_of_the_gradients():
     (x, _, _, _, _, _, in_weight, _, *between, out_weight, _), squared = sample((2, 32, 5, 6), 1, torch.float32)
-    maps = torch.zeros_like(x), x, x, x.contiguous(memory_format=torch.channels_last)
+    maps = torch.zeros_like(x), x, x, *(x.clone(memory_format=torch.channels_last) for _ in range(2))
     weights = in_weight, *between, out_weight
     for learns in (False, True):
-        torch.library.opcheck(operator_backward, (*maps, None, *weights, squared, learns))
+        torch.library.opcheck(operator_backward, (*maps, *weights, squared, learns))
     for message, given, radius in (
         ("radius_squared must be at least 0, got -1", maps, -1),
-        ("t must be channels_last", (*maps[:3], x), squared),
+        ("t and context must be channels_last", (*maps[:4], x), squared),
         ("grad must have the shape and dtype of x", (maps[0], x.double(), *maps[2:]), squared),
         (r"x must have shape \(B, C, H, W\) and elements", tuple(value[:0] for value in maps), squared),
     ):
         with pytest.raises(RuntimeError, match=f"mixer_branch_backward: {message}"):
-            operator_backward(*given, None, *weights, radius, False)
+            operator_backward(*given, *weights, radius, False)
 
 
 @pytest.mark.parametrize(
@@ -163,8 +157,8 @@ def test_bad_input(index, wrong, message):
     y = torch.full_like(args[0], torch.nan)
     args[index] = wrong
     with pytest.raises(RuntimeError, match=message):
-        operator(y, None, *args, squared)
+        operator(y, None, None, *args, squared)
     with pytest.raises(RuntimeError, match="mixer_branch: y must have the shape and dtype of x"):
-        operator(y[:1], None, *sample((2, 32, 5, 6), 1, torch.float32)[0], squared)
+        operator(y[:1], None, None, *sample((2, 32, 5, 6), 1, torch.float32)[0], squared)
     with pytest.raises(RuntimeError, match="mixer_branch: t must have the shape and dtype of x"):
-        operator(y, y.double(), *sample((2, 32, 5, 6), 1, torch.float32)[0], squared)
+        operator(y, y.double(), None, *sample((2, 32, 5, 6), 1, torch.float32)[0], squared)

@@ -72,7 +72,7 @@ def test_imports_go_one_way(path):
 def test_every_operator_has_every_fallback():
     # other operators call them below autograd
     pieces = {"mode_coefficients", "outer_sum", "gelu", "column_sums", "image_moments", "pointwise_pair", "pointwise_mlp_backward"}
-    pieces |= {"mixer_branch", "mixer_branch_backward"}
+    pieces |= {"mixer_branch", "mixer_branch_backward", "branch_norm", "branch_norm_backward", "branch_sum"}
     gradients = {
         "axial_conv_backward",
         "spectral_gate_backward",

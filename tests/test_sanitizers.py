@@ -58,15 +58,24 @@ for dtype, layout in itertools.product((torch.float32, torch.bfloat16), LAYOUTS[
         norm = torch.ones(c, dtype=dtype), torch.zeros(c, dtype=dtype), 1e-5
         square, vector = torch.randn(c, c, dtype=dtype), torch.randn(c, dtype=dtype)
         taps = (torch.randn(c, 7), torch.randn(c)) * 2
-        for t in (None, torch.empty_like(x, memory_format=torch.channels_last)):
+        for kept in ((None, None), [torch.empty_like(x, memory_format=torch.channels_last) for _ in range(2)]):
             y, profile = torch.empty_like(x), (torch.ones(c), torch.ones(4, c))
             weights = square, vector, *taps, square, vector, *profile, square, vector
-            torch.ops.spanet_kernels.mixer_branch(y, t, x, *norm, x, vector, *weights, 4)
+            torch.ops.spanet_kernels.mixer_branch(y, *kept, x, *norm, x, vector, *weights, 4)
             assert y.isfinite().all()
-        for context in (None, t):
-            weights = square, *taps, square, vector, *profile, square
-            grads = torch.ops.spanet_kernels.mixer_branch_backward(y, x, x, t, context, *weights, 4, True)
-            assert all(g.isfinite().all() for g in (y, *grads))
+        weights = square, *taps, square, vector, *profile, square
+        grads = torch.ops.spanet_kernels.mixer_branch_backward(y, x, x, *kept, *weights, 4, True)
+        assert all(g.isfinite().all() for g in (y, *grads))
+for (of_x, of_n), layout in itertools.product(((torch.float32,) * 2, (torch.bfloat16,) * 2, (torch.float32, torch.bfloat16)), LAYOUTS[:2]):
+    for shape in ((2, 3, 1, 1), (2, 37, 9, 11), (1, 64, 17, 16)):
+        x, n = make_input(shape, of_x, layout), make_input(shape, of_n, layout)
+        weight, bias, scale = torch.randn(3, shape[1])
+        moments, y = torch.ops.spanet_kernels.image_moments(x, 1e-5), torch.empty_like(x)
+        torch.ops.spanet_kernels.branch_norm(n, x, moments, weight, bias)
+        grads = torch.ops.spanet_kernels.branch_norm_backward(y, n, x, moments, weight, x, scale)
+        assert all(t.isfinite().all() for t in (n, y, *grads))
+        torch.ops.spanet_kernels.branch_sum(y, n, x, scale)
+        assert y.isfinite().all()
 for dtype, (n, d) in itertools.product(DTYPES, ((1, 1), (65, 37), (130, 64))):
     h, bias, grad = (torch.randn(shape, dtype=dtype) for shape in ((n, d), d, (n, d)))
     for given in (None, grad):
@@ -103,7 +112,7 @@ def sanitized(tmp_path_factory):
         simd["avx2"] = ["-DSIMD_BYTES=32", "-mavx2", "-mfma", "-mf16c"]
         simd["avx512"] = ["-DSIMD_BYTES=64", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"]
     jobs = [("library", "library.cpp", []), ("mixer_branch", "cpu/mixer_branch.cpp", [])]
-    for op in ("radial_filter", "axial_conv", "pointwise_pair", "outer_sum", "gelu"):
+    for op in ("radial_filter", "axial_conv", "pointwise_pair", "outer_sum", "gelu", "branch_norm"):
         jobs.append((op, f"cpu/{op}.cpp", []))
         jobs += [(f"{op}_{name}", f"cpu/{op}_kernel.cpp", [f"-DSIMD_NAME={name}", *options]) for name, options in simd.items()]
 

@@ -57,14 +57,15 @@ class Maps {
   char* first_;
 };
 
-void mixer_branch(const Tensor& y, const std::optional<Tensor>& t, const Tensor& x, const std::optional<Tensor>& norm_weight,
-                  const std::optional<Tensor>& norm_bias, double eps, const std::optional<Tensor>& residual,
+void mixer_branch(const Tensor& y, const std::optional<Tensor>& t, const std::optional<Tensor>& context, const Tensor& x,
+                  const std::optional<Tensor>& norm_weight, const std::optional<Tensor>& norm_bias, double eps, const std::optional<Tensor>& residual,
                   const std::optional<Tensor>& residual_scale, const Tensor& in_weight, const Tensor& in_bias, const Tensor& row_weight,
                   const Tensor& row_bias, const Tensor& column_weight, const Tensor& column_bias, const Tensor& weight, const Tensor& bias,
                   const Tensor& base, const Tensor& gain, const Tensor& out_weight, const Tensor& out_bias, int64_t radius_squared) {
   STD_TORCH_CHECK(x.dim() == 4, "mixer_branch: x must have shape (B, C, H, W)");
   check_like("mixer_branch", "y", y, x);
   if (t) check_like("mixer_branch", "t", *t, x);
+  if (context) check_like("mixer_branch", "context", *context, x);
   if (residual) check_like("mixer_branch", "residual", *residual, x);
   if (x.numel() == 0) return;
   const auto of = [](const std::optional<Tensor>& given) { return given ? &*given : nullptr; };
@@ -78,8 +79,9 @@ void mixer_branch(const Tensor& y, const std::optional<Tensor>& t, const Tensor&
     const Tensor from = images_of(x, first, count), to = images_of(y, first, count);
     const Tensor projected = t ? images_of(*t, first, count) : channels_last_over(maps[0], x, count);
     const Tensor z = channels_last_over(maps[1], x, count);
-    std::optional<Tensor> added;
+    std::optional<Tensor> added, gated;
     if (residual) added.emplace(images_of(*residual, first, count));
+    if (context) gated.emplace(images_of(*context, first, count));
     if (moments && count < step) moments.emplace(empty(std::array{count, int64_t{2}}, ScalarType::Float));
     if (moments) image_moments_into(*moments, from, eps);
     pointwise_pair_into(projected, {.x = &from, .moments = of(moments), .norm_weight = of(norm_weight), .norm_bias = of(norm_bias),
@@ -91,7 +93,8 @@ void mixer_branch(const Tensor& y, const std::optional<Tensor>& t, const Tensor&
       radial_filter_into(*filtered, z, base, gain, radius_squared);
     }
     pointwise_pair_into(to, {.x = filtered ? &*filtered : &z, .factor = &z, .residual = of(added), .residual_scale = of(residual_scale),
-                             .weight_in = &weight, .bias_in = &bias, .weight_out = &out_weight, .bias_out = &out_bias});
+                             .weight_in = &weight, .bias_in = &bias, .weight_out = &out_weight, .bias_out = &out_bias,
+                             .before = of(gated)});
   }
 }
 
@@ -122,27 +125,32 @@ void add_or_take(std::optional<Tensor>& sum, Tensor more) {
 
 using TwelveTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// With c = z o W_out^T g and ctx = W F(z) + b:
+// With c = z o W_out^T g and the context, ctx = W F(z) + b:
 //
 //   z_grad = F(W^T c) + W_out^T g o ctx    W_grad = sum c F(z)^T    W_out_grad = sum g (z o ctx)^T    W_in_grad = sum t_grad x^T
 TwelveTensors mixer_branch_backward(const Tensor& x_grad, const Tensor& grad, const Tensor& x, const Tensor& t,
-                                    const std::optional<Tensor>& context, const Tensor& in_weight, const Tensor& row_weight,
-                                    const Tensor& row_bias, const Tensor& column_weight, const Tensor& column_bias, const Tensor& weight,
-                                    const Tensor& bias, const Tensor& base, const Tensor& gain, const Tensor& out_weight,
-                                    int64_t radius_squared, bool profile_learns) {
+                                    const Tensor& context, const Tensor& in_weight, const Tensor& row_weight, const Tensor& row_bias,
+                                    const Tensor& column_weight, const Tensor& column_bias, const Tensor& weight, const Tensor& bias,
+                                    const Tensor& base, const Tensor& gain, const Tensor& out_weight, int64_t radius_squared,
+                                    bool profile_learns) {
   STD_TORCH_CHECK(x.dim() == 4 && x.numel() > 0, "mixer_branch_backward: x must have shape (B, C, H, W) and elements");
   STD_TORCH_CHECK(radius_squared >= 0, "mixer_branch_backward: radius_squared must be at least 0, got ", radius_squared);
+  STD_TORCH_CHECK(bias.dim() == 1 && bias.size(0) == x.size(1), "mixer_branch_backward: bias must have shape (C,)");
+  for (const Tensor* square : {&in_weight, &weight, &out_weight})
+    STD_TORCH_CHECK(square->dim() == 2 && square->size(0) == x.size(1) && square->size(1) == x.size(1),
+                    "mixer_branch_backward: in_weight, weight and out_weight must have shape (C, C)");
   check_like("mixer_branch_backward", "x_grad", x_grad, x);
   check_like("mixer_branch_backward", "grad", grad, x);
   check_like("mixer_branch_backward", "t", t, x);
-  if (context) check_like("mixer_branch_backward", "context", *context, x);
-  STD_TORCH_CHECK(is_channels_last(t) || t.size(2) * t.size(3) == 1, "mixer_branch_backward: t must be channels_last");
+  check_like("mixer_branch_backward", "context", context, x);
+  for (const Tensor* kept : {&t, &context})
+    STD_TORCH_CHECK(is_channels_last(*kept) || x.size(2) * x.size(3) == 1, "mixer_branch_backward: t and context must be channels_last");
   const Tensor in_transposed = transposed_weight(in_weight), transposed = transposed_weight(weight);
   const Tensor out_transposed = transposed_weight(out_weight);
   const int64_t images = x.size(0), c = x.size(1), image_bytes = images ? x.numel() / images * x.element_size() : 0;
   const int64_t most = std::max(backward_part_bytes, c * c * x.element_size());  // as many positions as channels are worth a sum of products
   const int64_t parts = std::max<int64_t>(1, std::min(images, (images * image_bytes + most - 1) / most)), step = (images + parts - 1) / parts;
-  const Tensor z = empty_map(x, step), filtered = empty_map(x, step), again = empty_map(x, context ? 0 : step);
+  const Tensor z = empty_map(x, step), filtered = empty_map(x, step);
   const Tensor mixed = empty_map(x, step), y_grad = empty_map(x, step);
   const auto copied = [&](const Tensor& given) { return empty_map(x, is_channels_last(given) ? 0 : step); };
   const Tensor grad_map = copied(grad), x_map = copied(x);
@@ -164,11 +172,10 @@ TwelveTensors mixer_branch_backward(const Tensor& x_grad, const Tensor& grad, co
     };
     const Tensor g = as_rows(grad, grad_map), from = as_rows(x, x_map), hidden = images_of(t, first, count);
     const Tensor zs = here(z), fs = here(filtered), ms = here(mixed), ds = here(y_grad);
-    const Tensor to = images_of(x_grad, first, count), ctx = context ? images_of(*context, first, count) : here(again);
+    const Tensor to = images_of(x_grad, first, count), ctx = images_of(context, first, count);
     const Tensor z_rows = rows_of(zs), f_rows = rows_of(fs), ctx_rows = rows_of(ctx), d_rows = rows_of(ds), g_rows = rows_of(g);
     axial_conv_into(zs, hidden, row_weight, row_bias, column_weight, column_bias);
     radial_filter_into(fs, zs, base, gain, radius_squared);
-    if (!context) pointwise_pair_into(ctx, {.x = &fs, .weight_out = &weight, .bias_out = &bias});
     pointwise_pair_into(ms, {.x = &g, .factor = &zs, .weight_in = &out_transposed, .weight_out = &transposed, .before = &ds});
     outer_sum_into(out_grad, out_sums, {&g_rows}, {&ctx_rows, &z_rows}, add);
     outer_sum_into(weight_grad, weight_sums, {&d_rows, &z_rows}, {&f_rows}, add);

@@ -158,7 +158,7 @@ def _body(x: Tensor, *args: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
 
 
 def _fuses_body(x: Tensor, *args: Any) -> bool:
-    return x.is_cpu and not composed.keeps_context(x) and pair_fits(x, args[6], args[10])
+    return x.is_cpu and pair_fits(x, args[6], args[10])
 
 
 def _fused_body(branch: Branch, x: Tensor, *args: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -184,11 +184,11 @@ def _mixer_fake(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     t = torch.empty_like(x, memory_format=torch.channels_last)
     if x.device.type == "cuda":
         return y, t, torch.empty_like(t), coefficients_fake(x, radius_squared if composed.takes_coefficients(x) else -1)
-    return y, t, torch.empty_like(t) if composed.keeps_context(x) else nothing[0], nothing[1]
+    return y, t, torch.empty_like(t), nothing[1]
 
 
 @torch.library.register_fake("spanet_kernels::mixer_branch_backward")
-def _branch_backward_fake(x_grad: Tensor, grad: Tensor, x: Tensor, t: Tensor, context: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
+def _branch_backward_fake(x_grad: Tensor, grad: Tensor, x: Tensor, t: Tensor, context: Tensor, *args: Any) -> tuple[Tensor, ...]:
     in_weight, *convs, weight, bias, base, gain, out_weight, _, learns = args
     shapes = [in_weight, bias, *convs, weight, bias, *((base, gain) if learns else (None, None)), out_weight, bias]
     return tuple(x.new_empty(0 if like is None else like.shape, dtype=torch.float32) for like in shapes)
@@ -209,5 +209,5 @@ def _gradient_fake(grad: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
 
 
 @torch.library.register_fake("spanet_kernels::mixer_branch")
-def _branch_fake(y: Tensor, t: Tensor | None, x: Tensor, *args: Any) -> None:
+def _branch_fake(y: Tensor, t: Tensor | None, context: Tensor | None, x: Tensor, *args: Any) -> None:
     pass
