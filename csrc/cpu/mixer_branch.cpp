@@ -2,8 +2,7 @@
 //
 //   t = W_in norm(x) + b_in    z = axial_conv(t)    y = scale o residual + W_out (z o (W F(z) + b)) + b_out
 //
-// They take a few images at a time, so that what they write between the first product and the last stays in the cache; forward in memory of
-// the calling thread that is there from call to call: no page of it is mapped anew.
+// They take a few images at a time, so that what they write between the first product and the last stays in the cache.
 
 #include <algorithm>
 #include <memory>
@@ -34,28 +33,10 @@ Tensor images_of(const Tensor& x, int64_t first, int64_t images) {
 }
 
 // As many images of the shape and dtype of x as channels_last.
-Tensor channels_last_over(void* data, const Tensor& x, int64_t images) {
+Tensor empty_map(const Tensor& x, int64_t images) {
   const int64_t c = x.size(1), h = x.size(2), w = x.size(3);
-  return over(data, std::array{images, c, h, w}, std::array{h * w * c, int64_t{1}, w * c, c}, x.scalar_type());
+  return empty(std::array{images, c, h, w}, std::array{h * w * c, int64_t{1}, w * c, c}, x.scalar_type());
 }
-
-// Two maps of so many bytes, on cache lines of their own. What is larger than a part goes back when the call ends.
-class Maps {
- public:
-  explicit Maps(int64_t bytes) : bytes_((bytes + 63) / 64 * 64) {
-    constexpr int64_t most = 2 * part_bytes;
-    thread_local std::unique_ptr<char[]> kept;
-    std::unique_ptr<char[]>& memory = 2 * bytes_ > most ? own_ : kept;
-    if (!memory) memory = std::make_unique_for_overwrite<char[]>(std::max(2 * bytes_, most) + 64);
-    first_ = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory.get()) + 63) & ~uintptr_t{63});
-  }
-  char* operator[](int64_t i) const { return first_ + i * bytes_; }
-
- private:
-  int64_t bytes_;
-  std::unique_ptr<char[]> own_;
-  char* first_;
-};
 
 void mixer_branch(const Tensor& y, const std::optional<Tensor>& t, const std::optional<Tensor>& context, const Tensor& x,
                   const std::optional<Tensor>& norm_weight, const std::optional<Tensor>& norm_bias, double eps, const std::optional<Tensor>& residual,
@@ -71,14 +52,13 @@ void mixer_branch(const Tensor& y, const std::optional<Tensor>& t, const std::op
   const auto of = [](const std::optional<Tensor>& given) { return given ? &*given : nullptr; };
   const int64_t images = x.size(0), image_bytes = x.numel() / images * x.element_size();
   const int64_t parts = std::min(images, (images * image_bytes + part_bytes - 1) / part_bytes), step = (images + parts - 1) / parts;
-  const Maps maps(step * image_bytes);
+  const Tensor t_map = empty_map(x, t && radius_squared < 0 ? 0 : step), z_map = empty_map(x, step);
   std::optional<Tensor> moments;
   if (norm_weight) moments.emplace(empty(std::array{step, int64_t{2}}, ScalarType::Float));
   for (int64_t first = 0; first < images; first += step) {
     const int64_t count = std::min(step, images - first);
     const Tensor from = images_of(x, first, count), to = images_of(y, first, count);
-    const Tensor projected = t ? images_of(*t, first, count) : channels_last_over(maps[0], x, count);
-    const Tensor z = channels_last_over(maps[1], x, count);
+    const Tensor projected = images_of(t ? *t : t_map, t ? first : 0, count), z = images_of(z_map, 0, count);
     std::optional<Tensor> added, gated;
     if (residual) added.emplace(images_of(*residual, first, count));
     if (context) gated.emplace(images_of(*context, first, count));
@@ -89,19 +69,13 @@ void mixer_branch(const Tensor& y, const std::optional<Tensor>& t, const std::op
     axial_conv_into(z, projected, row_weight, row_bias, column_weight, column_bias);
     std::optional<Tensor> filtered;  // where t was, unless that is wanted
     if (radius_squared >= 0) {
-      filtered.emplace(channels_last_over(maps[0], x, count));
+      filtered.emplace(images_of(t_map, 0, count));
       radial_filter_into(*filtered, z, base, gain, radius_squared);
     }
     pointwise_pair_into(to, {.x = filtered ? &*filtered : &z, .factor = &z, .residual = of(added), .residual_scale = of(residual_scale),
                              .weight_in = &weight, .bias_in = &bias, .weight_out = &out_weight, .bias_out = &out_bias,
                              .before = of(gated)});
   }
-}
-
-// As many images of the shape and dtype of x as channels_last.
-Tensor empty_map(const Tensor& x, int64_t images) {
-  const int64_t c = x.size(1), h = x.size(2), w = x.size(3);
-  return empty(std::array{images, c, h, w}, std::array{h * w * c, int64_t{1}, w * c, c}, x.scalar_type());
 }
 
 // (B H W, C) of a channels_last map.

@@ -329,7 +329,7 @@ enum class Factor { gelu, given, slope };  // h = gelu(g), f o g, gelu'(f) o g
 // E::rows hidden channels: h (E::rows / E::packed, NV VL) of x and their bias; factor are those of f, laid out like h; before, like h, is g,
 // or nullptr.
 template <class E, int NV>
-void first_product(const Weights& weights, const float* bias, const float* x, Factor kind, const float* factor, float* h, float* before) {
+SIMD_INLINE void first_product(const Weights& weights, const float* bias, const float* x, Factor kind, const float* factor, float* h, float* before) {
   V total[E::rows][NV];
   multiply<E, NV>(weights, x, total);
   const auto finish = [&](auto of) __attribute__((always_inline)) {  // of(sum, where its value of f stands, which of a unit's channels)
@@ -356,7 +356,7 @@ void first_product(const Weights& weights, const float* bias, const float* x, Fa
 // E::rows outputs: sums (E::rows, NV VL) += W_out h over a part of the hidden channels, s o r + b_out before the first; residual are those
 // of r (E::rows / E::packed, NV VL), or nullptr.
 template <class E, int NV>
-void second_product(const Weights& weights, bool first, const float* scale, const float* bias, const float* h, const float* residual,
+SIMD_INLINE void second_product(const Weights& weights, bool first, const float* scale, const float* bias, const float* h, const float* residual,
                     float* sums) {
   V total[E::rows][NV];
   multiply<E, NV>(weights, h, total);
