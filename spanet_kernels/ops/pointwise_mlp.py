@@ -209,34 +209,43 @@ def _gradients_by_parts(
     """Gradients to x (nothing if it needs none) and, in these dtypes, weight_in, bias_in, weight_out and bias_out; h as `_by_parts` returns
     it."""
     fused = bias_in is None and x.is_cpu and pair_fits(x, weight_in, weight_out)
+    if fused:
+        grad = modes.like(grad, grad)
     x_grad = torch.empty_like(x, memory_format=modes.memory_format(x)) if needs_x or fused else x
-    grad = modes.like(grad, grad) if fused else grad
     sums: list[Tensor] = []
     wide = multiplied_in(x)
-    _, in_gelu = _places(None if bias_in is None else bias_in.to(wide))
     pieces = parts(h, PART if h.dtype == wide else WIDENED_PART)
     for part in pieces:
-        if fused:
-            g_part, h_part = some(grad, part), some(h, part)
-            h_grad_part = torch.empty_like(h_part)
-            torch.ops.spanet_kernels.pointwise_mlp_backward.default(some(x_grad, part), h_grad_part, g_part, h_part, weight_in, weight_out)
-            grads = [*outer(rows(h_grad_part), rows(some(x, part))), *outer(rows(g_part), rows(h_part), gelu=True)]
-            sums = summed(sums, grads, part is pieces[-1])
-            continue
-        g, hidden, x_part = (rows(some(images, part)).to(wide) for images in (grad, h, x))
-        h_grad = product(g, weight_out)  # of gelu(h), then of h
-        a, bias_grad = _gelu(hidden, in_gelu, h_grad)
-        del hidden
-        weight_out_grad, bias_out_grad = outer(g, a)
-        del a
-        if needs_x:
-            x_grad_part = some(x_grad, part)
-            written = place(x_grad_part, wide)
-            write(written, h_grad, weight_in.mT)
-            settle(x_grad_part, written)
-        sums = summed(sums, [outer(h_grad, x_part)[0], bias_grad, weight_out_grad, bias_out_grad], part is pieces[-1])
+        given = some(grad, part), some(x, part), some(h, part), weight_in, weight_out, some(x_grad, part) if needs_x or fused else None
+        found = _fused_gradients(*given) if fused else _gradients(*given, None if bias_in is None else bias_in.to(wide))
+        sums = summed(sums, found, part is pieces[-1])
     weight_in_grad, bias_in_grad, weight_out_grad, bias_out_grad = cast(sums, dtypes)
     return x_grad, weight_in_grad[:, :, None, None], bias_in_grad, weight_out_grad[:, :, None, None], bias_out_grad
+
+
+def _fused_gradients(grad: Tensor, x: Tensor, h: Tensor, weight_in: Tensor, weight_out: Tensor, x_grad: Tensor) -> list[Tensor]:
+    """Those of some images to weight_in, bias_in, weight_out and bias_out; x_grad is written. gelu(h) is nowhere in memory."""
+    h_grad = torch.empty_like(h)
+    torch.ops.spanet_kernels.pointwise_mlp_backward.default(x_grad, h_grad, grad, h, weight_in, weight_out)
+    return [*outer(rows(h_grad), rows(x)), *outer(rows(grad), rows(h), gelu=True)]
+
+
+def _gradients(
+    grad: Tensor, x: Tensor, h: Tensor, weight_in: Tensor, weight_out: Tensor, x_grad: Tensor | None, bias_in: Tensor | None
+) -> list[Tensor]:
+    """The same in operators that any device has, x_grad where it is wanted."""
+    wide = multiplied_in(x)
+    grad, hidden, x = (rows(images).to(wide) for images in (grad, h, x))
+    h_grad = product(grad, weight_out)  # of gelu(h), then of h
+    a, bias_in_grad = _gelu(hidden, _places(bias_in)[1], h_grad)
+    del hidden
+    weight_out_grad, bias_out_grad = outer(grad, a)
+    del a
+    if x_grad is not None:
+        written = place(x_grad, wide)
+        write(written, h_grad, weight_in.mT)
+        settle(x_grad, written)
+    return [outer(h_grad, x)[0], bias_in_grad, weight_out_grad, bias_out_grad]
 
 
 @torch.library.register_fake("spanet_kernels::gelu")
