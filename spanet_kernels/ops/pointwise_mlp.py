@@ -216,8 +216,11 @@ def _gradients_by_parts(
     wide = multiplied_in(x)
     pieces = parts(h, PART if h.dtype == wide else WIDENED_PART)
     for part in pieces:
-        given = some(grad, part), some(x, part), some(h, part), weight_in, weight_out, some(x_grad, part) if needs_x or fused else None
-        found = _fused_gradients(*given) if fused else _gradients(*given, None if bias_in is None else bias_in.to(wide))
+        given = some(grad, part), some(x, part), some(h, part), weight_in, weight_out
+        if fused:
+            found = _fused_gradients(*given, some(x_grad, part))
+        else:
+            found = _gradients(*given, None if bias_in is None else bias_in.to(wide), some(x_grad, part) if needs_x else None)
         sums = summed(sums, found, part is pieces[-1])
     weight_in_grad, bias_in_grad, weight_out_grad, bias_out_grad = cast(sums, dtypes)
     return x_grad, weight_in_grad[:, :, None, None], bias_in_grad, weight_out_grad[:, :, None, None], bias_out_grad
@@ -231,7 +234,7 @@ def _fused_gradients(grad: Tensor, x: Tensor, h: Tensor, weight_in: Tensor, weig
 
 
 def _gradients(
-    grad: Tensor, x: Tensor, h: Tensor, weight_in: Tensor, weight_out: Tensor, x_grad: Tensor | None, bias_in: Tensor | None
+    grad: Tensor, x: Tensor, h: Tensor, weight_in: Tensor, weight_out: Tensor, bias_in: Tensor | None, x_grad: Tensor | None
 ) -> list[Tensor]:
     """The same in operators that any device has, x_grad where it is wanted."""
     wide = multiplied_in(x)
