@@ -81,6 +81,13 @@ def _filtered(z: Tensor, weight: Tensor, base: Tensor, gain: Tensor, radius_squa
     return filtered, _applied(weight, base, radius_squared)
 
 
+def _of_applied(grad: Tensor, weight: Tensor, base: Tensor, gain: Tensor, profile_learns: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients to weight, base and gain, of an empty disc, of that to diag(base) W; without learning base's and gain's are empty."""
+    if not profile_learns:
+        return grad * base, base.new_empty(0), gain.new_empty(0)
+    return grad * base, (weight * grad).sum(0, dtype=base.dtype), torch.zeros_like(gain)
+
+
 @exact
 def spectral_gate(
     z: Tensor, coefficients: Tensor | None, weight: Tensor, bias: Tensor, base: Tensor, gain: Tensor, radius_squared: int
@@ -143,13 +150,12 @@ def _gate_gradients(
     del filtered
     mixed = image(product(c, applied), shape)
     del c
-    profile_grads = base.new_empty(0), gain.new_empty(0)
     if radius_squared < 0:
-        if profile_learns:
-            profile_grads = (weight * weight_grad).sum(0, dtype=base.dtype), torch.zeros_like(gain)
-        return [mixed.add_(image(through, mixed.shape)), (weight_grad * base).to(weight.dtype), bias_grad, *profile_grads, *last]
+        weight_grad, *profile_grads = _of_applied(weight_grad, weight, base, gain, profile_learns)
+        return [mixed.add_(image(through, mixed.shape)), weight_grad.to(weight.dtype), bias_grad, *profile_grads, *last]
+    profile_grads = [base.new_empty(0), gain.new_empty(0)]
     if learns_from is not None:
-        profile_grads = _ops.radial_filter_backward(mixed, learns_from, radius_squared)
+        profile_grads[:] = _ops.radial_filter_backward(mixed, learns_from, radius_squared)
     z_grad = _ops.radial_filter(mixed, base, gain, radius_squared)
     return [z_grad.add_(image(through, mixed.shape)), weight_grad, bias_grad, *profile_grads, *last]
 
@@ -265,10 +271,13 @@ def spectral_mixer_backward(grad: Tensor, x: Tensor, t: Tensor, z: Tensor, coeff
         (in_weight, weight, bias, out_weight, *convs), (x.dtype,) * 4 + (base.dtype,) * 4
     )
     weights = in_weight, row_weight, row_bias, column_weight, column_bias, weight, bias, base, gain, out_weight
-    if x.numel() and radius_squared >= 0 and outer_sum_serves(x) and pair_serves(x, weight, out_weight):
+    if x.numel() and outer_sum_serves(x) and pair_serves(x, weight, out_weight):
         x_grad = torch.empty_like(x, memory_format=modes.memory_format(x))
-        dense = (value.contiguous() for value in weights)
-        found = _ops.mixer_branch_backward(x_grad, modes.like(grad, grad), modes.like(x, x), t, z, *dense, radius_squared, learns)
+        dense = (value.contiguous() for value in (*weights[:5], _applied(weight, base, radius_squared), *weights[6:]))
+        maps = modes.like(grad, grad), modes.like(x, x), t, z
+        found = list(_ops.mixer_branch_backward(x_grad, *maps, *dense, radius_squared, learns and radius_squared >= 0))
+        if radius_squared < 0:
+            found[6], found[8], found[9] = _of_applied(found[6], weight, base, gain, learns)
     else:
         x_grad, *found = gradients_in_parts(grad, x, t, z, coefficients, *weights, radius_squared, learns)
     return x_grad, *cast(found, dtypes)

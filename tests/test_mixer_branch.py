@@ -80,9 +80,11 @@ def gradients(function, maps, args, learns):
 @pytest.mark.parametrize("learns", [False, True])
 @pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("shape", "radius"), [case for case in SHAPES if case[1] is not None], ids=str)
+@pytest.mark.parametrize(("shape", "radius"), SHAPES, ids=str)
 def test_gradients_as_accurate_as_the_reference(shape, radius, dtype, layout, learns):
     (x, _, _, _, _, _, *mixer), squared = sample(shape, radius, dtype, layout)
+    if radius is None:  # the weight has taken in the base
+        learns, squared, mixer[8] = False, -1, torch.ones_like(mixer[8])
     in_weight, _, *between, out_weight, _ = mixer
     args = [in_weight, *between, out_weight, squared]
     kept = (value.contiguous(memory_format=torch.channels_last) for value in reference.spectral_mixer(x, *mixer, squared, True)[1:3])
@@ -130,8 +132,8 @@ def test_contract_of_the_gradients():
     weights = in_weight, *between, out_weight
     for learns in (False, True):
         torch.library.opcheck(operator_backward, (*maps, *weights, squared, learns))
+    torch.library.opcheck(operator_backward, (*maps, *weights, -1, False))
     for message, given, radius in (
-        ("radius_squared must be at least 0, got -1", maps, -1),
         ("t and context must be channels_last", (*maps[:4], x), squared),
         ("grad must have the shape and dtype of x", (maps[0], x.double(), *maps[2:]), squared),
         (r"x must have shape \(B, C, H, W\) and elements", tuple(value[:0] for value in maps), squared),

@@ -102,13 +102,15 @@ using TwelveTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
 // With c = z o W_out^T g and the context, ctx = W F(z) + b:
 //
 //   z_grad = F(W^T c) + W_out^T g o ctx    W_grad = sum c F(z)^T    W_out_grad = sum g (z o ctx)^T    W_in_grad = sum t_grad x^T
+//
+// With a negative radius_squared F is the identity: weight has taken base in. Where all images are taken at once nothing lives longer than
+// it is needed.
 TwelveTensors mixer_branch_backward(const Tensor& x_grad, const Tensor& grad, const Tensor& x, const Tensor& t,
                                     const Tensor& context, const Tensor& in_weight, const Tensor& row_weight, const Tensor& row_bias,
                                     const Tensor& column_weight, const Tensor& column_bias, const Tensor& weight, const Tensor& bias,
                                     const Tensor& base, const Tensor& gain, const Tensor& out_weight, int64_t radius_squared,
                                     bool profile_learns) {
   STD_TORCH_CHECK(x.dim() == 4 && x.numel() > 0, "mixer_branch_backward: x must have shape (B, C, H, W) and elements");
-  STD_TORCH_CHECK(radius_squared >= 0, "mixer_branch_backward: radius_squared must be at least 0, got ", radius_squared);
   STD_TORCH_CHECK(bias.dim() == 1 && bias.size(0) == x.size(1), "mixer_branch_backward: bias must have shape (C,)");
   for (const Tensor* square : {&in_weight, &weight, &out_weight})
     STD_TORCH_CHECK(square->dim() == 2 && square->size(0) == x.size(1) && square->size(1) == x.size(1),
@@ -119,17 +121,22 @@ TwelveTensors mixer_branch_backward(const Tensor& x_grad, const Tensor& grad, co
   check_like("mixer_branch_backward", "context", context, x);
   for (const Tensor* kept : {&t, &context})
     STD_TORCH_CHECK(is_channels_last(*kept) || x.size(2) * x.size(3) == 1, "mixer_branch_backward: t and context must be channels_last");
-  const Tensor in_transposed = transposed_weight(in_weight), transposed = transposed_weight(weight);
-  const Tensor out_transposed = transposed_weight(out_weight);
   const int64_t images = x.size(0), c = x.size(1), image_bytes = images ? x.numel() / images * x.element_size() : 0;
   const int64_t most = std::max(backward_part_bytes, c * c * x.element_size());  // as many positions as channels are worth a sum of products
   const int64_t parts = std::max<int64_t>(1, std::min(images, (images * image_bytes + most - 1) / most)), step = (images + parts - 1) / parts;
-  const Tensor z = empty_map(x, step), filtered = empty_map(x, step);
-  const Tensor mixed = empty_map(x, step), y_grad = empty_map(x, step);
+  const bool filters = radius_squared >= 0;
+  const Tensor z = empty_map(x, step), mixed = empty_map(x, step), y_grad = empty_map(x, step);
+  std::optional<Tensor> filtered;
   const auto copied = [&](const Tensor& given) { return empty_map(x, is_channels_last(given) ? 0 : step); };
   const Tensor grad_map = copied(grad), x_map = copied(x);
-  Tensor in_grad = empty_gradient(in_weight), in_sums = empty_gradient(bias), weight_grad = empty_gradient(weight);
-  Tensor weight_sums = empty_gradient(bias), out_grad = empty_gradient(out_weight), out_sums = empty_gradient(bias);
+  std::optional<Tensor> in_transposed, transposed, out_transposed, in_grad[2], weight_grad[2], out_grad[2];
+  const auto made = [](std::optional<Tensor>& kept, auto make) -> const Tensor& { return kept ? *kept : kept.emplace(make()); };
+  const auto transpose = [&](std::optional<Tensor>& kept, const Tensor& of) -> const Tensor& {
+    return made(kept, [&] { return transposed_weight(of); });
+  };
+  const auto done = [&](std::optional<Tensor>& kept) {
+    if (parts == 1) kept.reset();
+  };
   std::optional<Tensor> row[2], column[2], profile[2];
   for (int64_t first = 0; first < images; first += step) {
     const int64_t count = std::min(step, images - first);
@@ -145,35 +152,46 @@ TwelveTensors mixer_branch_backward(const Tensor& x_grad, const Tensor& grad, co
       return Tensor(to);
     };
     const Tensor g = as_rows(grad, grad_map), from = as_rows(x, x_map), hidden = images_of(t, first, count);
-    const Tensor zs = here(z), fs = here(filtered), ms = here(mixed), ds = here(y_grad);
+    const auto outer = [&](std::optional<Tensor>(&sums)[2], const Tensor& like, const OuterOperand& left, const OuterOperand& right) {
+      const Tensor &grad = made(sums[0], [&] { return empty_gradient(like); }), &of_bias = made(sums[1], [&] { return empty_gradient(bias); });
+      outer_sum_into(grad, of_bias, left, right, add);
+    };
+    const Tensor zs = here(z), ms = here(mixed), ds = here(y_grad);
+    const Tensor fs = filters ? here(made(filtered, [&] { return empty_map(x, step); })) : here(z);
     const Tensor to = images_of(x_grad, first, count), ctx = images_of(context, first, count);
     const Tensor z_rows = rows_of(zs), f_rows = rows_of(fs), ctx_rows = rows_of(ctx), d_rows = rows_of(ds), g_rows = rows_of(g);
     axial_conv_into(zs, hidden, row_weight, row_bias, column_weight, column_bias);
-    radial_filter_into(fs, zs, base, gain, radius_squared);
-    pointwise_pair_into(ms, {.x = &g, .factor = &zs, .weight_in = &out_transposed, .weight_out = &transposed, .before = &ds});
-    outer_sum_into(out_grad, out_sums, {&g_rows}, {&ctx_rows, &z_rows}, add);
-    outer_sum_into(weight_grad, weight_sums, {&d_rows, &z_rows}, {&f_rows}, add);
-    if (profile_learns) {
+    if (filters) radial_filter_into(fs, zs, base, gain, radius_squared);
+    pointwise_pair_into(ms, {.x = &g, .factor = &zs, .weight_in = &transpose(out_transposed, out_weight),
+                             .weight_out = &transpose(transposed, weight), .before = &ds});
+    done(out_transposed);
+    done(transposed);
+    outer(out_grad, out_weight, {&g_rows}, {&ctx_rows, &z_rows});
+    outer(weight_grad, weight, {&d_rows, &z_rows}, {&f_rows});
+    if (profile_learns && filters) {
       auto [base_grad, gain_grad] = radial_filter_backward(ms, zs, radius_squared);
       add_or_take(profile[0], std::move(base_grad));
       add_or_take(profile[1], std::move(gain_grad));
     }
-    radial_filter_into(fs, ms, base, gain, radius_squared);
-    add_product(fs, ds, ctx);
-    auto [row_grad, row_sums, column_grad, column_sums] = axial_conv_backward_into(ms, fs, hidden, row_weight, row_bias, column_weight);
+    const Tensor &z_grad = filters ? fs : ms, &t_grad = filters ? ms : zs;  // where the others are that are no longer needed
+    if (filters) radial_filter_into(z_grad, ms, base, gain, radius_squared);
+    add_product(z_grad, ds, ctx);
+    auto [row_grad, row_sums, column_grad, column_sums] = axial_conv_backward_into(t_grad, z_grad, hidden, row_weight, row_bias, column_weight);
     add_or_take(row[0], std::move(row_grad));
     add_or_take(row[1], std::move(row_sums));
     add_or_take(column[0], std::move(column_grad));
     add_or_take(column[1], std::move(column_sums));
-    pointwise_pair_into(to, {.x = &ms, .weight_out = &in_transposed});
-    const Tensor t_rows = rows_of(ms), x_rows = rows_of(from);
-    outer_sum_into(in_grad, in_sums, {&t_rows}, {&x_rows}, add);
+    done(filtered);
+    pointwise_pair_into(to, {.x = &t_grad, .weight_out = &transpose(in_transposed, in_weight)});
+    done(in_transposed);
+    const Tensor t_rows = rows_of(t_grad), x_rows = rows_of(from);
+    outer(in_grad, in_weight, {&t_rows}, {&x_rows});
   }
   for (std::optional<Tensor>& sum : profile)
     if (!sum) sum.emplace(empty(std::array{int64_t{0}}, ScalarType::Float));
-  return {std::move(in_grad),     std::move(in_sums),    std::move(*row[0]),     std::move(*row[1]),
-          std::move(*column[0]),  std::move(*column[1]), std::move(weight_grad), std::move(weight_sums),
-          std::move(*profile[0]), std::move(*profile[1]), std::move(out_grad),   std::move(out_sums)};
+  return {std::move(*in_grad[0]),     std::move(*in_grad[1]),     std::move(*row[0]),     std::move(*row[1]),
+          std::move(*column[0]),      std::move(*column[1]),      std::move(*weight_grad[0]), std::move(*weight_grad[1]),
+          std::move(*profile[0]),     std::move(*profile[1]),     std::move(*out_grad[0]), std::move(*out_grad[1])};
 }
 
 }  // namespace
