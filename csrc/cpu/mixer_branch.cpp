@@ -15,7 +15,7 @@ namespace {
 
 // Of a map of the images that are taken at a time, or of one image.
 constexpr int64_t part_bytes = int64_t{2} << 20;
-constexpr int64_t backward_part_bytes = int64_t{7} << 18;  // of more maps that are in use
+constexpr int64_t backward_part_bytes = int64_t{3} << 18;  // of more maps that are in use
 
 // A tensor of memory that stays the caller's.
 template <size_t N> Tensor over(void* data, const std::array<int64_t, N>& sizes, const std::array<int64_t, N>& strides, ScalarType type) {
