@@ -271,9 +271,7 @@ def spectral_mixer_backward(grad: Tensor, x: Tensor, t: Tensor, z: Tensor, coeff
         (in_weight, weight, bias, out_weight, *convs), (x.dtype,) * 4 + (base.dtype,) * 4
     )
     weights = in_weight, row_weight, row_bias, column_weight, column_bias, weight, bias, base, gain, out_weight
-    # of fewer positions than channels the weights, which it transposes, are most of what it moves
-    many = x.numel() >= x.shape[1] ** 2
-    if x.numel() and many and outer_sum_serves(x) and pair_serves(x, weight, out_weight):
+    if x.numel() and outer_sum_serves(x) and pair_serves(x, weight, out_weight):
         x_grad = torch.empty_like(x, memory_format=modes.memory_format(x))
         dense = (value.contiguous() for value in (*weights[:5], _applied(weight, base, radius_squared), *weights[6:]))
         maps = modes.like(grad, grad), modes.like(x, x), t, z
