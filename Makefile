@@ -60,7 +60,7 @@ gpu-sanitize:
 	done
 
 # one built library on the oldest and on the newest torch
-COMPAT = numerics gradients compile bad_input pair mlp mixer_branch outer_sum
+COMPAT = numerics gradients compile bad_input pair mlp mixer_branch outer_sum branch_norm
 compat: build
 	$(BIN)/python -m pip wheel -q --no-build-isolation --no-deps -w build/wheel .
 	$(PYTHON) -m venv build/torch-2.11
