@@ -6,7 +6,6 @@ leaves in the caches fall on all of them alike. A slow competitor takes part in 
 
 from __future__ import annotations
 
-import gc
 import math
 import random
 import statistics
@@ -16,6 +15,8 @@ from dataclasses import asdict, dataclass
 from typing import Protocol
 
 import torch
+
+from spanet.train import uncollected
 
 Function = Callable[[], object]
 
@@ -158,16 +159,14 @@ def interleave(functions: Mapping[str, Function], clock: Clock, budget: float, s
     again = dict(zip(brief, clock.round([functions[name] for name in brief]), strict=True))
     counts = {name: int(max(least, min(samples, share / min(once[name], again.get(name, math.inf))))) for name in names}
     rounds = max(counts.values())
-    gc.collect()  # a full collection within a sample would be of what the process holds, not of the function
-    gc.freeze()
     order, deadline = random.Random(0), time.perf_counter() + 3 * budget
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    for index in range(rounds):
-        chosen = [name for name in names if (index + 1) * counts[name] // rounds > index * counts[name] // rounds]
-        order.shuffle(chosen)
-        for name, value in zip(chosen, clock.round([functions[name] for name in chosen]), strict=True):
-            seconds[name].append(value)
-        if time.perf_counter() > deadline and min(map(len, seconds.values())) >= least:
-            break
-    gc.unfreeze()
+    with uncollected():  # a full collection within a sample would be of what the process holds, not of the function
+        for index in range(rounds):
+            chosen = [name for name in names if (index + 1) * counts[name] // rounds > index * counts[name] // rounds]
+            order.shuffle(chosen)
+            for name, value in zip(chosen, clock.round([functions[name] for name in chosen]), strict=True):
+                seconds[name].append(value)
+            if time.perf_counter() > deadline and min(map(len, seconds.values())) >= least:
+                break
     return {name: Timing.of(values) for name, values in seconds.items()}
