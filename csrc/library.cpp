@@ -63,7 +63,7 @@ STABLE_TORCH_LIBRARY(spanet_kernels, m) {
   m.def("image_moments(Tensor x, float eps) -> Tensor");
   m.def(
       "pointwise_pair(Tensor(a!) y, Tensor x, Tensor? moments, Tensor? norm_weight, Tensor? norm_bias, Tensor? factor, Tensor? residual,"
-      " Tensor? residual_scale, Tensor? weight_in, Tensor? bias_in, Tensor weight_out, Tensor? bias_out, Tensor(b!)? before_gelu=None)"
+      " Tensor? residual_scale, Tensor? weight_in, Tensor? bias_in, Tensor weight_out, Tensor? bias_out, Tensor(b!)? before=None)"
       " -> ()");
   m.def(
       "pointwise_mlp_backward(Tensor(a!) x_grad, Tensor(b!) h_grad, Tensor grad, Tensor h, Tensor weight_in, Tensor weight_out) -> ()");

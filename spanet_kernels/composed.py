@@ -82,7 +82,7 @@ def _filtered(z: Tensor, weight: Tensor, base: Tensor, gain: Tensor, radius_squa
 
 
 def _of_applied(grad: Tensor, weight: Tensor, base: Tensor, gain: Tensor, profile_learns: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients to weight, base and gain, of an empty disc, of that to diag(base) W; without learning base's and gain's are empty."""
+    """Gradients to weight, base and gain of an empty disc, of that to W diag(base); base's and gain's are empty if they do not learn."""
     if not profile_learns:
         return grad * base, base.new_empty(0), gain.new_empty(0)
     return grad * base, (weight * grad).sum(0, dtype=base.dtype), torch.zeros_like(gain)

@@ -62,20 +62,17 @@ def product(rows: Tensor, matrix: Tensor) -> Tensor:
 def outer(left: Tensor, right: Tensor, gelu: bool = False) -> tuple[Tensor, Tensor]:
     """left^T right, or left^T gelu(right), of rows (N, D) and (N, C), and the sums of the left ones over the rows, in their dtype or
     float32: the gradients of a weight and a bias."""
+    right = right.to(left.dtype)
     if outer_sum_serves(left):
-        right = right.to(left.dtype)
         left, right = (rows if rows.stride(1) == 1 else rows.contiguous() for rows in (left, right))
         found: tuple[Tensor, Tensor] = torch.ops.spanet_kernels.outer_sum.default(left, None, right, None, gelu)
         return found
-    if widens(left):
-        product_, sums = outer(left.float(), right.float(), gelu)
-        return product_.to(left.dtype), sums
-    right = right.to(left.dtype)
     return left.mT @ (functional.gelu(right) if gelu else right), column_sums(left)
 
 
 def outer_sum_serves(x: Tensor) -> bool:
-    return x.is_cpu and x.dtype in _SUM_DTYPES and not torch.compiler.is_compiling()
+    """Whether `outer_sum` is the way to the gradients of weights; it widens bf16 itself where that is faster."""
+    return x.is_cpu and x.dtype in _SUM_DTYPES
 
 
 def _prefers_onednn(*operands: Tensor) -> bool:
@@ -253,9 +250,9 @@ def pair(
     bias_out: Tensor | None,
     factor: Tensor | None = None,
     branch: Branch = Branch(),  # noqa: B008  an immutable value
-    before_gelu: Tensor | None = None,
+    before: Tensor | None = None,
 ) -> Tensor:
-    """y, as `reference.pointwise_pair` writes it, of x, factor and branch in any layout; only where `pair_serves`, with before_gelu on
+    """y, as `reference.pointwise_pair` writes it, of x, factor and branch in any layout; only where `pair_serves`, with before on
     a CPU."""
     x = modes.like(x, x)
     moments = None if branch.norm_weight is None else torch.ops.spanet_kernels.image_moments.default(x, branch.eps)
@@ -275,6 +272,6 @@ def pair(
         bias_in,
         weight_out.contiguous(),
         bias_out,
-        before_gelu,
+        before,
     )
     return y

@@ -250,23 +250,6 @@ def mixer_branch(
             to.copy_(value)
 
 
-def mixer_branch_backward(
-    x_grad: Tensor,
-    grad: Tensor,
-    x: Tensor,
-    t: Tensor,
-    context: Tensor,
-    *args: Any,
-    gradients: Callable[..., tuple[Tensor, ...]] | None = None,
-) -> tuple[Tensor, ...]:
-    """The gradients of `spectral_mixer` by a function like `spectral_mixer_backward`, that to x written, the others in fp32 at least, from
-    what `spectral_mixer` keeps on a CPU: t and the context."""
-    wide = args[-5].dtype
-    found = (gradients or spectral_mixer_backward)(grad, x, t, context, x.new_empty(0), *args)
-    x_grad.copy_(found[0])
-    return tuple(value.to(wide) if value.numel() else value.new_empty(0, dtype=wide) for value in found[1:])
-
-
 def spectral_mixer_backward(grad: Tensor, x: Tensor, t: Tensor, z: Tensor, coefficients: Tensor, *args: Any) -> tuple[Tensor, ...]:
     """Gradients of <grad, spectral_mixer(x, ...)>: to x, then in its order to all weights, biases, base and gain, each in its dtype."""
     in_weight, row_weight, row_bias, column_weight, column_bias, weight, bias, base, gain, out_weight, radius_squared, _ = args
@@ -283,6 +266,23 @@ def spectral_mixer_backward(grad: Tensor, x: Tensor, t: Tensor, z: Tensor, coeff
         y = spectral_gate(moved, coefficients, inputs[7], inputs[8], inputs[9], inputs[10], radius_squared)
         out = torch.einsum("oc,bchw->bohw", inputs[11], y) + inputs[12][:, None, None]
     return torch.autograd.grad(out, given, grad)
+
+
+def mixer_branch_backward(
+    x_grad: Tensor,
+    grad: Tensor,
+    x: Tensor,
+    t: Tensor,
+    context: Tensor,
+    *args: Any,
+    gradients: Callable[..., tuple[Tensor, ...]] = spectral_mixer_backward,
+) -> tuple[Tensor, ...]:
+    """The gradients of `spectral_mixer` by a function like `spectral_mixer_backward`, that to x written, the others in fp32 at least, from
+    what `spectral_mixer` keeps on a CPU: t and the context."""
+    wide = args[-5].dtype
+    found = gradients(grad, x, t, context, x.new_empty(0), *args)
+    x_grad.copy_(found[0])
+    return tuple(value.to(wide) if value.numel() else value.new_empty(0, dtype=wide) for value in found[1:])
 
 
 def gelu(x: Tensor, bias: Tensor | None, grad: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -337,12 +337,12 @@ def pointwise_pair(
     bias_in: Tensor | None,
     weight_out: Tensor,
     bias_out: Tensor | None,
-    before_gelu: Tensor | None = None,
+    before: Tensor | None = None,
 ) -> None:
     """y = residual_scale o residual + W_out h + b_out; what is None is left out.
 
     n = norm_weight o (x - mean) / deviation + norm_bias, mean and 1 / deviation being `image_moments`; n = x without them.
-    h = gelu(g), g = W_in n + b_in, or h = factor o g, or h = n without W_in. x is (B, C, H, W), y (B, E, H, W); before_gelu becomes g.
+    h = gelu(g), g = W_in n + b_in, or h = factor o g, or h = n without W_in. x is (B, C, H, W), y (B, E, H, W); before becomes g.
     """
     h = x
     if moments is not None:
@@ -352,8 +352,8 @@ def pointwise_pair(
         h = (h if norm_bias is None else h + norm_bias[:, None, None]).to(x.dtype)
     if weight_in is not None:
         h = functional.conv2d(h, weight_in[:, :, None, None], bias_in)
-        if before_gelu is not None:
-            before_gelu.copy_(h)
+        if before is not None:
+            before.copy_(h)
         h = functional.gelu(h) if factor is None else factor * h
     product = functional.conv2d(h, weight_out[:, :, None, None], bias_out)
     if residual is not None:

@@ -26,24 +26,16 @@ void check_vector(const char* name, const Tensor& vector, const Tensor& x) {
                   "branch_norm: ", name, " must be contiguous float32 of shape (C,)");
 }
 
-void check_moments(const Tensor& moments, const Tensor& x) {
-  STD_TORCH_CHECK(moments.dim() == 2 && moments.size(0) == x.size(0) && moments.size(1) == 2 && moments.is_contiguous() &&
-                      moments.scalar_type() == ScalarType::Float,
-                  "branch_norm: moments must be contiguous float32 of shape (B, 2)");
-}
-
 // Calls f(kernels, problem, units, elements of one) for maps of x and n.
 template <class F> void for_maps(const Tensor& x, const Tensor& n, F f) {
-  const bool last = is_channels_last(x);
-  const int64_t images = x.size(0), channels = x.size(1), pixels = x.size(2) * x.size(3);
+  const int64_t channels = x.size(1), pixels = x.size(2) * x.size(3);
   const auto run = [&]<class X, class N>(const BranchNormKernels<X, N>& kernel) {
     BranchNorm<X, N> op{};
-    op.images = images, op.channels = channels, op.pixels = pixels, op.last = last;
+    op.channels = channels, op.pixels = pixels, op.last = !x.is_contiguous();
     op.x = static_cast<const X*>(x.data_ptr());
     op.n = static_cast<N*>(n.data_ptr());
-    const int64_t blocks = (pixels + branch_norm_block - 1) / branch_norm_block;
-    if (last) f(kernel, op, images * blocks, branch_norm_block * channels);
-    else f(kernel, op, images * channels, pixels);
+    if (op.last) f(kernel, op, x.size(0) * op.blocks(), branch_norm_block * channels);
+    else f(kernel, op, x.size(0) * channels, pixels);
   };
   const ScalarType of_x = x.scalar_type(), of_n = n.scalar_type();
   if (of_x == ScalarType::Float && of_n == ScalarType::Float) run(kernels().f32);
@@ -54,15 +46,13 @@ template <class F> void for_maps(const Tensor& x, const Tensor& n, F f) {
 
 void check_x(const Tensor& x) {
   STD_TORCH_CHECK(x.dim() == 4, "branch_norm: x must have shape (B, C, H, W)");
-  const int64_t c = x.size(1), h = x.size(2), w = x.size(3);
-  const bool last = x.stride(1) == 1 && x.stride(3) == c && x.stride(2) == w * c && (x.size(0) == 1 || x.stride(0) == h * w * c);
-  STD_TORCH_CHECK(x.is_contiguous() || last, "branch_norm: x must be contiguous or channels_last");
+  STD_TORCH_CHECK(is_dense(x, !x.is_contiguous()), "branch_norm: x must be contiguous or channels_last");
 }
 
 void branch_norm(const Tensor& n, const Tensor& x, const Tensor& moments, const Tensor& weight, const Tensor& bias) {
   check_x(x);
   check_map("n", n, x, false);
-  check_moments(moments, x);
+  check_moments("branch_norm", moments, x);
   check_vector("weight", weight, x);
   check_vector("bias", bias, x);
   for_maps(x, n, [&](const auto& kernel, auto op, int64_t units, int64_t elements) {
@@ -79,15 +69,15 @@ std::tuple<Tensor, Tensor, Tensor> branch_norm_backward(const Tensor& x_grad, co
   check_x(x);
   check_map("x_grad", x_grad, x, true);
   check_map("n_grad", n_grad, x, false);
-  check_moments(moments, x);
+  check_moments("branch_norm", moments, x);
   check_vector("weight", weight, x);
   if (sum_grad) check_map("sum_grad", *sum_grad, x, true);
   if (scale) check_vector("scale", *scale, x);
   STD_TORCH_CHECK(!scale || sum_grad, "branch_norm: a scale needs sum_grad");
   const int64_t images = x.size(0), channels = x.size(1), pixels = x.size(2) * x.size(3);
-  std::tuple<Tensor, Tensor, Tensor> grads{zeros(x, {channels}), zeros(x, {channels}), zeros(x, {scale ? channels : 0})};
+  Tensor weight_grad = zeros(x, {channels}), bias_grad = zeros(x, {channels}), scale_grad = zeros(x, {scale ? channels : 0});
   for_maps(x, n_grad, [&](const auto& kernel, auto op, int64_t units, int64_t elements) {
-    const int64_t blocks = op.last ? (pixels + branch_norm_block - 1) / branch_norm_block : 1;
+    const int64_t blocks = op.blocks();
     const Tensor sums = empty(std::array{images * blocks * 3 * channels}, ScalarType::Float);
     op.moments = static_cast<const float*>(moments.data_ptr());
     op.weight = static_cast<const float*>(weight.data_ptr());
@@ -117,11 +107,11 @@ std::tuple<Tensor, Tensor, Tensor> branch_norm_backward(const Tensor& x_grad, co
     const auto store = [&](const Tensor& to, int64_t first) {
       for (int64_t c = 0; c < to.size(0); ++c) static_cast<float*>(to.data_ptr())[c] = static_cast<float>(all[first + c]);
     };
-    store(std::get<0>(grads), 0);
-    store(std::get<1>(grads), channels);
-    store(std::get<2>(grads), 2 * channels);
+    store(weight_grad, 0);
+    store(bias_grad, channels);
+    store(scale_grad, 2 * channels);
   });
-  return {std::move(std::get<0>(grads)), std::move(std::get<1>(grads)), std::move(std::get<2>(grads))};
+  return {std::move(weight_grad), std::move(bias_grad), std::move(scale_grad)};
 }
 
 void branch_sum(const Tensor& y, const Tensor& f, const Tensor& x, const std::optional<Tensor>& scale) {

@@ -19,8 +19,8 @@ constexpr int64_t VL = lanes_of<float>;
 template <class IO> SIMD_INLINE V read(const IO* p, int64_t n) { return n >= VL ? load<float>(p) : load_part<float>(p, n); }
 template <class IO> SIMD_INLINE void write(IO* p, V v, int64_t n) { n >= VL ? store<float>(p, v) : store_part<float>(p, v, n); }
 
-// Calls f(offset, elements, vector of channel values) for the elements of a unit, up to a vector at a time; values(pointer, n) is what
-// stands at (channels,) for them.
+// Calls f(image, offset, elements left, values) for the elements of a unit, up to a vector at a time; values(vector) is what a vector
+// (channels,) has for them.
 template <class Op, class F> SIMD_INLINE void for_unit(const Op& op, int64_t unit, F f) {
   if (!op.last) {
     const int64_t c = unit % op.channels, first = unit * op.pixels;
@@ -28,8 +28,7 @@ template <class Op, class F> SIMD_INLINE void for_unit(const Op& op, int64_t uni
     for (int64_t i = 0; i < op.pixels; i += VL) f(unit / op.channels, first + i, op.pixels - i, values);
     return;
   }
-  const int64_t blocks = (op.pixels + branch_norm_block - 1) / branch_norm_block, image = unit / blocks;
-  const int64_t begin = unit % blocks * branch_norm_block;
+  const int64_t blocks = op.blocks(), image = unit / blocks, begin = unit % blocks * branch_norm_block;
   const int64_t end = begin + branch_norm_block < op.pixels ? begin + branch_norm_block : op.pixels;
   for (int64_t pixel = begin; pixel < end; ++pixel)
     for (int64_t c = 0; c < op.channels; c += VL)
@@ -102,8 +101,8 @@ template <class X, class N> void sum(const BranchNorm<X, N>& op, int64_t begin, 
       for (int k = 0; k < 3; ++k) op.sums[(image * 3 + k) * op.channels + unit % op.channels] = static_cast<float>(total[k]);
       continue;
     }
-    const int64_t blocks = (op.pixels + branch_norm_block - 1) / branch_norm_block, first = unit % blocks * branch_norm_block;
-    const int64_t pixels = op.pixels - first < branch_norm_block ? op.pixels - first : branch_norm_block, image = unit / blocks;
+    const int64_t blocks = op.blocks(), image = unit / blocks, first = unit % blocks * branch_norm_block;
+    const int64_t pixels = op.pixels - first < branch_norm_block ? op.pixels - first : branch_norm_block;
     const int64_t at = (image * op.pixels + first) * op.channels;
     float* const to = op.sums + unit * 3 * op.channels;
     const auto of = [&](auto nv, int64_t c, int64_t n) {

@@ -64,6 +64,24 @@ template <class IO> Planes<IO> planes(const Tensor& t, int64_t image = 0) {
 
 inline bool is_channels_last(const Tensor& x) { return !x.is_contiguous() && x.stride(1) == 1; }
 
+// Whether the elements stand one after the other, in the given layout; what stride an axis of length 1 has is of no account.
+inline bool is_dense(const Tensor& x, bool channels_last) {
+  if (!channels_last) return x.is_contiguous();
+  int64_t stride = 1;
+  for (int axis : {1, 3, 2, 0}) {
+    if (x.size(axis) != 1 && x.stride(axis) != stride) return false;
+    stride *= x.size(axis);
+  }
+  return true;
+}
+
+// As image_moments returns them for x.
+inline void check_moments(const char* op, const Tensor& moments, const Tensor& x) {
+  STD_TORCH_CHECK(moments.dim() == 2 && moments.size(0) == x.size(0) && moments.size(1) == 2 && moments.is_contiguous() &&
+                      moments.scalar_type() == ScalarType::Float,
+                  op, ": moments must be contiguous float32 of shape (B, 2)");
+}
+
 // Of parameters, coefficients and gradients of parameters.
 inline ScalarType accumulator_dtype(const Tensor& x) {
   return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
@@ -75,10 +93,15 @@ inline void check_like(const char* op, const char* name, const Tensor& given, co
   STD_TORCH_CHECK(same, op, ": ", name, " must have the shape and dtype of x");
 }
 
+// So many images of the shape and dtype of those of x, channels_last.
+inline Tensor empty_channels_last(const Tensor& x, int64_t images) {
+  const int64_t c = x.size(1), h = x.size(2), w = x.size(3);
+  return empty(std::array{images, c, h, w}, std::array{h * w * c, int64_t{1}, w * c, c}, x.scalar_type());
+}
+
 inline Tensor empty_in_layout_of(const Tensor& x) {
-  const int64_t b = x.size(0), c = x.size(1), h = x.size(2), w = x.size(3);
-  if (!is_channels_last(x)) return empty(std::array{b, c, h, w}, x.scalar_type());
-  return empty(std::array{b, c, h, w}, std::array{h * w * c, int64_t{1}, w * c, c}, x.scalar_type());
+  if (is_channels_last(x)) return empty_channels_last(x, x.size(0));
+  return empty(std::array{x.size(0), x.size(1), x.size(2), x.size(3)}, x.scalar_type());
 }
 
 // For a_h x a_w coefficients of every plane of x.

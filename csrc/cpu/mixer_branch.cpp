@@ -32,15 +32,9 @@ Tensor images_of(const Tensor& x, int64_t first, int64_t images) {
               x.scalar_type());
 }
 
-// As many images of the shape and dtype of x as channels_last.
-Tensor empty_map(const Tensor& x, int64_t images) {
-  const int64_t c = x.size(1), h = x.size(2), w = x.size(3);
-  return empty(std::array{images, c, h, w}, std::array{h * w * c, int64_t{1}, w * c, c}, x.scalar_type());
-}
-
 void mixer_branch(const Tensor& y, const std::optional<Tensor>& t, const std::optional<Tensor>& context, const Tensor& x,
-                  const std::optional<Tensor>& norm_weight, const std::optional<Tensor>& norm_bias, double eps, const std::optional<Tensor>& residual,
-                  const std::optional<Tensor>& residual_scale, const Tensor& in_weight, const Tensor& in_bias, const Tensor& row_weight,
+                  const std::optional<Tensor>& norm_weight, const std::optional<Tensor>& norm_bias, double eps,
+                  const std::optional<Tensor>& residual, const std::optional<Tensor>& residual_scale, const Tensor& in_weight, const Tensor& in_bias, const Tensor& row_weight,
                   const Tensor& row_bias, const Tensor& column_weight, const Tensor& column_bias, const Tensor& weight, const Tensor& bias,
                   const Tensor& base, const Tensor& gain, const Tensor& out_weight, const Tensor& out_bias, int64_t radius_squared) {
   STD_TORCH_CHECK(x.dim() == 4, "mixer_branch: x must have shape (B, C, H, W)");
@@ -49,10 +43,9 @@ void mixer_branch(const Tensor& y, const std::optional<Tensor>& t, const std::op
   if (context) check_like("mixer_branch", "context", *context, x);
   if (residual) check_like("mixer_branch", "residual", *residual, x);
   if (x.numel() == 0) return;
-  const auto of = [](const std::optional<Tensor>& given) { return given ? &*given : nullptr; };
   const int64_t images = x.size(0), image_bytes = x.numel() / images * x.element_size();
   const int64_t parts = std::min(images, (images * image_bytes + part_bytes - 1) / part_bytes), step = (images + parts - 1) / parts;
-  const Tensor t_map = empty_map(x, t && radius_squared < 0 ? 0 : step), z_map = empty_map(x, step);
+  const Tensor t_map = empty_channels_last(x, t && radius_squared < 0 ? 0 : step), z_map = empty_channels_last(x, step);
   std::optional<Tensor> moments;
   if (norm_weight) moments.emplace(empty(std::array{step, int64_t{2}}, ScalarType::Float));
   for (int64_t first = 0; first < images; first += step) {
@@ -64,17 +57,17 @@ void mixer_branch(const Tensor& y, const std::optional<Tensor>& t, const std::op
     if (context) gated.emplace(images_of(*context, first, count));
     if (moments && count < step) moments.emplace(empty(std::array{count, int64_t{2}}, ScalarType::Float));
     if (moments) image_moments_into(*moments, from, eps);
-    pointwise_pair_into(projected, {.x = &from, .moments = of(moments), .norm_weight = of(norm_weight), .norm_bias = of(norm_bias),
-                                    .weight_out = &in_weight, .bias_out = &in_bias});
+    pointwise_pair_into(projected, {.x = &from, .moments = pointer_to(moments), .norm_weight = pointer_to(norm_weight),
+                                    .norm_bias = pointer_to(norm_bias), .weight_out = &in_weight, .bias_out = &in_bias});
     axial_conv_into(z, projected, row_weight, row_bias, column_weight, column_bias);
     std::optional<Tensor> filtered;  // where t was, unless that is wanted
     if (radius_squared >= 0) {
       filtered.emplace(images_of(t_map, 0, count));
       radial_filter_into(*filtered, z, base, gain, radius_squared);
     }
-    pointwise_pair_into(to, {.x = filtered ? &*filtered : &z, .factor = &z, .residual = of(added), .residual_scale = of(residual_scale),
-                             .weight_in = &weight, .bias_in = &bias, .weight_out = &out_weight, .bias_out = &out_bias,
-                             .before = of(gated)});
+    pointwise_pair_into(to, {.x = filtered ? &*filtered : &z, .factor = &z, .residual = pointer_to(added),
+                             .residual_scale = pointer_to(residual_scale), .weight_in = &weight, .bias_in = &bias,
+                             .weight_out = &out_weight, .bias_out = &out_bias, .before = pointer_to(gated)});
   }
 }
 
@@ -125,9 +118,9 @@ TwelveTensors mixer_branch_backward(const Tensor& x_grad, const Tensor& grad, co
   const int64_t most = std::max(backward_part_bytes, c * c * x.element_size());  // as many positions as channels are worth a sum of products
   const int64_t parts = std::max<int64_t>(1, std::min(images, (images * image_bytes + most - 1) / most)), step = (images + parts - 1) / parts;
   const bool filters = radius_squared >= 0;
-  const Tensor z = empty_map(x, step), mixed = empty_map(x, step), y_grad = empty_map(x, step);
+  const Tensor z = empty_channels_last(x, step), mixed = empty_channels_last(x, step), y_grad = empty_channels_last(x, step);
   std::optional<Tensor> filtered;
-  const auto copied = [&](const Tensor& given) { return empty_map(x, is_channels_last(given) ? 0 : step); };
+  const auto copied = [&](const Tensor& given) { return empty_channels_last(x, is_channels_last(given) ? 0 : step); };
   const Tensor grad_map = copied(grad), x_map = copied(x);
   std::optional<Tensor> in_transposed, transposed, out_transposed, in_grad[2], weight_grad[2], out_grad[2];
   const auto made = [](std::optional<Tensor>& kept, auto make) -> const Tensor& { return kept ? *kept : kept.emplace(make()); };
@@ -157,7 +150,7 @@ TwelveTensors mixer_branch_backward(const Tensor& x_grad, const Tensor& grad, co
       outer_sum_into(grad, of_bias, left, right, add);
     };
     const Tensor zs = here(z), ms = here(mixed), ds = here(y_grad);
-    const Tensor fs = filters ? here(made(filtered, [&] { return empty_map(x, step); })) : here(z);
+    const Tensor fs = filters ? here(made(filtered, [&] { return empty_channels_last(x, step); })) : here(z);
     const Tensor to = images_of(x_grad, first, count), ctx = images_of(context, first, count);
     const Tensor z_rows = rows_of(zs), f_rows = rows_of(fs), ctx_rows = rows_of(ctx), d_rows = rows_of(ds), g_rows = rows_of(g);
     axial_conv_into(zs, hidden, row_weight, row_bias, column_weight, column_bias);

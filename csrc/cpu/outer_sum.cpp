@@ -30,8 +30,7 @@ std::tuple<Tensor, Tensor> outer_sum(const Tensor& left, const std::optional<Ten
   STD_TORCH_CHECK(left.dim() == 2 && right.dim() == 2, "outer_sum: left and right must have shape (N, D) and (N, C)");
   std::tuple<Tensor, Tensor> result{empty(std::array{left.size(1), right.size(1)}, ScalarType::Float),
                                     empty(std::array{left.size(1)}, ScalarType::Float)};
-  const auto of = [](const std::optional<Tensor>& given) { return given ? &*given : nullptr; };
-  outer_sum_into(std::get<0>(result), std::get<1>(result), {&left, of(left_factor)}, {&right, of(right_factor), gelu}, false);
+  outer_sum_into(std::get<0>(result), std::get<1>(result), {&left, pointer_to(left_factor)}, {&right, pointer_to(right_factor), gelu}, false);
   return result;
 }
 

@@ -104,12 +104,10 @@ void tile(const float* left, const float* right, int64_t units, float* to, int64
     for (int v = 0; v < NV; ++v) column[v] = load_raw<V>(right + v * VL);
     UNROLL
     for (int i = 0; i < block; ++i) {
-      Simd<float>::U all;
       uint32_t unit;
       std::memcpy(&unit, left + i, sizeof unit);
-      all = Simd<float>::U{} + unit;
       UNROLL
-      for (int v = 0; v < NV; ++v) sum[i][v] = E::multiply_add(sum[i][v], (V)all, column[v]);
+      for (int v = 0; v < NV; ++v) sum[i][v] = E::multiply_add(sum[i][v], (V)(Simd<float>::U{} + unit), column[v]);
     }
   }
   UNROLL

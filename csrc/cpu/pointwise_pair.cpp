@@ -36,25 +36,15 @@ void check_weight(const char* name, const Tensor& weight, const Tensor& x, int64
                   in);
 }
 
-// Whether the elements stand one after the other, in the given layout; what stride an axis of length 1 has is of no account.
-bool is_dense(const Tensor& x, bool channels_last) {
-  if (!channels_last) return x.is_contiguous();
-  int64_t stride = 1;
-  for (int axis : {1, 3, 2, 0}) {
-    if (x.size(axis) != 1 && x.stride(axis) != stride) return false;
-    stride *= x.size(axis);
-  }
-  return true;
-}
-
 void pointwise_pair(const Tensor& y, const Tensor& x, const std::optional<Tensor>& moments, const std::optional<Tensor>& norm_weight,
                     const std::optional<Tensor>& norm_bias, const std::optional<Tensor>& factor, const std::optional<Tensor>& residual,
                     const std::optional<Tensor>& residual_scale, const std::optional<Tensor>& weight_in,
                     const std::optional<Tensor>& bias_in, const Tensor& weight_out, const std::optional<Tensor>& bias_out,
-                    const std::optional<Tensor>& before_gelu) {
-  const auto of = [](const std::optional<Tensor>& t) { return t ? &*t : nullptr; };
-  pointwise_pair_into(y, {&x, of(moments), of(norm_weight), of(norm_bias), of(factor), of(residual), of(residual_scale), of(weight_in),
-                          of(bias_in), &weight_out, of(bias_out), false, of(before_gelu)});
+                    const std::optional<Tensor>& before) {
+  pointwise_pair_into(y, {.x = &x, .moments = pointer_to(moments), .norm_weight = pointer_to(norm_weight),
+                          .norm_bias = pointer_to(norm_bias), .factor = pointer_to(factor), .residual = pointer_to(residual),
+                          .residual_scale = pointer_to(residual_scale), .weight_in = pointer_to(weight_in), .bias_in = pointer_to(bias_in),
+                          .weight_out = &weight_out, .bias_out = pointer_to(bias_out), .before = pointer_to(before)});
 }
 
 // h_grad = gelu'(h) o W_out^T grad, x_grad = W_in^T h_grad: a pair whose factor is a slope.
@@ -94,9 +84,7 @@ void pointwise_pair_into(const Tensor& y, const PairOperands& of) {
   const bool x_last = !x.is_contiguous(), y_last = !y.is_contiguous(), factor_last = factor && !factor->is_contiguous();
   const bool together = x_last && y_last && (!factor || is_dense(*factor, true));
   STD_TORCH_CHECK(is_dense(x, x_last), "pointwise_pair: x must be contiguous or channels_last");
-  STD_TORCH_CHECK(!moments || (moments->dim() == 2 && moments->size(0) == b && moments->size(1) == 2 && moments->is_contiguous() &&
-                               moments->scalar_type() == ScalarType::Float),
-                  "pointwise_pair: moments must be contiguous float32 of shape (B, 2)");
+  if (moments) check_moments("pointwise_pair", *moments, x);
   STD_TORCH_CHECK(!factor || (weight_in && fits(*factor, hidden) && is_dense(*factor, factor_last)),
                   "pointwise_pair: factor must have shape (B, hidden, H, W), in the dtype of x, contiguous or channels_last, and needs weight_in");
   STD_TORCH_CHECK(fits(y, out) && is_dense(y, y_last),
@@ -104,19 +92,20 @@ void pointwise_pair_into(const Tensor& y, const PairOperands& of) {
   STD_TORCH_CHECK(!residual || (fits(*residual, out) && is_dense(*residual, y_last)),
                   "pointwise_pair: residual must have shape (B, out, H, W), in the dtype and layout of y");
   for (const Tensor* written : {before, after})
-    STD_TORCH_CHECK(!written || (weight_in && fits(*written, hidden) && is_dense(*written, true)),
-                    "pointwise_pair: before must have shape (B, hidden, H, W), in the dtype of x and channels_last, and needs weight_in");
+    STD_TORCH_CHECK(!written || (weight_in && fits(*written, hidden) && is_dense(*written, true)), "pointwise_pair: ",
+                    written == before ? "before" : "after",
+                    " must have shape (B, hidden, H, W), in the dtype of x and channels_last, and needs weight_in");
   if (y.numel() == 0) return;
-  const bool stream = before && !after && before->numel() * before->element_size() >= stream_bytes;
+  const bool stream = before && before->numel() * before->element_size() >= stream_bytes;
   const auto run = [&]<class IO>(const PointwisePairEngine<IO>& engine) {
     const auto data = [](const Tensor& t) { return static_cast<const IO*>(t.data_ptr()); };
     const auto given = [&](const Tensor* t) { return t ? data(*t) : nullptr; };
     const auto written = [](const Tensor* t) { return t ? static_cast<IO*>(t->data_ptr()) : nullptr; };
+    const float* of_images = moments ? static_cast<const float*>(moments->data_ptr()) : nullptr;
     const PointwisePair<IO> op{together ? 1 : b, together ? b * h * w : h * w, c, hidden, out, x_last, y_last, factor_last || together,
-                               by_slope, stream, h * w, data(x), given(factor), given(residual), given(residual_scale), given(weight_in), given(bias_in),
-                               data(weight_out), given(bias_out), moments ? static_cast<const float*>(moments->data_ptr()) : nullptr,
-                               given(norm_weight), given(norm_bias), static_cast<IO*>(y.data_ptr()),
-                               written(before), written(after)};
+                               by_slope, stream, h * w, data(x), given(factor), given(residual), given(residual_scale), given(weight_in),
+                               given(bias_in), data(weight_out), given(bias_out), of_images, given(norm_weight), given(norm_bias),
+                               static_cast<IO*>(y.data_ptr()), written(before), written(after)};
     parallel(1, op.vectors(engine.lanes), 1, [&](int64_t begin, int64_t end) { engine.run(op, begin, end); });
   };
   if (x.scalar_type() == ScalarType::Float) run(kernels().f32);

@@ -329,7 +329,8 @@ enum class Factor { gelu, given, slope };  // h = gelu(g), f o g, gelu'(f) o g
 // E::rows hidden channels: h (E::rows / E::packed, NV VL) of x and their bias; factor are those of f, laid out like h; before, like h, is g,
 // or nullptr.
 template <class E, int NV>
-SIMD_INLINE void first_product(const Weights& weights, const float* bias, const float* x, Factor kind, const float* factor, float* h, float* before) {
+SIMD_INLINE void first_product(const Weights& weights, const float* bias, const float* x, Factor kind, const float* factor, float* h,
+                               float* before) {
   V total[E::rows][NV];
   multiply<E, NV>(weights, x, total);
   const auto finish = [&](auto of) __attribute__((always_inline)) {  // of(sum, where its value of f stands, which of a unit's channels)
@@ -356,8 +357,8 @@ SIMD_INLINE void first_product(const Weights& weights, const float* bias, const 
 // E::rows outputs: sums (E::rows, NV VL) += W_out h over a part of the hidden channels, s o r + b_out before the first; residual are those
 // of r (E::rows / E::packed, NV VL), or nullptr.
 template <class E, int NV>
-SIMD_INLINE void second_product(const Weights& weights, bool first, const float* scale, const float* bias, const float* h, const float* residual,
-                    float* sums) {
+SIMD_INLINE void second_product(const Weights& weights, bool first, const float* scale, const float* bias, const float* h,
+                                const float* residual, float* sums) {
   V total[E::rows][NV];
   multiply<E, NV>(weights, h, total);
   const auto finish = [&](auto before) __attribute__((always_inline)) {
@@ -410,8 +411,7 @@ template <class E> void run(const PointwisePair<typename E::IO>& op, int64_t beg
   vectors.residual_scale = widen_all<1>(op.bias_out, op.out, 0.0f, vectors.bias_out);
   widen_all<1>(op.residual_scale, op.out, 1.0f, vectors.residual_scale);
   const Factor kind = !op.factor ? Factor::gelu : op.by_slope ? Factor::slope : Factor::given;
-  const auto unaligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % SIMD_BYTES; };
-  const bool stream = op.stream && !unaligned(op.before) && !unaligned(op.after);
+  const bool stream = op.stream && reinterpret_cast<uintptr_t>(op.before) % SIMD_BYTES == 0;
   float scale[strip_pixels], shift[strip_pixels];
   const Norm norm{scale, shift, vectors.norm_weight, vectors.norm_bias};
   const int64_t tiles = (end - begin + tile_vectors - 1) / tile_vectors;
@@ -443,16 +443,17 @@ template <class E> void run(const PointwisePair<typename E::IO>& op, int64_t beg
         const Weights weights = block_of<E>(op.weight_in + (from + channel) * op.in, op.in, op.in, widened);
         for_strips([&](auto nv, const Strip& strip) {
           const int64_t at = channel / E::packed * nv() * VL;
-          first_product<E, nv()>(weights, vectors.bias_in + from + channel, x + strip.before * x_size, kind, factor + strip.before * f_size + at,
-                                 h + strip.before * h_size + at, op.before ? g + strip.before * g_size + at : nullptr);
+          first_product<E, nv()>(weights, vectors.bias_in + from + channel, x + strip.before * x_size, kind,
+                                 factor + strip.before * f_size + at, h + strip.before * h_size + at,
+                                 op.before ? g + strip.before * g_size + at : nullptr);
         });
       }
       for_strips([&](auto nv, const Strip& strip) {
-        const auto store = [&](IO* to, const float* rows) {
+        const auto store = [&](IO* to, const float* rows, bool stream) {
           if (to) store_strip<E, nv(), E::packed>(op, Map<IO>{to, op.hidden, true}, from, hidden, rows, strip, stream);
         };
-        store(op.before, g + strip.before * g_size);
-        store(op.after, h + strip.before * h_size);
+        store(op.before, g + strip.before * g_size, stream);
+        store(op.after, h + strip.before * h_size, false);
       });
       for (int64_t channel = 0; channel < op.out; channel += E::rows) {
         const Weights weights = block_of<E>(op.weight_out + channel * op.hidden + from, op.hidden, hidden, widened);

@@ -8,7 +8,7 @@ namespace spanet {
 // x (B, in, P), factor (B, hidden, P), y and residual (B, out, P), these two of one layout, are contiguous or channels_last. Where all are
 // channels_last they are one image of B P pixels. Weights (hidden, in) and (out, hidden) are contiguous. Only x, weight_out and y are
 // always there; without weight_in, hidden is in and the only product is that of weight_out. before and after (B, hidden, P), channels_last,
-// become g and h; past the caches if `stream`.
+// become g, past the caches if `stream`, and h.
 template <class IO> struct PointwisePair {
   int64_t images, pixels, in, hidden, out;
   bool x_last, y_last, factor_last, by_slope, stream;

@@ -75,6 +75,9 @@ class Tensor {
   int64_t dim_, *sizes_, *strides_;
 };
 
+// What is there, or nullptr.
+inline const Tensor* pointer_to(const std::optional<Tensor>& t) { return t ? &*t : nullptr; }
+
 // Outputs of this size malloc maps afresh for every call (with glibc).
 constexpr int64_t fresh_bytes = int64_t{32} << 20;
 

@@ -143,7 +143,7 @@ def _fuses_body(x: Tensor, weight_in: Tensor, bias_in: Tensor | None, weight_out
 def _fused_body(branch: Branch, x: Tensor, *weights: Any) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     matrix_in, row_in, matrix_out, row_out = _in_dtype_of(x, *weights)
     y, h = _memory(x, matrix_out, modes.memory_format(x)), _memory(x, matrix_in, torch.channels_last)
-    pair(y, x, matrix_in, row_in, matrix_out, row_out, branch=branch, before_gelu=h)
+    pair(y, x, matrix_in, row_in, matrix_out, row_out, branch=branch, before=h)
     return y, (h, matrix_in, None, matrix_out)  # the bias is in h
 
 

@@ -166,15 +166,15 @@ def pointwise_pair(
     bias_in: Tensor | None,
     weight_out: Tensor,
     bias_out: Tensor | None,
-    before_gelu: Tensor | None = None,
+    before: Tensor | None = None,
 ) -> None:
     """`spanet_kernels::pointwise_pair` on a GPU."""
     whole_norm = moments is None or (norm_weight is not None and norm_bias is not None)
     dense = _dense(x) and _dense(y) and (residual is None or _dense(residual))
-    special = factor is not None or before_gelu is not None or x.dtype not in (torch.bfloat16, torch.float16)
+    special = factor is not None or before is not None or x.dtype not in (torch.bfloat16, torch.float16)
     if special or not x.numel() or not whole_norm or not dense:
         norm, added = (moments, norm_weight, norm_bias), (factor, residual, residual_scale)
-        reference.pointwise_pair(y, x, *norm, *added, weight_in, bias_in, weight_out, bias_out, before_gelu)
+        reference.pointwise_pair(y, x, *norm, *added, weight_in, bias_in, weight_out, bias_out, before)
         return
     norm = moments, norm_weight, norm_bias
     if weight_in is not None and max(x.shape[1], y.shape[1]) <= ONE_LAUNCH:
