@@ -13,9 +13,12 @@ from spanet_kernels.testing import make_input
 operator = torch.ops.spanet_kernels.pointwise_pair.default
 moments_of = torch.ops.spanet_kernels.image_moments.default
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-# (B, C, H, W), hidden and output channels: one pixel, parts of a vector and of a strip, several strips and parts of the hidden channels
+# (B, C, H, W), hidden and output channels: one pixel, images of a few pixels, parts of a vector and of a strip, several strips and parts of
+# the hidden channels
 SHAPES = [
     ((1, 32, 1, 1), 32, 32),
+    ((19, 32, 1, 1), 32, 32),
+    ((23, 32, 1, 3), 32, 64),
     ((2, 32, 3, 5), 64, 96),
     ((3, 64, 7, 7), 288, 32),
     ((1, 96, 9, 11), 32, 64),

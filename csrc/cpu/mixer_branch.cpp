@@ -139,10 +139,8 @@ TwelveTensors mixer_branch_backward(const Tensor& x_grad, const Tensor& grad, co
       Tensor part = images_of(given, first, count);
       if (is_channels_last(given)) return part;
       Tensor copy = here(map);
-      AtenTensorHandle to = copy.release(), from = part.release();
-      STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(to, from, 0));
-      Tensor{from};
-      return Tensor(to);
+      to_channels_last(copy, part);
+      return copy;
     };
     const Tensor g = as_rows(grad, grad_map), from = as_rows(x, x_map), hidden = images_of(t, first, count);
     const auto outer = [&](std::optional<Tensor>(&sums)[2], const Tensor& like, const OuterOperand& left, const OuterOperand& right) {

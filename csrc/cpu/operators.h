@@ -33,6 +33,9 @@ void pointwise_pair_into(const Tensor& y, const PairOperands& of);
 // The transpose of a weight of pointwise_pair.
 Tensor transposed_weight(const Tensor& weight);
 
+// y = x, of one shape, y channels_last and x contiguous, float32 or bfloat16, as many channels as pointwise_pair takes.
+void to_channels_last(const Tensor& y, const Tensor& x);
+
 // y += a o b, of one shape, dtype and layout, float32 or bfloat16.
 void add_product(const Tensor& y, const Tensor& a, const Tensor& b);
 

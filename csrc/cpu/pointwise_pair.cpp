@@ -22,6 +22,23 @@ const PointwisePairEngine<Bf16>& bf16_engine() {
   return capability == Capability::avx512_bf16 ? kernels().bf16_dot : kernels().bf16;
 }
 
+// to = the transposes of so many matrices, one behind the other.
+void transpose(const Tensor& to, const Tensor& from, int64_t matrices, int64_t rows, int64_t columns) {
+  const auto run = [&]<class IO>(void (*kernel)(const IO*, int64_t, int64_t, int64_t, int64_t, IO*)) {
+    constexpr int64_t grain = 16384, step = pointwise_pair_channels;
+    const int64_t steps = rows / step;
+    parallel(grain, matrices * steps, step * columns, [&](int64_t begin, int64_t end) {
+      for (int64_t at = begin; at < end; ++at) {
+        const int64_t matrix = at / steps * rows * columns, row = at % steps * step;
+        kernel(static_cast<const IO*>(from.data_ptr()) + matrix, rows, columns, row, row + step, static_cast<IO*>(to.data_ptr()) + matrix);
+      }
+    });
+  };
+  if (from.scalar_type() == ScalarType::Float) run(kernels().f32_transposed);
+  else if (from.scalar_type() == ScalarType::BFloat16) run(kernels().bf16_transposed);
+  else STD_TORCH_CHECK(false, "pointwise_pair: tensors must be float32 or bfloat16");
+}
+
 void check_vector(const char* name, const Tensor* vector, const Tensor& x, int64_t size) {
   STD_TORCH_CHECK(!vector || (vector->dim() == 1 && vector->size(0) == size && vector->is_contiguous() &&
                               vector->scalar_type() == x.scalar_type()),
@@ -81,8 +98,9 @@ void pointwise_pair_into(const Tensor& y, const PairOperands& of) {
     const bool shape = t.dim() == 4 && t.size(0) == b && t.size(1) == channels && t.size(2) == h && t.size(3) == w;
     return shape && t.scalar_type() == x.scalar_type();
   };
-  const bool x_last = !x.is_contiguous(), y_last = !y.is_contiguous(), factor_last = factor && !factor->is_contiguous();
-  const bool together = x_last && y_last && (!factor || is_dense(*factor, true));
+  const bool single = h * w == 1;  // then both layouts are one
+  const bool x_last = single || !x.is_contiguous(), y_last = single || !y.is_contiguous();
+  const bool factor_last = factor && (single || !factor->is_contiguous());
   STD_TORCH_CHECK(is_dense(x, x_last), "pointwise_pair: x must be contiguous or channels_last");
   if (moments) check_moments("pointwise_pair", *moments, x);
   STD_TORCH_CHECK(!factor || (weight_in && fits(*factor, hidden) && is_dense(*factor, factor_last)),
@@ -102,10 +120,10 @@ void pointwise_pair_into(const Tensor& y, const PairOperands& of) {
     const auto given = [&](const Tensor* t) { return t ? data(*t) : nullptr; };
     const auto written = [](const Tensor* t) { return t ? static_cast<IO*>(t->data_ptr()) : nullptr; };
     const float* of_images = moments ? static_cast<const float*>(moments->data_ptr()) : nullptr;
-    const PointwisePair<IO> op{together ? 1 : b, together ? b * h * w : h * w, c, hidden, out, x_last, y_last, factor_last || together,
-                               by_slope, stream, h * w, data(x), given(factor), given(residual), given(residual_scale), given(weight_in),
-                               given(bias_in), data(weight_out), given(bias_out), of_images, given(norm_weight), given(norm_bias),
-                               static_cast<IO*>(y.data_ptr()), written(before), written(after)};
+    const PointwisePair<IO> op{b * h * w, h * w, c, hidden, out, x_last, y_last, factor_last, by_slope, stream, data(x), given(factor),
+                               given(residual), given(residual_scale), given(weight_in), given(bias_in), data(weight_out), given(bias_out),
+                               of_images, given(norm_weight), given(norm_bias), static_cast<IO*>(y.data_ptr()), written(before),
+                               written(after)};
     parallel(1, op.vectors(engine.lanes), 1, [&](int64_t begin, int64_t end) { engine.run(op, begin, end); });
   };
   if (x.scalar_type() == ScalarType::Float) run(kernels().f32);
@@ -115,18 +133,14 @@ void pointwise_pair_into(const Tensor& y, const PairOperands& of) {
 
 Tensor transposed_weight(const Tensor& weight) {
   check_weight("weight", weight, weight, weight.dim() == 2 ? weight.size(1) : 0);
-  const int64_t rows = weight.size(0), columns = weight.size(1);
-  Tensor to = empty(std::array{columns, rows}, weight.scalar_type());
-  const auto run = [&]<class IO>(void (*kernel)(const IO*, int64_t, int64_t, int64_t, int64_t, IO*)) {
-    constexpr int64_t grain = 16384, step = pointwise_pair_channels;
-    parallel(grain, rows / step, step * columns, [&](int64_t begin, int64_t end) {
-      kernel(static_cast<const IO*>(weight.data_ptr()), rows, columns, begin * step, end * step, static_cast<IO*>(to.data_ptr()));
-    });
-  };
-  if (weight.scalar_type() == ScalarType::Float) run(kernels().f32_transposed);
-  else if (weight.scalar_type() == ScalarType::BFloat16) run(kernels().bf16_transposed);
-  else STD_TORCH_CHECK(false, "pointwise_pair: weights must be float32 or bfloat16");
+  Tensor to = empty(std::array{weight.size(1), weight.size(0)}, weight.scalar_type());
+  transpose(to, weight, 1, weight.size(0), weight.size(1));
   return to;
+}
+
+void to_channels_last(const Tensor& y, const Tensor& x) {
+  STD_TORCH_CHECK(x.size(1) % pointwise_pair_channels == 0, "pointwise_pair: channels must be a multiple of ", pointwise_pair_channels);
+  transpose(y, x, x.size(0), x.size(1), x.size(2) * x.size(3));
 }
 
 void add_product(const Tensor& y, const Tensor& a, const Tensor& b) {

@@ -8,7 +8,7 @@
 //
 // A tile of pixels is laid out with pixels adjacent, X (in, pixels), so that a vector is a run of pixels and a weight is one number for
 // all of it: the weights are read where they stand, in either product, and h is written as the second product reads it.
-//   strip  NV vectors of pixels of an image, the columns of a block
+//   strip  NV vectors of pixels, of one image or of several, the columns of a block
 //   block  some rows of a product by one strip: its accumulators are in registers
 //   tile   a few strips, for which a part of the hidden channels is computed and multiplied again at once
 // Sums are cut every `summed` terms: a sum of few partial sums rounds less than one long sum does.
@@ -18,6 +18,8 @@
 // Every output is computed by one thread in a fixed order.
 
 #include "cpu/pointwise_pair_kernel.h"
+
+#include <algorithm>
 
 #include "cpu/bf16_dot.h"
 #include "cpu/gelu.h"
@@ -128,9 +130,9 @@ struct PairsByTiles : PairsByDot {
 };
 #endif
 
-// A strip: n adjacent pixels of an image, in NV vectors; `before` it stand as many vectors of its tile.
+// A strip: n adjacent pixels of all images, in NV vectors; `before` it stand as many vectors of its tile.
 struct Strip {
-  int64_t image, first, n, before;
+  int64_t first, n, before;
 };
 
 // Calls f(integral constant) with the number of vectors that hold n pixels, at most `most`.
@@ -173,52 +175,109 @@ template <class IO> struct Map {
   bool last;
 };
 
+// Where the pixels of a vector stand in planes that are contiguous: runs of lanes, one for every image that they are of.
+struct Runs {
+  struct Run {
+    int64_t at, lane, n;  // its first pixel, in the first channel of all planes
+  } run[VL];
+  int64_t count = 0;
+
+  template <class IO> V load(const IO* channel) const {
+    float lanes[2 * VL] = {};
+    for (int64_t r = 0; r < count; ++r) store<float>(lanes + run[r].lane, load_part<float>(channel + run[r].at, run[r].n));
+    return load_raw<V>(lanes);
+  }
+  template <class IO> void store_to(IO* channel, V value) const {
+    float lanes[2 * VL] = {};
+    store<float>(lanes, value);
+    for (int64_t r = 0; r < count; ++r) store_part<float>(channel + run[r].at, load_raw<V>(lanes + run[r].lane), run[r].n);
+  }
+};
+
+// Calls f(at(v) to load or store vector v of a channel) for a strip in planes that are contiguous.
+template <int NV, class Op, class F> SIMD_INLINE void in_planes(const Op& op, int64_t channels, const Strip& strip, F f) {
+  const int64_t pixels = op.image_pixels, image = strip.first / pixels, pixel = strip.first % pixels;
+  if (strip.n == NV * VL && pixel + strip.n <= pixels) {
+    const int64_t first = image * channels * pixels + pixel;
+    return f([&](const auto* channel, int v) __attribute__((always_inline)) { return load<float>(channel + first + v * VL); },
+             [&](auto* channel, int v, V value) __attribute__((always_inline)) { store<float>(channel + first + v * VL, value); });
+  }
+  Runs runs[NV];
+  for (int64_t lane = 0, n; lane < strip.n; lane += n) {
+    const int64_t image = (strip.first + lane) / pixels, pixel = (strip.first + lane) % pixels, v = lane / VL;
+    n = std::min({pixels - pixel, strip.n - lane, VL - lane % VL});
+    runs[v].run[runs[v].count++] = {image * channels * pixels + pixel, lane % VL, n};
+  }
+  f([&](const auto* channel, int v) __attribute__((always_inline)) { return runs[v].load(channel); },
+    [&](auto* channel, int v, V value) __attribute__((always_inline)) { runs[v].store_to(channel, value); });
+}
+
+// load_strip and store_strip of a map that is contiguous.
+template <class E, int NV, class Op, class IO>
+__attribute__((noinline)) void load_planes(const Op& op, const Map<const IO>& from, int64_t first, int64_t wanted, const Strip& strip,
+                                           const Norm* norm, float* to) {
+  constexpr int64_t width = NV * VL, unit_size = E::channels / E::packed * width;
+  const int64_t units = from.channels / E::channels;
+  in_planes<NV>(op, from.channels, strip, [&](auto load_at, auto) __attribute__((always_inline)) {
+    const IO* channel = from.data + first * op.image_pixels;
+    for (int64_t k = 0; k < wanted; ++k, channel += E::channels * op.image_pixels)
+      for (int v = 0; v < NV; ++v) {
+        V part[E::channels];
+        UNROLL
+        for (int c = 0; c < E::channels; ++c) {
+          part[c] = load_at(channel + c * op.image_pixels, v);
+          if (norm) {
+            const V normal = part[c] * load_raw<V>(norm->scale + v * VL) + load_raw<V>(norm->shift + v * VL);
+            part[c] = normal * norm->weight[c * units + k] + norm->bias[c * units + k];
+          }
+        }
+        put<E>(to + k * unit_size + v * VL, width, E::join(part[0], part[E::channels - 1]));
+      }
+  });
+}
+
+template <class E, int NV, int packed, class Op, class IO>
+__attribute__((noinline)) void store_planes(const Op& op, const Map<IO>& to, int64_t first, int64_t n, const float* rows,
+                                            const Strip& strip) {
+  in_planes<NV>(op, to.channels, strip, [&](auto, auto store_at) __attribute__((always_inline)) {
+    IO* channel = to.data + first * op.image_pixels;
+    for (int64_t c = 0; c < n; ++c, channel += op.image_pixels)
+      for (int v = 0; v < NV; ++v) {
+        const V value = load_raw<V>(rows + (c / packed * NV + v) * VL);
+        store_at(channel, v, packed == 1 ? value : E::channel(value, c % packed));
+      }
+  });
+}
+
 // to (n / E::packed, NV VL) = the strip of n channels from one on, normalised if norm is not nullptr; pixels that are not there are anything.
 template <class E, int NV, class Op, class IO>
 void load_strip(const Op& op, const Map<const IO>& from, int64_t first, int64_t n_channels, const Strip& strip, const Norm* norm, float* to) {
   constexpr int64_t width = NV * VL, unit_size = E::channels / E::packed * width;
   const int64_t units = from.channels / E::channels, wanted = n_channels / E::channels;
-  if (from.last) {
-    const char* pixel = reinterpret_cast<const char*>(from.data + first) + (strip.image * op.pixels + strip.first) * units * 4;
-    for (int v = 0; v < NV; ++v)
-      for (int64_t k = 0; k < wanted; k += VL) {
-        V square[VL];
-        UNROLL
-        for (int i = 0; i < VL; ++i) square[i] = i < pixels_of(strip, v) ? load_raw<V>(pixel + ((v * VL + i) * units + k) * 4) : V{};
-        if (norm) {
-          V weight[E::channels], bias[E::channels];
-          for (int c = 0; c < E::channels; ++c) {
-            weight[c] = load_raw<V>(norm->weight + c * units + k);
-            bias[c] = load_raw<V>(norm->bias + c * units + k);
-          }
-          UNROLL
-          for (int i = 0; i < VL; ++i) {
-            V part[E::channels];
-            for (int c = 0; c < E::channels; ++c)
-              part[c] = (E::channel(square[i], c) * norm->scale[v * VL + i] + norm->shift[v * VL + i]) * weight[c] + bias[c];
-            square[i] = E::join(part[0], part[E::channels - 1]);
-          }
-        }
-        transpose<float>(square);
-        UNROLL
-        for (int i = 0; i < VL; ++i) put<E>(to + (k + i) * unit_size + v * VL, width, square[i]);
-      }
-    return;
-  }
-  const IO* plane = from.data + (strip.image * from.channels + first) * op.pixels + strip.first;
-  for (int64_t k = 0; k < wanted; ++k, plane += E::channels * op.pixels)
-    for (int v = 0; v < NV; ++v) {
-      const int64_t n = pixels_of(strip, v);
-      V part[E::channels];
+  if (!from.last) return load_planes<E, NV>(op, from, first, wanted, strip, norm, to);
+  const char* pixel = reinterpret_cast<const char*>(from.data + first) + strip.first * units * 4;
+  for (int v = 0; v < NV; ++v)
+    for (int64_t k = 0; k < wanted; k += VL) {
+      V square[VL];
       UNROLL
-      for (int c = 0; c < E::channels; ++c) {
-        part[c] = n == VL ? load<float>(plane + c * op.pixels + v * VL) : load_part<float>(plane + c * op.pixels + v * VL, n);
-        if (norm) {
-          const V normal = part[c] * load_raw<V>(norm->scale + v * VL) + load_raw<V>(norm->shift + v * VL);
-          part[c] = normal * norm->weight[c * units + k] + norm->bias[c * units + k];
+      for (int i = 0; i < VL; ++i) square[i] = i < pixels_of(strip, v) ? load_raw<V>(pixel + ((v * VL + i) * units + k) * 4) : V{};
+      if (norm) {
+        V weight[E::channels], bias[E::channels];
+        for (int c = 0; c < E::channels; ++c) {
+          weight[c] = load_raw<V>(norm->weight + c * units + k);
+          bias[c] = load_raw<V>(norm->bias + c * units + k);
+        }
+        UNROLL
+        for (int i = 0; i < VL; ++i) {
+          V part[E::channels];
+          for (int c = 0; c < E::channels; ++c)
+            part[c] = (E::channel(square[i], c) * norm->scale[v * VL + i] + norm->shift[v * VL + i]) * weight[c] + bias[c];
+          square[i] = E::join(part[0], part[E::channels - 1]);
         }
       }
-      put<E>(to + k * unit_size + v * VL, width, E::join(part[0], part[E::channels - 1]));
+      transpose<float>(square);
+      UNROLL
+      for (int i = 0; i < VL; ++i) put<E>(to + (k + i) * unit_size + v * VL, width, square[i]);
     }
 }
 
@@ -227,30 +286,21 @@ void load_strip(const Op& op, const Map<const IO>& from, int64_t first, int64_t 
 template <class E, int NV, int packed, class Op, class IO>
 void store_strip(const Op& op, const Map<IO>& to, int64_t first, int64_t n, const float* rows, const Strip& strip, bool stream = false) {
   constexpr int64_t width = NV * VL;
-  if (to.last) {
-    const int64_t units = to.channels / E::channels;
-    char* pixel = reinterpret_cast<char*>(to.data + first) + (strip.image * op.pixels + strip.first) * units * 4;
-    for (int v = 0; v < NV; ++v)
-      for (int64_t k = 0; k < n / E::channels; k += VL) {
-        V square[VL];
-        UNROLL
-        for (int i = 0; i < VL; ++i) {
-          const float* row = rows + (k + i) * (E::channels / packed) * width + v * VL;
-          square[i] = packed == E::channels ? load_raw<V>(row) : E::join(load_raw<V>(row), load_raw<V>(row + (E::channels - 1) * width));
-        }
-        transpose<float>(square);
-        UNROLL
-        for (int i = 0; i < VL; ++i)
-          if (i < pixels_of(strip, v)) store_whole(pixel + ((v * VL + i) * units + k) * 4, square[i], stream);
+  if (!to.last) return store_planes<E, NV, packed>(op, to, first, n, rows, strip);
+  const int64_t units = to.channels / E::channels;
+  char* pixel = reinterpret_cast<char*>(to.data + first) + strip.first * units * 4;
+  for (int v = 0; v < NV; ++v)
+    for (int64_t k = 0; k < n / E::channels; k += VL) {
+      V square[VL];
+      UNROLL
+      for (int i = 0; i < VL; ++i) {
+        const float* row = rows + (k + i) * (E::channels / packed) * width + v * VL;
+        square[i] = packed == E::channels ? load_raw<V>(row) : E::join(load_raw<V>(row), load_raw<V>(row + (E::channels - 1) * width));
       }
-    return;
-  }
-  IO* plane = to.data + (strip.image * to.channels + first) * op.pixels + strip.first;
-  for (int64_t c = 0; c < n; ++c, plane += op.pixels)
-    for (int v = 0; v < NV; ++v) {
-      const V value = load_raw<V>(rows + c / packed * width + v * VL), sum = packed == 1 ? value : E::channel(value, c % packed);
-      if (pixels_of(strip, v) == VL) store<float>(plane + v * VL, sum);
-      else store_part<float>(plane + v * VL, sum, pixels_of(strip, v));
+      transpose<float>(square);
+      UNROLL
+      for (int i = 0; i < VL; ++i)
+        if (i < pixels_of(strip, v)) store_whole(pixel + ((v * VL + i) * units + k) * 4, square[i], stream);
     }
 }
 
@@ -373,18 +423,12 @@ SIMD_INLINE void second_product(const Weights& weights, bool first, const float*
   else finish([&](int m, int) { return V{} + bias[m]; });
 }
 
-// The strips of a tile, which starts at vector `first` and has `vectors` of them: as few as can be of each image, and as even. Returns how
-// many there are.
+// The strips of a tile, which starts at vector `first` and has `vectors` of them: as few as can be and as even. Returns how many there are.
 template <class E, class Op> int64_t cut(const Op& op, int64_t first, int64_t vectors, Strip* strips) {
-  const int64_t of_image = op.vectors_of_image(VL);
-  int64_t count = 0;
-  for (int64_t at = 0; at < vectors;) {
-    const int64_t image = (first + at) / of_image, in_image = (first + at) % of_image;
-    const int64_t left = vectors - at < of_image - in_image ? vectors - at : of_image - in_image;
-    const int64_t pieces = (left + E::vectors - 1) / E::vectors, take = (left + pieces - 1) / pieces;
-    const int64_t pixel = in_image * VL, pixels = op.pixels - pixel;
-    strips[count++] = {image, pixel, pixels < take * VL ? pixels : take * VL, at};
-    at += take;
+  const int64_t count = (vectors + E::vectors - 1) / E::vectors;
+  for (int64_t s = 0; s < count; ++s) {
+    const int64_t before = vectors * s / count, pixel = (first + before) * VL, end = (first + vectors * (s + 1) / count) * VL;
+    strips[s] = {pixel, (end < op.pixels ? end : op.pixels) - pixel, before};
   }
   return count;
 }
@@ -424,7 +468,7 @@ template <class E> void run(const PointwisePair<typename E::IO>& op, int64_t beg
     };
     for_strips([&](auto nv, const Strip& strip) {
       for (int64_t i = 0; i < (op.moments ? nv() * VL : 0); ++i) {
-        const int64_t pixel = strip.image * op.pixels + strip.first + (i < strip.n ? i : 0);
+        const int64_t pixel = strip.first + (i < strip.n ? i : 0);
         const float* moments = op.moments + 2 * (pixel / op.image_pixels);
         scale[i] = moments[1];
         shift[i] = -moments[0] * moments[1];
@@ -480,16 +524,21 @@ template <class IO> void add_product(const IO* a, const IO* b, IO* y, int64_t n)
   }
 }
 
-// Columns [begin, end) of to = those rows of from, in blocks of a vector by a vector.
+// Columns [begin, end) of to = those rows of from, in blocks of a vector by a vector, of which the last may have fewer columns of from.
 template <class IO> void transposed(const IO* from, int64_t rows, int64_t columns, int64_t begin, int64_t end, IO* to) {
   for (int64_t row = begin; row < end; row += VL)
     for (int64_t column = 0; column < columns; column += VL) {
+      const int64_t n = columns - column < VL ? columns - column : VL;
       V square[VL];
       UNROLL
-      for (int i = 0; i < VL; ++i) square[i] = load<float>(from + (row + i) * columns + column);
+      for (int i = 0; i < VL; ++i) {
+        const IO* at = from + (row + i) * columns + column;
+        square[i] = n == VL ? load<float>(at) : load_part<float>(at, n);
+      }
       transpose<float>(square);
       UNROLL
-      for (int i = 0; i < VL; ++i) store<float>(to + (column + i) * rows + row, square[i]);
+      for (int i = 0; i < VL; ++i)
+        if (i < n) store<float>(to + (column + i) * rows + row, square[i]);
     }
 }
 
