@@ -96,6 +96,8 @@ using TwelveTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
 //
 //   z_grad = F(W^T c) + W_out^T g o ctx    W_grad = sum c F(z)^T    W_out_grad = sum g (z o ctx)^T    W_in_grad = sum t_grad x^T
 //
+// Where modes are few beside pixels F(z) is not computed for it: sum c F(z)^T = sum c (base o z)^T + sum_k <c, phi_k> (gain_k o <z, phi_k>)^T
+// over the modes of every image.
 // With a negative radius_squared F is the identity: weight has taken base in. Where all images are taken at once nothing lives longer than
 // it is needed.
 TwelveTensors mixer_branch_backward(const Tensor& x_grad, const Tensor& grad, const Tensor& x, const Tensor& t,
@@ -117,9 +119,9 @@ TwelveTensors mixer_branch_backward(const Tensor& x_grad, const Tensor& grad, co
   const int64_t images = x.size(0), c = x.size(1), image_bytes = images ? x.numel() / images * x.element_size() : 0;
   const int64_t most = std::max(backward_part_bytes, c * c * x.element_size());  // as many positions as channels are worth a sum of products
   const int64_t parts = std::max<int64_t>(1, std::min(images, (images * image_bytes + most - 1) / most)), step = (images + parts - 1) / parts;
-  const bool filters = radius_squared >= 0;
+  const bool filters = radius_squared >= 0, by_modes = filters && x.size(2) * x.size(3) >= 8 * mode_count(x, radius_squared);
   const Tensor z = empty_channels_last(x, step), mixed = empty_channels_last(x, step), y_grad = empty_channels_last(x, step);
-  std::optional<Tensor> filtered;
+  const Tensor filtered = empty_channels_last(x, filters && !by_modes ? step : 0);
   const auto copied = [&](const Tensor& given) { return empty_channels_last(x, is_channels_last(given) ? 0 : step); };
   const Tensor grad_map = copied(grad), x_map = copied(x);
   std::optional<Tensor> in_transposed, transposed, out_transposed, in_grad[2], weight_grad[2], out_grad[2];
@@ -145,34 +147,41 @@ TwelveTensors mixer_branch_backward(const Tensor& x_grad, const Tensor& grad, co
     const Tensor g = as_rows(grad, grad_map), from = as_rows(x, x_map), hidden = images_of(t, first, count);
     const auto outer = [&](std::optional<Tensor>(&sums)[2], const Tensor& like, const OuterOperand& left, const OuterOperand& right) {
       const Tensor &grad = made(sums[0], [&] { return empty_gradient(like); }), &of_bias = made(sums[1], [&] { return empty_gradient(bias); });
-      outer_sum_into(grad, of_bias, left, right, add);
+      outer_sum_into(grad, &of_bias, left, right, add);
     };
     const Tensor zs = here(z), ms = here(mixed), ds = here(y_grad);
-    const Tensor fs = filters ? here(made(filtered, [&] { return empty_channels_last(x, step); })) : here(z);
     const Tensor to = images_of(x_grad, first, count), ctx = images_of(context, first, count);
-    const Tensor z_rows = rows_of(zs), f_rows = rows_of(fs), ctx_rows = rows_of(ctx), d_rows = rows_of(ds), g_rows = rows_of(g);
+    const Tensor z_rows = rows_of(zs), ctx_rows = rows_of(ctx), d_rows = rows_of(ds), g_rows = rows_of(g);
     axial_conv_into(zs, hidden, row_weight, row_bias, column_weight, column_bias);
-    if (filters) radial_filter_into(fs, zs, base, gain, radius_squared);
     pointwise_pair_into(ms, {.x = &g, .factor = &zs, .weight_in = &transpose(out_transposed, out_weight),
                              .weight_out = &transpose(transposed, weight), .before = &ds});
     done(out_transposed);
     done(transposed);
     outer(out_grad, out_weight, {&g_rows}, {&ctx_rows, &z_rows});
-    outer(weight_grad, weight, {&d_rows, &z_rows}, {&f_rows});
+    if (filters && !by_modes) {
+      const Tensor fs = here(filtered), f_rows = rows_of(fs);
+      radial_filter_into(fs, zs, base, gain, radius_squared);
+      outer(weight_grad, weight, {&d_rows, &z_rows}, {&f_rows});
+    } else {
+      outer(weight_grad, weight, {&d_rows, &z_rows}, {.data = &z_rows, .scale = filters ? &base : nullptr});
+    }
+    if (by_modes) {
+      const Tensor of_c = mode_rows(ds, &zs, nullptr, nullptr, radius_squared), of_z = mode_rows(zs, nullptr, &base, &gain, radius_squared);
+      outer_sum_into(*weight_grad[0], nullptr, {&of_c}, {&of_z}, true);
+    }
     if (profile_learns && filters) {
       auto [base_grad, gain_grad] = radial_filter_backward(ms, zs, radius_squared);
       add_or_take(profile[0], std::move(base_grad));
       add_or_take(profile[1], std::move(gain_grad));
     }
-    const Tensor &z_grad = filters ? fs : ms, &t_grad = filters ? ms : zs;  // where the others are that are no longer needed
-    if (filters) radial_filter_into(z_grad, ms, base, gain, radius_squared);
-    add_product(z_grad, ds, ctx);
+    const Tensor &z_grad = ms, &t_grad = zs;  // where the others are that are no longer needed
+    if (filters) radial_filter_into(z_grad, ms, base, gain, radius_squared, &ds, &ctx);
+    else add_product(z_grad, ds, ctx);
     auto [row_grad, row_sums, column_grad, column_sums] = axial_conv_backward_into(t_grad, z_grad, hidden, row_weight, row_bias, column_weight);
     add_or_take(row[0], std::move(row_grad));
     add_or_take(row[1], std::move(row_sums));
     add_or_take(column[0], std::move(column_grad));
     add_or_take(column[1], std::move(column_sums));
-    done(filtered);
     pointwise_pair_into(to, {.x = &t_grad, .weight_out = &transpose(in_transposed, in_weight)});
     done(in_transposed);
     const Tensor t_rows = rows_of(t_grad), x_rows = rows_of(from);

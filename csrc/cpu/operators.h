@@ -5,10 +5,19 @@
 
 namespace spanet {
 
-// y and z have the shape, dtype and layout of x.
-void radial_filter_into(const Tensor& y, const Tensor& x, const Tensor& base, const Tensor& gain, int64_t radius_squared);
+// y and z have the shape, dtype and layout of x. y may be x. a and b, two or none: y = F(x) + a o b, all of them channels_last, float32
+// or bfloat16.
+void radial_filter_into(const Tensor& y, const Tensor& x, const Tensor& base, const Tensor& gain, int64_t radius_squared,
+                        const Tensor* a = nullptr, const Tensor* b = nullptr);
 void axial_conv_into(const Tensor& z, const Tensor& x, const Tensor& row_weight, const Tensor& row_bias, const Tensor& column_weight,
                      const Tensor& column_bias);
+
+// How many modes K the disc has on planes like those of x.
+int64_t mode_count(const Tensor& x, int64_t radius_squared);
+
+// (B K, C): <x, phi_k>, or <x o factor, phi_k>, of the modes inside the disc, none of them normalised, and with a profile what F adds of
+// each, gain_k <x, phi_k> / |phi_k|^2; x and factor are channels_last, float32 or bfloat16.
+Tensor mode_rows(const Tensor& x, const Tensor* factor, const Tensor* base, const Tensor* gain, int64_t radius_squared);
 
 // The gradients of radial_filter to base and gain.
 std::tuple<Tensor, Tensor> radial_filter_backward(const Tensor& grad, const Tensor& x, int64_t radius_squared);
@@ -39,12 +48,13 @@ void to_channels_last(const Tensor& y, const Tensor& x);
 // y += a o b, of one shape, dtype and layout, float32 or bfloat16.
 void add_product(const Tensor& y, const Tensor& a, const Tensor& b);
 
-// A side of outer_sum: data, or data o factor, or gelu(data).
+// A side of outer_sum: data, or data o factor, or gelu(data), or its columns scaled, in float32.
 struct OuterOperand {
   const Tensor *data = nullptr, *factor = nullptr;
   bool gelu = false;
+  const Tensor* scale = nullptr;
 };
-// out (D, C) and sums (D,), float32 and contiguous; added to, or written.
-void outer_sum_into(const Tensor& out, const Tensor& sums, const OuterOperand& left, const OuterOperand& right, bool add);
+// out (D, C) and sums (D,), or nullptr, float32 and contiguous; added to, or written.
+void outer_sum_into(const Tensor& out, const Tensor* sums, const OuterOperand& left, const OuterOperand& right, bool add);
 
 }  // namespace spanet

@@ -30,13 +30,13 @@ std::tuple<Tensor, Tensor> outer_sum(const Tensor& left, const std::optional<Ten
   STD_TORCH_CHECK(left.dim() == 2 && right.dim() == 2, "outer_sum: left and right must have shape (N, D) and (N, C)");
   std::tuple<Tensor, Tensor> result{empty(std::array{left.size(1), right.size(1)}, ScalarType::Float),
                                     empty(std::array{left.size(1)}, ScalarType::Float)};
-  outer_sum_into(std::get<0>(result), std::get<1>(result), {&left, pointer_to(left_factor)}, {&right, pointer_to(right_factor), gelu}, false);
+  outer_sum_into(std::get<0>(result), &std::get<1>(result), {&left, pointer_to(left_factor)}, {&right, pointer_to(right_factor), gelu}, false);
   return result;
 }
 
 }  // namespace
 
-void outer_sum_into(const Tensor& out, const Tensor& sums, const OuterOperand& left, const OuterOperand& right, bool add) {
+void outer_sum_into(const Tensor& out, const Tensor* sums, const OuterOperand& left, const OuterOperand& right, bool add) {
   check_side(*left.data, left.factor);
   check_side(*right.data, right.factor);
   const int64_t rows = left.data->size(0), d = left.data->size(1), c = right.data->size(1);
@@ -44,14 +44,18 @@ void outer_sum_into(const Tensor& out, const Tensor& sums, const OuterOperand& l
                   "outer_sum: left and right must have as many rows and one dtype, got ", rows, " and ", right.data->size(0), " rows");
   STD_TORCH_CHECK(!right.gelu || !right.factor, "outer_sum: right has a GELU or a factor");
   if (rows == 0 && !add)
-    for (const Tensor* zero : {&out, &sums}) std::memset(zero->data_ptr(), 0, zero->numel() * zero->element_size());
+    for (const Tensor* zero : {&out, sums})
+      if (zero) std::memset(zero->data_ptr(), 0, zero->numel() * zero->element_size());
   if (rows == 0 || d == 0) return;
   const auto run = [&]<class IO>(OuterSumRun<IO> kernel) {
     const auto side = [](const OuterOperand& of) {
       const auto data = [](const Tensor* t) { return t ? static_cast<const IO*>(t->data_ptr()) : nullptr; };
-      return OuterSide<IO>{of.data->size(1), of.data->stride(0), of.factor ? of.factor->stride(0) : 0, data(of.data), data(of.factor), of.gelu};
+      const float* scale = of.scale ? static_cast<const float*>(of.scale->data_ptr()) : nullptr;
+      const int64_t factor_stride = of.factor ? of.factor->stride(0) : 0;
+      return OuterSide<IO>{of.data->size(1), of.data->stride(0), factor_stride, data(of.data), data(of.factor), of.gelu, scale};
     };
-    const OuterSum<IO> op{rows, side(left), side(right), static_cast<float*>(out.data_ptr()), static_cast<float*>(sums.data_ptr()), add};
+    const OuterSum<IO> op{rows, side(left), side(right), static_cast<float*>(out.data_ptr()),
+                          sums ? static_cast<float*>(sums->data_ptr()) : nullptr, add};
     OuterSum<IO> without_sums = op;
     without_sums.sums = nullptr;
     const int64_t lanes = kernels().lanes, panels = (d + lanes - 1) / lanes, vectors = (c + lanes - 1) / lanes;

@@ -3,7 +3,7 @@
 //   out[d, c] = sum_n left[n, d] right[n, c]     sums[d] = sum_n left[n, d]
 //
 // Work: 2 N D C FLOP. Memory: left and right once, out once for every `depth` units. What a side is besides what stands in memory, a
-// product or a GELU, is computed where it is copied.
+// product, a GELU or a scaling, is computed where it is copied.
 //
 // A unit is a row, or two in bf16, of which one instruction multiplies and adds both. Units are taken `depth` at a time. Of them a few
 // blocks of left columns and one strip of right ones, NV vectors wide, are copied to memory where they are read one after the other: from
@@ -86,6 +86,10 @@ SIMD_INLINE void for_units(const OuterSide<typename E::IO>& side, int64_t row, i
   const int64_t stride = side.stride, factor_stride = side.factor_stride;
   if (side.factor) units([&](int64_t r) { return read(data, stride, r) * read(factor, factor_stride, r); });
   else if (side.gelu) units([&](int64_t r) { return gelu(read(data, stride, r), E::tail); });
+  else if (side.scale) {
+    const V scale = n >= VL ? load_raw<V>(side.scale + first) : load_part<float>(side.scale + first, n);
+    units([&](int64_t r) { return read(data, stride, r) * scale; });
+  }
   else units([&](int64_t r) { return read(data, stride, r); });
 }
 

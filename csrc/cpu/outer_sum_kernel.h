@@ -5,11 +5,12 @@
 
 namespace spanet {
 
-// Rows of so many columns, `stride` elements apart: data, or data o factor, or gelu(data).
+// Rows of so many columns, `stride` elements apart: data, or data o factor, or gelu(data), or columns times their scale.
 template <class IO> struct OuterSide {
   int64_t columns, stride, factor_stride;
   const IO *data, *factor;
   bool gelu;
+  const float* scale;
 };
 
 // out (left.columns, right.columns) is contiguous; sums (left.columns), or nullptr. Where `add`, they are added to.

@@ -48,9 +48,8 @@ bool are_gathered(const Tensor& x, int64_t radius_squared) {
 }
 
 Cut cut_of(const Tensor& x, int64_t radius_squared) {
-  if (is_channels_last(x)) return Cut::lanes;
-  if (!are_gathered(x, radius_squared)) return Cut::columns;
-  return x.stride(1) == 1 ? Cut::lanes : Cut::gathered;  // planes of one pixel lie side by side
+  if (is_channels_last(x) || (x.stride(1) == 1 && x.size(2) * x.size(3) == 1)) return Cut::lanes;
+  return are_gathered(x, radius_squared) ? Cut::gathered : Cut::columns;
 }
 
 // The work on the planes of x, cut into units of so many elements.
@@ -173,7 +172,18 @@ std::tuple<Tensor, Tensor> radial_filter_backward(const Tensor& grad, const Tens
   return {std::move(base_grad), std::move(gain_grad)};
 }
 
-void radial_filter_into(const Tensor& y, const Tensor& x, const Tensor& base, const Tensor& gain, int64_t radius_squared) {
+namespace {
+
+template <class T> Profile<T> profile_of(const Tensor& base, const Tensor& gain) {
+  return {static_cast<const T*>(base.data_ptr()), static_cast<const T*>(gain.data_ptr()), base.stride(0), gain.stride(0), gain.stride(1)};
+}
+
+template <class IO> const IO* data_of(const Tensor* t) { return t ? static_cast<const IO*>(t->data_ptr()) : nullptr; }
+
+}  // namespace
+
+void radial_filter_into(const Tensor& y, const Tensor& x, const Tensor& base, const Tensor& gain, int64_t radius_squared, const Tensor* a,
+                        const Tensor* b) {
   const int64_t channels = x.size(1);
   const auto check_profile = [&](int64_t shells) {
     const bool shapes = base.dim() == 1 && base.size(0) == channels && gain.dim() == 2 && gain.size(0) == shells && gain.size(1) == channels;
@@ -185,12 +195,33 @@ void radial_filter_into(const Tensor& y, const Tensor& x, const Tensor& base, co
   for_planes("radial_filter", x, radius_squared, Extent::disc,
              [&]<class T, class IO>(const RadialFilterKernels<T, IO>& kernel, const Modes<T>& modes, const Plan<T>& plan) {
     check_profile(modes.shells);
-    const Profile<T> profile{static_cast<const T*>(base.data_ptr()), static_cast<const T*>(gain.data_ptr()), base.stride(0), gain.stride(0),
-                             gain.stride(1)};
+    const Profile<T> profile = profile_of<T>(base, gain);
     plan.over(x, modes, true, [&](const Work<T>& work, int64_t image, int64_t begin, int64_t end) {
-      kernel.filter(work, modes, planes<const IO>(x, image), planes<IO>(y, image), profile, begin, end);
+      const int64_t at = image * x.stride(0);
+      const Product<IO> product = a ? Product<IO>{data_of<IO>(a) + at, data_of<IO>(b) + at} : Product<IO>{};
+      kernel.filter(work, modes, planes<const IO>(x, image), planes<IO>(y, image), profile, product, begin, end);
     });
   });
+}
+
+int64_t mode_count(const Tensor& x, int64_t radius_squared) {
+  return mode_table<float>(x.size(2), x.size(3), radius_squared, Extent::disc, 1)->modes.inside;
+}
+
+Tensor mode_rows(const Tensor& x, const Tensor* factor, const Tensor* base, const Tensor* gain, int64_t radius_squared) {
+  const int64_t channels = x.size(1);
+  std::optional<Tensor> rows;
+  for_planes("mode_rows", x, radius_squared, Extent::disc,
+             [&]<class T, class IO>(const RadialFilterKernels<T, IO>& kernel, const Modes<T>& modes, const Plan<T>& plan) {
+    rows.emplace(empty(std::array{x.size(0) * modes.inside, channels}, accumulator_dtype(x)));
+    T* out = static_cast<T*>(rows->data_ptr());
+    const Profile<T> profile = base ? profile_of<T>(*base, *gain) : Profile<T>{};
+    plan.over(x, modes, false, [&](const Work<T>& work, int64_t image, int64_t begin, int64_t end) {
+      const IO* of = factor ? data_of<IO>(factor) + image * x.stride(0) : nullptr;
+      kernel.mode_rows(work, modes, planes<const IO>(x, image), of, base ? &profile : nullptr, out + image * modes.inside * channels, begin, end);
+    });
+  });
+  return std::move(*rows);
 }
 
 }  // namespace spanet

@@ -28,29 +28,30 @@ namespace SIMD_NAME {
 namespace {
 
 template <class T, class IO>
-void filter(const Work<T>& work, const Modes<T>& m, Planes<const IO> x, Planes<IO> y, const Profile<T>& p, int64_t begin, int64_t end) {
-  if (work.cut == Cut::lanes) filter_lanes<false>(work, m, x, y, p, begin, end);
-  else if (work.cut == Cut::gathered) filter_lanes<true>(work, m, x, y, p, begin, end);
+void filter(const Work<T>& work, const Modes<T>& m, Planes<const IO> x, Planes<IO> y, const Profile<T>& p, Product<IO> product,
+            int64_t begin, int64_t end) {
+  if (work.cut == Cut::lanes) filter_lanes<Lanes::here>(work, m, x, y, p, product, begin, end);
+  else if (work.cut == Cut::gathered) filter_lanes<Lanes::apart>(work, m, x, y, p, product, begin, end);
   else filter_columns(m, x, y, p, work.channels, work.stream, begin, end);
 }
 
 template <class T, class IO>
 void mode_coefficients(const Work<T>& work, const Modes<T>& m, Planes<const IO> x, T* out, int64_t begin, int64_t end) {
-  if (work.cut == Cut::lanes) mode_coefficients_lanes<false>(work, m, x, out, begin, end);
-  else if (work.cut == Cut::gathered) mode_coefficients_lanes<true>(work, m, x, out, begin, end);
+  if (work.cut == Cut::lanes) mode_coefficients_lanes<Lanes::here>(work, m, x, out, begin, end);
+  else if (work.cut == Cut::gathered) mode_coefficients_lanes<Lanes::apart>(work, m, x, out, begin, end);
   else mode_coefficients_columns(m, x, out, work.channels, begin, end);
 }
 
 template <class T, class IO>
 void backward(Cut cut, const Modes<T>& m, Planes<const IO> grad, Planes<const IO> x, double* sums, int64_t images, int64_t blocks,
               int64_t channels, int64_t chunk, int64_t begin, int64_t end) {
-  if (cut == Cut::lanes) backward_lanes<false>(m, grad, x, sums, images, blocks, channels, chunk, begin, end);
-  else if (cut == Cut::gathered) backward_lanes<true>(m, grad, x, sums, images, blocks, channels, chunk, begin, end);
+  if (cut == Cut::lanes) backward_lanes<Lanes::here>(m, grad, x, sums, images, blocks, channels, chunk, begin, end);
+  else if (cut == Cut::gathered) backward_lanes<Lanes::apart>(m, grad, x, sums, images, blocks, channels, chunk, begin, end);
   else backward_columns(m, grad, x, sums, images, channels, begin, end);
 }
 
 template <class T, class IO>
-constexpr RadialFilterKernels<T, IO> kernels{filter<T, IO>, mode_coefficients<T, IO>, backward<T, IO>, lanes_of<T>};
+constexpr RadialFilterKernels<T, IO> kernels{filter<T, IO>, mode_coefficients<T, IO>, mode_rows<T, IO>, backward<T, IO>, lanes_of<T>};
 
 }  // namespace
 

@@ -70,11 +70,20 @@ template <class T> struct Work {
   T* sums = nullptr;   // in a pass: (H, A_W, lanes) of one chunk after the other
 };
 
+// a o b, or nothing.
+template <class IO> struct Product {
+  const IO *a = nullptr, *b = nullptr;
+};
+
 template <class T, class IO> struct RadialFilterKernels {
-  // forward over units [begin, end) of the work
-  void (*filter)(const Work<T>&, const Modes<T>&, Planes<const IO> x, Planes<IO> y, const Profile<T>&, int64_t begin, int64_t end);
+  // forward over units [begin, end) of the work, plus, of fp32 and bf16 in lanes, the product of two maps that stand like x, if there are;
+  // where every plane is read once (columns) or twice by the same thread, y may be x
+  void (*filter)(const Work<T>&, const Modes<T>&, Planes<const IO> x, Planes<IO> y, const Profile<T>&, Product<IO>, int64_t begin, int64_t end);
   // over the same units; out is (B, C, inside)
   void (*mode_coefficients)(const Work<T>&, const Modes<T>&, Planes<const IO> x, T* out, int64_t begin, int64_t end);
+  // the same of x, or x o factor, in lanes, not normalised, and times the gains if there is a profile; out is (B, inside, C)
+  void (*mode_rows)(const Work<T>&, const Modes<T>&, Planes<const IO> x, const IO* factor, const Profile<T>*, T* out, int64_t begin,
+                    int64_t end);
   // gradient of the profile over units [begin, end): channels over all images (columns), or block of images x chunk (else);
   // sums is (blocks, inside + 1, C), zeros before: the products of every mode, not normalised, then <grad, x>
   void (*backward)(Cut, const Modes<T>&, Planes<const IO> grad, Planes<const IO> x, double* sums, int64_t images, int64_t blocks,

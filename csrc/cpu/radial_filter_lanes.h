@@ -50,13 +50,31 @@ template <class X> struct PixelRows {
   int64_t h, w;
 };
 
-template <bool APART, class T, class IO> using ReadRows = PixelRows<std::conditional_t<APART, T, Read<T, IO>>>;
+// How the lanes of x are read: here they are adjacent, or they lie apart, or they are multiplied with others that are adjacent.
+enum class Lanes { here, apart, times };
 
-// Rows of w pixels of `lanes` channels from x on: where they lie, or copies that are widened or brought side by side.
-template <bool APART, class T, class IO>
-ReadRows<APART, T, IO> adjacent_lanes(const IO* x, Planes<const IO> p, int64_t rows, int64_t w, int64_t lanes,
-                                      [[maybe_unused]] T* copies) {
-  if constexpr (APART) {
+template <Lanes HOW, class T, class IO> using ReadRows = PixelRows<std::conditional_t<HOW == Lanes::here, Read<T, IO>, T>>;
+
+// Rows of w pixels of `lanes` channels from x on: where they lie, or copies that are widened, brought side by side or multiplied with
+// those of a map that lies like x.
+template <Lanes HOW, class T, class IO>
+ReadRows<HOW, T, IO> adjacent_lanes(const IO* x, [[maybe_unused]] const IO* factor, Planes<const IO> p, int64_t rows, int64_t w, int64_t lanes,
+                                    [[maybe_unused]] T* copies) {
+  if constexpr (HOW == Lanes::times) {
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t j = 0; j < w; ++j) {
+        const int64_t at = i * p.h + j * p.w;
+        for_lanes<T, 2>(lanes, [&](auto nv, int64_t l, int64_t last) {
+          const Step<nv(), T> step{last, false};
+          UNROLL
+          for (int v = 0; v < step.vectors; ++v) {
+            const int64_t lane = l + step.at(v);
+            step.write(copies + (i * w + j) * lanes + lane, step.read(x + at + lane) * step.read(factor + at + lane), 0);
+          }
+        });
+      }
+    return {copies, w * lanes, lanes};
+  } else if constexpr (HOW == Lanes::apart) {
     const bool together = p.h == w;
     for (int64_t i = 0; i < (together ? 1 : rows); ++i)
       gather_lanes<T>(x + i * p.h, p.c, lanes, together ? rows * w : w, copies + i * w * lanes);
@@ -75,12 +93,12 @@ ReadRows<APART, T, IO> adjacent_lanes(const IO* x, Planes<const IO> p, int64_t r
 // Units [begin, end) of the work, or one pass over them. between and WRITE as in over_columns; here z is (A_H, A_W, wide).
 // prepare(part, wide, base, gains) fills base (wide) and gains (like z), zeros before, whenever the chunk is another one;
 // if all channels have the same profile, whenever it has another number of lanes.
-template <bool APART, bool WRITE, class T, class IO, class Prepare, class Between>
-void over_lanes(const Work<T>& work, const Modes<T>& m, Planes<const IO> x, Planes<IO> y, int64_t begin, int64_t end, bool same,
-                Prepare prepare, Between between) {
+template <Lanes HOW, bool WRITE, class T, class IO, class Prepare, class Between>
+void over_lanes(const Work<T>& work, const Modes<T>& m, Planes<const IO> x, Planes<IO> y, Product<IO> product, int64_t begin, int64_t end,
+                bool same, Prepare prepare, Between between) {
   const int64_t h = m.rows.n, w = m.columns.n, columns = m.columns.count(), chunks = chunks_of(work.channels, work.chunk);
   const int64_t unit_rows = work.pass == reduce_pass || work.pass == expand_pass ? 1 : h, units = h / unit_rows;
-  constexpr bool copies = APART || widened<T, IO>;
+  constexpr bool copies = HOW != Lanes::here || widened<T, IO>;
   LanesScratch<T> s(m, work.channels, work.chunk, copies, work.sums ? 0 : 1);
   Chunk prepared{-1, 0};
   for (int64_t unit = begin, next; unit < end; unit = next) {
@@ -89,7 +107,7 @@ void over_lanes(const Work<T>& work, const Modes<T>& m, Planes<const IO> x, Plan
     const int64_t end_row = first_row + (next - unit) * unit_rows;
     const Chunk part = chunk_of(work.channels, work.chunk, unit / units % chunks);
     const int64_t wide = part.lanes < lanes_of<T> ? lanes_of<T> : part.lanes, row = columns * wide;
-    const IO* from = x.data + b * x.b + part.first * x.c;
+    const int64_t start = b * x.b + part.first * x.c;
     T* u = work.sums ? work.sums + h * columns * part.first : s.u[0];
     if (work.pass != reduce_pass && (prepared.lanes != part.lanes || (!same && prepared.first != part.first))) {
       prepared = part;
@@ -100,7 +118,8 @@ void over_lanes(const Work<T>& work, const Modes<T>& m, Planes<const IO> x, Plan
     const auto for_rows = [&](auto f) {
       for (int64_t i = first_row; i < end_row; i += s.few_rows) {
         const int64_t rows = end_row - i < s.few_rows ? end_row - i : s.few_rows;
-        f(adjacent_lanes<APART>(from + i * x.h, x, rows, w, part.lanes, s.copies[0]), i, rows);
+        const int64_t at = start + i * x.h;
+        f(adjacent_lanes<HOW>(x.data + at, product.a + at, x, rows, w, part.lanes, s.copies[0]), i, rows);
       }
     };
     if (work.pass & reduce_pass)
@@ -117,7 +136,22 @@ void over_lanes(const Work<T>& work, const Modes<T>& m, Planes<const IO> x, Plan
       IO* to = y.data + b * y.b + part.first * y.c;
       for_rows([&](auto in, int64_t first, int64_t rows) {
         const auto expand_row = [&](int64_t i, auto* out, int64_t stride) {
-          expand<Out::scaled>(m.columns, u + (first + i) * row, wide, part.lanes, false, Rows{s.base, in.data + i * in.h, in.w, out, stride});
+          const int64_t at = start + (first + i) * x.h;
+          const T* t = u + (first + i) * row;
+          Rows rows{s.base, in.data + i * in.h, in.w, out, stride};
+          if constexpr (!copies)
+            if (product.a) {
+              rows.a = product.a + at;
+              rows.b = product.b + at;
+              return expand<Out::added>(m.columns, t, wide, part.lanes, false, rows);
+            }
+          expand<Out::scaled>(m.columns, t, wide, part.lanes, false, rows);
+          if constexpr (copies)
+            for (int64_t j = 0; product.a && j < w; ++j)
+              for (int64_t l = 0; l < part.lanes; ++l) {
+                const int64_t place = at + j * x.w + l;
+                out[j * stride + l] += T(widen(product.a[place])) * T(widen(product.b[place]));
+              }
         };
         for (int64_t i = 0; i < rows; ++i) {
           IO* to_row = to + (first + i) * y.h;
@@ -127,37 +161,61 @@ void over_lanes(const Work<T>& work, const Modes<T>& m, Planes<const IO> x, Plan
           }
           T* written = s.written + i * w * part.lanes;
           expand_row(i, written, part.lanes);
-          for (int64_t j = 0; !APART && j < w; ++j) write_run(written + j * part.lanes, to_row + j * y.w, part.lanes, false);
+          for (int64_t j = 0; HOW != Lanes::apart && j < w; ++j) write_run(written + j * part.lanes, to_row + j * y.w, part.lanes, false);
         }
-        if constexpr (APART) scatter_lanes(s.written, part.lanes, rows * w, to + first * y.h, y.c);
+        if constexpr (HOW == Lanes::apart) scatter_lanes(s.written, part.lanes, rows * w, to + first * y.h, y.c);
       });
     }
   }
 }
 
-template <bool APART, class T, class IO>
-void filter_lanes(const Work<T>& work, const Modes<T>& m, Planes<const IO> x, Planes<IO> y, const Profile<T>& p, int64_t begin,
-                  int64_t end) {
-  over_lanes<APART, true>(
-      work, m, x, y, begin, end, p.base_stride == 0 && p.gain_channel == 0,
-      [&](Chunk part, int64_t wide, T* base, T* gains) {
-        for (int64_t l = 0; l < part.lanes; ++l) base[l] = p.base[(part.first + l) * p.base_stride];
-        for (int64_t k = 0; k < m.inside; ++k) {
-          const Mode& mode = m.mode[k];
-          T* to = gains + (mode.row * m.columns.count() + mode.column) * wide;
-          const T* gain = p.gain + mode.index * p.gain_shell + part.first * p.gain_channel;
-          for (int64_t l = 0; l < part.lanes; ++l) to[l] = T(mode.scale * gain[l * p.gain_channel]);
-        }
-      },
+// The profile of a chunk: base (wide) and, with the scales of the modes, gains (A_H, A_W, wide).
+template <class T> void prepare_profile(const Modes<T>& m, const Profile<T>& p, Chunk part, int64_t wide, T* base, T* gains) {
+  for (int64_t l = 0; l < part.lanes; ++l) base[l] = p.base[(part.first + l) * p.base_stride];
+  for (int64_t k = 0; k < m.inside; ++k) {
+    const Mode& mode = m.mode[k];
+    T* to = gains + (mode.row * m.columns.count() + mode.column) * wide;
+    const T* gain = p.gain + mode.index * p.gain_shell + part.first * p.gain_channel;
+    for (int64_t l = 0; l < part.lanes; ++l) to[l] = T(mode.scale * gain[l * p.gain_channel]);
+  }
+}
+
+template <Lanes HOW, class T, class IO>
+void filter_lanes(const Work<T>& work, const Modes<T>& m, Planes<const IO> x, Planes<IO> y, const Profile<T>& p, Product<IO> product,
+                  int64_t begin, int64_t end) {
+  over_lanes<HOW, true>(
+      work, m, x, y, product, begin, end, p.base_stride == 0 && p.gain_channel == 0,
+      [&](Chunk part, int64_t wide, T* base, T* gains) { prepare_profile(m, p, part, wide, base, gains); },
       [&](int64_t, Chunk, int64_t wide, T* z, const T* gains) {
         for (int64_t i = 0; i < m.rows.count() * m.columns.count() * wide; ++i) z[i] *= gains[i];
       });
 }
 
-template <bool APART, class T, class IO>
+template <class T, class IO>
+void mode_rows(const Work<T>& work, const Modes<T>& m, Planes<const IO> x, const IO* factor, const Profile<T>* p, T* out, int64_t begin,
+               int64_t end) {
+  const auto over = [&](auto how) {
+    over_lanes<how(), false>(
+        work, m, x, Planes<IO>{}, Product<IO>{factor, nullptr}, begin, end, p == nullptr,
+        [&](Chunk part, int64_t wide, T* base, T* gains) {
+          if (p) prepare_profile(m, *p, part, wide, base, gains);
+        },
+        [&](int64_t b, Chunk part, int64_t wide, const T* z, const T* gains) {
+          for (int64_t k = 0; k < m.inside; ++k) {
+            const int64_t at = (m.mode[k].row * m.columns.count() + m.mode[k].column) * wide;
+            T* to = out + (b * m.inside + k) * work.channels + part.first;
+            for (int64_t l = 0; l < part.lanes; ++l) to[l] = p ? z[at + l] * gains[at + l] : z[at + l];
+          }
+        });
+  };
+  if (factor) over(std::integral_constant<Lanes, Lanes::times>());
+  else over(std::integral_constant<Lanes, Lanes::here>());
+}
+
+template <Lanes HOW, class T, class IO>
 void mode_coefficients_lanes(const Work<T>& work, const Modes<T>& m, Planes<const IO> x, T* out, int64_t begin, int64_t end) {
-  over_lanes<APART, false>(
-      work, m, x, Planes<IO>{}, begin, end, true, [](Chunk, int64_t, T*, T*) {},
+  over_lanes<HOW, false>(
+      work, m, x, Planes<IO>{}, Product<IO>{}, begin, end, true, [](Chunk, int64_t, T*, T*) {},
       [&](int64_t b, Chunk part, int64_t wide, T* z, const T*) {
         for (int64_t k = 0; k < m.inside; ++k) {
           const T* from = z + (m.mode[k].row * m.columns.count() + m.mode[k].column) * wide;
@@ -167,11 +225,11 @@ void mode_coefficients_lanes(const Work<T>& work, const Modes<T>& m, Planes<cons
       });
 }
 
-template <bool APART, class T, class IO>
+template <Lanes HOW, class T, class IO>
 void backward_lanes(const Modes<T>& m, Planes<const IO> grad, Planes<const IO> x, double* sums, int64_t images, int64_t blocks,
                     int64_t channels, int64_t chunk, int64_t begin, int64_t end) {
   const int64_t h = m.rows.n, w = m.columns.n, chunks = chunks_of(channels, chunk);
-  LanesScratch<T> s(m, channels, chunk, APART || widened<T, IO>, 2);
+  LanesScratch<T> s(m, channels, chunk, HOW == Lanes::apart || widened<T, IO>, 2);
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t block = unit / chunks;
     const Chunk part = chunk_of(channels, chunk, unit % chunks);
@@ -183,8 +241,9 @@ void backward_lanes(const Modes<T>& m, Planes<const IO> grad, Planes<const IO> x
       const IO* f = x.data + b * x.b + part.first * x.c;
       for (int64_t first = 0; first < h; first += s.few_rows) {
         const int64_t rows = h - first < s.few_rows ? h - first : s.few_rows;
-        const ReadRows<APART, T, IO> from[2] = {adjacent_lanes<APART>(g + first * grad.h, grad, rows, w, lanes, s.copies[0]),
-                                                adjacent_lanes<APART>(f + first * x.h, x, rows, w, lanes, s.copies[1])};
+        const IO* none = nullptr;
+        const ReadRows<HOW, T, IO> from[2] = {adjacent_lanes<HOW>(g + first * grad.h, none, grad, rows, w, lanes, s.copies[0]),
+                                              adjacent_lanes<HOW>(f + first * x.h, none, x, rows, w, lanes, s.copies[1])};
         for (int64_t i = 0; i < rows; ++i)
           for (int side = 0; side < 2; ++side)
             reduce(m.columns, from[side].data + i * from[side].h, from[side].w, lanes, false, s.u[side] + (first + i) * row, wide);

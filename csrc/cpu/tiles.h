@@ -164,23 +164,26 @@ void reduce(const Axis<T>& axis, const IO* x, int64_t stride, int64_t lanes, boo
   if (c < axis.nc) block(c, without, one, zero);
 }
 
-// What expand writes: the sum of the functions alone, or that and base x.
-enum class Out { sum, scaled };
+// What expand writes: the sum of the functions alone, or that and base x, or that and a b too.
+enum class Out { sum, scaled, added };
 
-// Where expand reads x, if Out has it, and writes y: rows of lanes, `stride` elements apart; `beside` is Step's.
+// Where expand reads x, if Out has it, and writes y: rows of lanes, `stride` elements apart; `beside` is Step's. a and b stand like x.
 template <class T, class IO, class Y> struct Rows {
   const T* base;
   const IO* x;
   int64_t x_stride;
   Y* y;
   int64_t y_stride, beside = 0;
-  Rows operator+(int64_t l) const { return {base + l, x + l, x_stride, y + l, y_stride, beside}; }
+  const IO *a = nullptr, *b = nullptr;
+  Rows operator+(int64_t l) const { return {base + l, x + l, x_stride, y + l, y_stride, beside, a + l, b + l}; }
 };
 
 // y[row, at] = base x[row, at] + correction, for one vector.
 template <Out OUT, int NV, class T, class IO, class Y>
 SIMD_INLINE void write_row(const Rows<T, IO, Y>& rows, Step<NV, T> step, int64_t row, int64_t at, Vec<T> scale, Vec<T> correction) {
-  if constexpr (OUT != Out::sum) correction += scale * step.read(rows.x + row * rows.x_stride + at);
+  const int64_t place = row * rows.x_stride + at;
+  if constexpr (OUT != Out::sum) correction += scale * step.read(rows.x + place);
+  if constexpr (OUT == Out::added) correction += step.read(rows.a + place) * step.read(rows.b + place);
   step.write(rows.y + row * rows.y_stride + at, correction, rows.beside);
 }
 
