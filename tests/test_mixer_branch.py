@@ -12,8 +12,8 @@ from spanet_kernels.testing import make_input, make_profile
 operator = torch.ops.spanet_kernels.mixer_branch.default
 operator_backward = torch.ops.spanet_kernels.mixer_branch_backward.default
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-# one pixel, a few, several images at a time and fewer at the end, images that are larger than a part
-SHAPES = [((1, 32, 1, 1), 1), ((3, 64, 7, 9), 1), ((5, 64, 66, 65), 2), ((2, 32, 131, 130), 4.5), ((2, 96, 8, 8), None)]
+# one pixel, modes that are many beside pixels and few, several images at a time and fewer at the end, images that are larger than a part
+SHAPES = [((1, 32, 1, 1), 1), ((3, 32, 6, 5), 2), ((3, 64, 7, 9), 1), ((5, 64, 66, 65), 2), ((2, 32, 131, 130), 4.5), ((2, 96, 8, 8), None)]
 
 
 def sample(shape, radius, dtype, layout="contiguous"):

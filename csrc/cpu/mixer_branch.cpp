@@ -121,9 +121,6 @@ TwelveTensors mixer_branch_backward(const Tensor& x_grad, const Tensor& grad, co
   const int64_t parts = std::max<int64_t>(1, std::min(images, (images * image_bytes + most - 1) / most)), step = (images + parts - 1) / parts;
   const bool filters = radius_squared >= 0, by_modes = filters && x.size(2) * x.size(3) >= 8 * mode_count(x, radius_squared);
   const Tensor z = empty_channels_last(x, step), mixed = empty_channels_last(x, step), y_grad = empty_channels_last(x, step);
-  const Tensor filtered = empty_channels_last(x, filters && !by_modes ? step : 0);
-  const auto copied = [&](const Tensor& given) { return empty_channels_last(x, is_channels_last(given) ? 0 : step); };
-  const Tensor grad_map = copied(grad), x_map = copied(x);
   std::optional<Tensor> in_transposed, transposed, out_transposed, in_grad[2], weight_grad[2], out_grad[2];
   const auto made = [](std::optional<Tensor>& kept, auto make) -> const Tensor& { return kept ? *kept : kept.emplace(make()); };
   const auto transpose = [&](std::optional<Tensor>& kept, const Tensor& of) -> const Tensor& {
@@ -137,14 +134,14 @@ TwelveTensors mixer_branch_backward(const Tensor& x_grad, const Tensor& grad, co
     const int64_t count = std::min(step, images - first);
     const bool add = first > 0;
     const auto here = [&](const Tensor& map) { return images_of(map, 0, count); };
-    const auto as_rows = [&](const Tensor& given, const Tensor& map) {
+    const auto as_rows = [&](const Tensor& given, const Tensor& map) {  // in a map that is not in use, if they are not
       Tensor part = images_of(given, first, count);
       if (is_channels_last(given)) return part;
       Tensor copy = here(map);
       to_channels_last(copy, part);
       return copy;
     };
-    const Tensor g = as_rows(grad, grad_map), from = as_rows(x, x_map), hidden = images_of(t, first, count);
+    const Tensor g = as_rows(grad, mixed), hidden = images_of(t, first, count);
     const auto outer = [&](std::optional<Tensor>(&sums)[2], const Tensor& like, const OuterOperand& left, const OuterOperand& right) {
       const Tensor &grad = made(sums[0], [&] { return empty_gradient(like); }), &of_bias = made(sums[1], [&] { return empty_gradient(bias); });
       outer_sum_into(grad, &of_bias, left, right, add);
@@ -153,17 +150,17 @@ TwelveTensors mixer_branch_backward(const Tensor& x_grad, const Tensor& grad, co
     const Tensor to = images_of(x_grad, first, count), ctx = images_of(context, first, count);
     const Tensor z_rows = rows_of(zs), ctx_rows = rows_of(ctx), d_rows = rows_of(ds), g_rows = rows_of(g);
     axial_conv_into(zs, hidden, row_weight, row_bias, column_weight, column_bias);
+    outer(out_grad, out_weight, {&g_rows}, {&ctx_rows, &z_rows});
     pointwise_pair_into(ms, {.x = &g, .factor = &zs, .weight_in = &transpose(out_transposed, out_weight),
                              .weight_out = &transpose(transposed, weight), .before = &ds});
     done(out_transposed);
     done(transposed);
-    outer(out_grad, out_weight, {&g_rows}, {&ctx_rows, &z_rows});
     if (filters && !by_modes) {
-      const Tensor fs = here(filtered), f_rows = rows_of(fs);
+      const Tensor fs = empty_channels_last(x, count), f_rows = rows_of(fs);
       radial_filter_into(fs, zs, base, gain, radius_squared);
       outer(weight_grad, weight, {&d_rows, &z_rows}, {&f_rows});
     } else {
-      outer(weight_grad, weight, {&d_rows, &z_rows}, {.data = &z_rows, .scale = filters ? &base : nullptr});
+      outer(weight_grad, weight, {&d_rows, &z_rows}, {.data = &z_rows, .scale = by_modes ? &base : nullptr});
     }
     if (by_modes) {
       const Tensor of_c = mode_rows(ds, &zs, nullptr, nullptr, radius_squared), of_z = mode_rows(zs, nullptr, &base, &gain, radius_squared);
@@ -184,7 +181,7 @@ TwelveTensors mixer_branch_backward(const Tensor& x_grad, const Tensor& grad, co
     add_or_take(column[1], std::move(column_sums));
     pointwise_pair_into(to, {.x = &t_grad, .weight_out = &transpose(in_transposed, in_weight)});
     done(in_transposed);
-    const Tensor t_rows = rows_of(t_grad), x_rows = rows_of(from);
+    const Tensor from = as_rows(x, y_grad), t_rows = rows_of(t_grad), x_rows = rows_of(from);
     outer(in_grad, in_weight, {&t_rows}, {&x_rows});
   }
   for (std::optional<Tensor>& sum : profile)
