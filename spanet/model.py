@@ -46,12 +46,15 @@ class Mlp(nn.Module):
         residual: Tensor | None = None,
         residual_scale: Tensor | None = None,
         norm: tuple[Tensor, Tensor, float] | None = None,
+        drop_path: tuple[Tensor, float] | None = None,
         inplace: bool = False,
     ) -> Tensor:
         fc1, fc2 = self.fc1, self.fc2
         if is_plain(fc1) and is_plain(fc2):
-            return pointwise_mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, residual, residual_scale, norm, inplace)
+            return pointwise_mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, residual, residual_scale, norm, inplace, drop_path)
         y = cast(Tensor, fc2(functional.gelu(fc1(x if norm is None else functional.group_norm(x, 1, *norm)))))
+        if drop_path is not None:
+            y = y * (drop_path[0] * drop_path[1])[:, None, None, None]
         if residual is None:
             return y
         return y + (residual if residual_scale is None else residual * residual_scale[:, None, None])
@@ -88,12 +91,20 @@ class Block(nn.Module):
     def _branch(self, x: Tensor, res_scale: nn.Module, body: nn.Module, norm: nn.Module, *inplace: bool) -> Tensor:
         """res_scale(x) + drop_path(body(norm(x))): one call of the body, unless a module was exchanged or a hook looks at one."""
         drop_path = self.drop_path
-        drops = self.training and not isinstance(drop_path, nn.Identity)
         own = isinstance(body, (SPAM, Mlp)) and type(norm) is GroupNorm1 and isinstance(res_scale, (ResScale, nn.Identity))
-        if drops or not own or any(map(_is_watched, (res_scale, body, norm, drop_path))):
+        if not own or type(drop_path) not in (DropPath, nn.Identity) or any(map(_is_watched, (res_scale, body, norm, drop_path))):
             return cast(Tensor, res_scale(x) + drop_path(body(norm(x))))
         scale = res_scale.scale if isinstance(res_scale, ResScale) else None
-        return cast(Tensor, body(x, x, scale, (norm.weight, norm.bias, norm.eps), *inplace))
+        dropped = _sample(drop_path, x) if self.training and isinstance(drop_path, DropPath) else None
+        return cast(Tensor, body(x, x, scale, (norm.weight, norm.bias, norm.eps), dropped, *inplace))
+
+
+def _sample(drop_path: DropPath, x: Tensor) -> tuple[Tensor, float] | None:
+    """The images that timm's DropPath keeps, by the same random numbers, and its factor."""
+    kept = 1 - drop_path.drop_prob
+    if kept == 1:
+        return None
+    return x.new_empty(x.shape[0]).bernoulli_(kept), 1 / kept if kept > 0 and drop_path.scale_by_keep else 1.0
 
 
 def _is_watched(module: nn.Module) -> bool:

@@ -208,7 +208,7 @@ def spectral_mixer(
     t, context = (torch.empty_like(x, memory_format=torch.channels_last) if keep else None for _ in range(2))
     branch = branch if branch.residual is None else branch._replace(residual=modes.like(branch.residual, y))
     dense = (value.contiguous() for value in (*before, _applied(weight, base, radius_squared), *after))
-    _ops.mixer_branch(y, t, context, modes.like(x, x), *branch, *dense, radius_squared)
+    _ops.mixer_branch(y, t, context, modes.like(x, x), *branch[:5], *dense, radius_squared)
     nothing = x.new_empty(0)
     return y, nothing if t is None else t, nothing if context is None else context, base.new_empty(0)
 

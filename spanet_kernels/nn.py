@@ -107,8 +107,8 @@ class SPAM(nn.Module):
         boundary: weight on the circle d == radius; the published code's 1/3, or None for the paper's 1 - lam.
         learnable: make lams a parameter, (gates,).
 
-    Shape: (B, dim, H, W) to the same, any size, dtype and layout. Called with residual, residual_scale or norm (weight, bias, eps) it
-    is a residual branch, residual_scale o residual + SPAM(norm(x)), in one call: see `spectral_mixer`.
+    Shape: (B, dim, H, W) to the same, any size, dtype and layout. Called with residual, residual_scale, norm (weight, bias, eps) or
+    drop_path it is a residual branch, residual_scale o residual + drop_path(SPAM(norm(x))), in one call: see `spectral_mixer`.
 
     Raises:
         TypeError: radius is no number.
@@ -161,11 +161,12 @@ class SPAM(nn.Module):
         residual: Tensor | None = None,
         residual_scale: Tensor | None = None,
         norm: tuple[Tensor, Tensor, float] | None = None,
+        drop_path: tuple[Tensor, float] | None = None,
     ) -> Tensor:
         base, gain, squared = self._profile(x)
         layers = self.proj_in, *self.conv, self.proj_out, *self.pws
         if not all(map(is_plain, layers)):
-            branch = check_branch("SPAM", x, tuple(x.shape), norm, residual, residual_scale)
+            branch = check_branch("SPAM", x, tuple(x.shape), norm, residual, residual_scale, drop_path)
             return branch.added(self._by_convolutions(branch.normalised(x), base, gain, modes.radius_of(squared)))
         (in_weight, in_bias), row, column, (out_weight, out_bias), *gates = map(_parameters_of, layers)
         weight, bias = _as_one(gates)
@@ -185,6 +186,7 @@ class SPAM(nn.Module):
             residual,
             residual_scale,
             norm,
+            drop_path,
         )
 
     def _by_convolutions(self, x: Tensor, base: Tensor, gain: Tensor, radius: float | None) -> Tensor:

@@ -121,14 +121,25 @@ def onednn_serves(x: Tensor) -> bool:
     return bool(x.is_cpu and x.dtype in _DTYPES and x.numel() > 0 and torch.backends.mkldnn.enabled)
 
 
+class DropPath(NamedTuple):
+    """Stochastic depth: f of the images that are not kept is 0, that of the others is multiplied by a factor."""
+
+    kept: Tensor  # (B,), 1 for those that are
+    factor: float
+
+    def of(self, f: Tensor) -> Tensor:
+        return f * (self.kept * self.factor).to(f.dtype)[:, None, None, None]
+
+
 class Branch(NamedTuple):
-    """What stands around the products f of a residual branch, scale o residual + f(norm(x)); None for nothing."""
+    """What stands around the products f of a residual branch, scale o residual + drop_path(f(norm(x))); None for nothing."""
 
     norm_weight: Tensor | None = None  # (C,) of a GroupNorm with one group; there is none without it
     norm_bias: Tensor | None = None
     eps: float = 0.0
     residual: Tensor | None = None  # of the shape of the result
     scale: Tensor | None = None  # (E,)
+    drop_path: DropPath | None = None
 
     @property
     def is_there(self) -> bool:
@@ -141,7 +152,9 @@ class Branch(NamedTuple):
         return modes.like(functional.group_norm(x, 1, self.norm_weight, self.norm_bias, self.eps), x)
 
     def added(self, y: Tensor) -> Tensor:
-        """scale o residual + y, by PyTorch."""
+        """scale o residual + drop_path(y), by PyTorch."""
+        if self.drop_path is not None:
+            y = self.drop_path.of(y)
         if self.residual is None:
             return y
         if self.scale is None:

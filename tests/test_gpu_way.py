@@ -135,9 +135,10 @@ def test_a_training_step_records_one_function_for_a_branch():
     assert not log.copies
 
 
+@pytest.mark.parametrize("dropped", [False, True])
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("normed", [False, True])
-def test_gradients_of_a_branch(monkeypatch, normed, scaled):
+def test_gradients_of_a_branch(monkeypatch, normed, scaled, dropped):
     """By the way of a GPU, on a CPU in float64: to everything, of first and second order."""
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda _: True))
     generator = torch.Generator().manual_seed(0)
@@ -149,13 +150,14 @@ def test_gradients_of_a_branch(monkeypatch, normed, scaled):
     mixer = draw(3, 3), None, draw(3, 1, 1, 3), draw(3), draw(3, 1, 3, 1), draw(3), draw(3, 3), draw(3), draw(3), draw(2, 3)
     mlp = draw(4, 3, 1, 1), draw(4), draw(3, 4, 1, 1), None
     around = residual, scale if scaled else None, (*norm, 1e-5) if normed else None
+    drop_path = (torch.tensor([0.0, 1.0]).double(), 1.5) if dropped else None
     inputs = x, residual, *((scale,) if scaled else ()), *(norm if normed else ())
 
     def mixed(*_):
-        return spectral_mixer(x, *mixer, 1.0, mixer[0], None, *around)
+        return spectral_mixer(x, *mixer, 1.0, mixer[0], None, *around, drop_path)
 
     def hidden(*_):
-        return pointwise_mlp(x, *mlp, *around)
+        return pointwise_mlp(x, *mlp, *around, drop_path=drop_path)
 
     for function, weights in ((mixed, mixer), (hidden, mlp)):
         given = (*inputs, *(weight for weight in weights if weight is not None))

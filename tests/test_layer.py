@@ -640,6 +640,48 @@ def test_a_residual_branch_under_autocast(body, scaled, monkeypatch):
     assert torch.equal(ours[0], theirs[0]) == scaled or cpu_capability() == "plain"
 
 
+@pytest.mark.parametrize("kept", [[1, 1, 1], [0, 1, 0], [1, 0, 1], [0, 0, 0]], ids=str)
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, "autocast"], ids=str)
+@pytest.mark.parametrize("body", ["mixer", "mlp"])
+def test_stochastic_depth(body, dtype, layout, scaled, kept, monkeypatch):
+    """Of the images that are kept alone: the result and all gradients, of first and second order, as accurate as with a product of f."""
+    monkeypatch.setattr(products, "PAIR_POSITIONS", 0)
+    torch.manual_seed(0)
+    autocast, dtype = dtype == "autocast", torch.float32 if dtype == "autocast" else dtype
+    layer, x = SPAM(32, radius=1).to(dtype), make_input((3, 32, 9, 8), dtype, layout)
+    weights = [(torch.randn(shape) / 8).to(dtype) for shape in ((64, 32, 1, 1), (64,), (32, 64, 1, 1), (32,))]
+    norm, scale = [torch.randn(32).to(dtype) for _ in range(2)], [torch.randn(32).to(dtype)] * scaled
+    grad, factor = make_input(x.shape, dtype, "channels_last", seed=3), 1.25
+
+    def results(together, to, create_graph=False):
+        twin = copy.deepcopy(layer).to(to)
+        given = [value.to(to).detach().requires_grad_() for value in (x, *weights, *norm, *scale)]
+        image, matrices, vectors, (of_residual,) = given[0], given[1:5], given[5:7], given[7:] or [None]
+        mask = torch.tensor(kept).to(to)
+        call = twin if body == "mixer" else lambda image, *branch, **more: pointwise_mlp(image, *matrices, *branch, **more)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast and to != torch.float64):
+            if together:
+                y = call(image, image, of_residual, (*vectors, 1e-5), drop_path=(mask, factor))
+            else:
+                f = call(nn.functional.group_norm(image, 1, *vectors)) * (factor * mask)[:, None, None, None]
+                y = (image if of_residual is None else image * of_residual[:, None, None]) + f
+        wanted = [image, *vectors, *given[7:], *(twin.parameters() if body == "mixer" else matrices)]
+        found = torch.autograd.grad(y, wanted, grad.to(y.dtype), create_graph=create_graph)
+        if create_graph:
+            loss = sum(value.double().square().sum() for value in found)
+            found = torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True)
+        return [y.detach(), *found]
+
+    for create_graph in (False, True):
+        ours, theirs, exact = (results(*args, create_graph) for args in ((True, dtype), (False, dtype), (False, torch.float64)))
+        for found, other, truth in zip(ours, theirs, exact, strict=True):
+            assert found.dtype == other.dtype
+            # the factor is within rounded weights
+            assert (found.double() - truth).norm() <= 2 * (other.double() - truth).norm() + 1e-6 * truth.norm()
+
+
 def test_a_norm_without_weight_and_bias():
     layer, x = SPAM(20), torch.randn(2, 20, 5, 5)
     torch.testing.assert_close(layer(x, None, None, (None, None, 1e-5)), layer(nn.functional.group_norm(x, 1)))
@@ -653,3 +695,7 @@ def test_a_residual_branch_that_does_not_fit():
         layer(x, None, torch.ones(20))
     with pytest.raises(ValueError, match=r"spectral_mixer: the weight of norm must have shape \(20,\)"):
         layer(x, None, None, (torch.ones(19), torch.ones(20), 1e-5))
+    with pytest.raises(ValueError, match=r"spectral_mixer: kept of drop_path must have shape \(2,\)"):
+        layer(x, x, drop_path=(torch.ones(3), 1.0))
+    with pytest.raises(ValueError, match="spectral_mixer: the factor of drop_path must be a finite number, got inf"):
+        layer(x, x, drop_path=(torch.ones(2), float("inf")))

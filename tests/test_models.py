@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 from published import PublishedSPANet
+from timm.layers import DropPath
 from timm.optim import create_optimizer_v2, param_groups_layer_decay
 from torch._dynamo.testing import CompileCounter
 from torch.nn import functional
@@ -211,6 +212,29 @@ def test_stochastic_depth():
     x = image(4, 3, 32, 32)
     assert not torch.equal(model.train()(x), model(x))
     assert torch.equal(model.eval()(x), model(x))
+
+
+@pytest.mark.parametrize("scale_by_keep", [True, False])
+def test_stochastic_depth_drops_what_timm_drops(scale_by_keep):
+    """By the same random numbers: where a hook looks on, timm's module is called."""
+    model, x = tiny(drop_path_rate=0.6).train(), image(6, 3, 32, 32)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for module in model.modules():
+        if isinstance(module, DropPath):
+            module.scale_by_keep = scale_by_keep
+
+    def results(function):
+        torch.manual_seed(5)
+        y = function(x)
+        return [y, *torch.autograd.grad(y.square().sum(), list(model.parameters()))]
+
+    ours, in_graph = results(model), results(compiled)
+    for module in model.modules():
+        if isinstance(module, DropPath):
+            module.register_forward_hook(lambda *_: None)
+    for found, graph, timms in zip(ours, in_graph, results(model), strict=True):
+        torch.testing.assert_close(found, timms, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(graph, timms, rtol=1e-4, atol=1e-4)
 
 
 def test_hooks_see_every_module_of_a_block_and_an_exchanged_module_serves():

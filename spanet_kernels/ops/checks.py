@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import modes
-from ..products import Branch
+from ..products import Branch, DropPath
 
 PROFILE_DTYPE = {dtype: modes.profile_dtype(dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
 
@@ -67,6 +67,7 @@ def check_branch(
     norm: tuple[Tensor, Tensor, float] | None,
     residual: Tensor | None,
     residual_scale: Tensor | None,
+    drop_path: tuple[Tensor, float] | None,
 ) -> Branch:
     """What stands around an operator from x to a result of this shape, or an error that names what does not fit."""
     weight, bias, eps = (None, None, 0.0) if norm is None else norm
@@ -80,7 +81,13 @@ def check_branch(
         check_parameter(op, "residual_scale", residual_scale, (shape[1],), x)
         if residual is None:
             raise ValueError(f"{op}: residual_scale needs a residual, got none")
-    return Branch(weight, bias, eps, residual, residual_scale)
+    if drop_path is None:
+        return Branch(weight, bias, eps, residual, residual_scale)
+    kept, factor = drop_path
+    check_parameter(op, "kept of drop_path", kept, (x.shape[0],), x)
+    if not isinstance(factor, (int, float)) or not math.isfinite(factor):
+        raise ValueError(f"{op}: the factor of drop_path must be a finite number, got {factor!r}")
+    return Branch(weight, bias, eps, residual, residual_scale, DropPath(kept, factor))
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:

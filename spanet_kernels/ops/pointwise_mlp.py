@@ -51,6 +51,7 @@ def pointwise_mlp(
     residual_scale: Tensor | None = None,
     norm: tuple[Tensor, Tensor, float] | None = None,
     inplace: bool = False,
+    drop_path: tuple[Tensor, float] | None = None,
 ) -> Tensor:
     """residual_scale o residual + W_out gelu(W_in norm(x) + b_in) + b_out at every position, with the exact GELU.
 
@@ -66,6 +67,8 @@ def pointwise_mlp(
         norm: weight (C,), bias (C,) and eps of a GroupNorm with one group; None for no norm.
         inplace: the result may take the memory of the residual, which is then lost; eager inference on a CPU does, which saves the
             time to map new memory.
+        drop_path: stochastic depth, as kept (B,), floating, 1 or 0, and a factor: what is added to the residual is 0 for the images that
+            are not kept, and multiplied by the factor for the others. A CPU computes gradients of the images alone that are kept.
 
     Returns:
         (B, E, H, W), dtype of x and residual, channels_last if x is; differentiable to any order in everything.
@@ -81,7 +84,7 @@ def pointwise_mlp(
     for name, bias, size in (("bias_in", bias_in, hidden), ("bias_out", bias_out, out)):
         if bias is not None:
             check_parameter("pointwise_mlp", name, bias, (size,), x)
-    branch = check_branch("pointwise_mlp", x, (x.shape[0], out, *x.shape[2:]), norm, residual, residual_scale)
+    branch = check_branch("pointwise_mlp", x, (x.shape[0], out, *x.shape[2:]), norm, residual, residual_scale, drop_path)
     weights: Any = weight_in, bias_in, weight_out, bias_out
     inferred, dtype = infers(x, *weights, *branch) and not is_traced(), autocast_dtype(x)
     if inferred and dtype in (None, x.dtype):
@@ -103,7 +106,7 @@ def _inferred(
     branch: Branch,
     inplace: bool = False,
 ) -> Tensor:
-    if not branch.has(x.dtype):
+    if branch.drop_path is not None or not branch.has(x.dtype):
         return branch.added(_inferred(normalised(branch, x), weight_in, bias_in, weight_out, bias_out, Branch()))
     matrix_in, matrix_out = weight_in[:, :, 0, 0], weight_out[:, :, 0, 0]
     if pair_serves(x, matrix_in, matrix_out):

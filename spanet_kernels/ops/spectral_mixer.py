@@ -40,6 +40,7 @@ def spectral_mixer(
     residual: Tensor | None = None,
     residual_scale: Tensor | None = None,
     norm: tuple[Tensor, Tensor, float] | None = None,
+    drop_path: tuple[Tensor, float] | None = None,
 ) -> Tensor:
     """Mix the positions of x: the whole token mixer of SPANet, with what stands around it on a residual branch.
 
@@ -55,7 +56,7 @@ def spectral_mixer(
         in_weight, weight, out_weight: (C, C), any floating dtype; computed with in the dtype of x, like the biases (C,) or None.
         row_weight, row_bias, column_weight, column_bias: as for `axial_conv`.
         base, gain, radius: as for `radial_filter`; a radius of None is an empty disc, with gain of shape (0, C).
-        residual, residual_scale, norm: as for `pointwise_mlp`.
+        residual, residual_scale, norm, drop_path: as for `pointwise_mlp`.
 
     Returns:
         y, of the shape of x, channels_last if the channels of x are adjacent, else contiguous; differentiable to any order in everything.
@@ -67,7 +68,7 @@ def spectral_mixer(
     Source: arXiv 2308.11568, section 3.3.
     """
     check_input("spectral_mixer", x)
-    branch = check_branch("spectral_mixer", x, tuple(x.shape), norm, residual, residual_scale)
+    branch = check_branch("spectral_mixer", x, tuple(x.shape), norm, residual, residual_scale, drop_path)
     dtype = autocast_dtype(x) or x.dtype
     squared = -1 if radius is None else modes.squared_radius(check_radius("spectral_mixer", radius))
     channels, wide = x.shape[1], PROFILE_DTYPE[dtype]
@@ -100,7 +101,7 @@ def spectral_mixer(
     compiling = torch.compiler.is_compiling()
     if inferred:
         args = cast(args, (dtype, dtype, wide, wide, wide, wide, dtype, dtype, wide, wide, dtype, dtype))
-    if inferred and branch.has(dtype) and x.dtype == dtype and _fuses(x, branch, args[6], args[10]):
+    if inferred and branch.drop_path is None and branch.has(dtype) and x.dtype == dtype and _fuses(x, branch, args[6], args[10]):
         fused: Tensor = composed.spectral_mixer(x, *(*args, squared, False, branch))[0]
         return fused
     x = normalised(branch, x).to(dtype)
