@@ -127,8 +127,9 @@ class DropPath(NamedTuple):
     kept: Tensor  # (B,), 1 for those that are
     factor: float
 
-    def of(self, f: Tensor) -> Tensor:
-        return f * (self.kept * self.factor).to(f.dtype)[:, None, None, None]
+    def factors(self, f: Tensor) -> Tensor:
+        """(B, 1, 1, 1), of every image, in the dtype of f."""
+        return (self.kept * self.factor).to(f.dtype)[:, None, None, None]
 
 
 class Branch(NamedTuple):
@@ -154,7 +155,10 @@ class Branch(NamedTuple):
     def added(self, y: Tensor) -> Tensor:
         """scale o residual + drop_path(y), by PyTorch."""
         if self.drop_path is not None:
-            y = self.drop_path.of(y)
+            factors, residual = self.drop_path.factors(y), self.residual
+            if residual is None:
+                return y * factors
+            return torch.addcmul(residual if self.scale is None else residual * self.scale[:, None, None], y, factors)
         if self.residual is None:
             return y
         if self.scale is None:

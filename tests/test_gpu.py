@@ -340,12 +340,15 @@ def test_pair_error_rule(shape, dtype):
             assert error <= 2 * torch.finfo(dtype).eps
 
 
+@pytest.mark.parametrize("drop_path_rate", [0.0, 0.1])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_a_model_trains_like_on_the_cpu(layout, monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+def test_a_model_trains_like_on_the_cpu(layout, drop_path_rate, monkeypatch):
+    """With the same images dropped: random numbers are a device's own."""
     spanet = pytest.importorskip("spanet")
+    monkeypatch.setattr("spanet.model._sample", lambda _, x: (x.new_tensor([1, 0, 1, 1]), 1.25))
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     torch.manual_seed(0)
-    model = spanet.SPANet(depths=(1, 1, 1, 1), dims=(32, 64, 96, 128), radii=(2, 2, 1, 1), num_classes=10)
+    model = spanet.SPANet(depths=(1, 1, 1, 1), dims=(32, 64, 96, 128), radii=(2, 2, 1, 1), num_classes=10, drop_path_rate=drop_path_rate)
     x, labels = torch.randn(4, 3, 64, 64) + 0.5, torch.arange(4)
 
     def gradients(device, dtype):

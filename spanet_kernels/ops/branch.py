@@ -120,7 +120,7 @@ class _Recorded(torch.autograd.Function):
                 residual_grad = grad * scale[:, None, None] if needed[3] else None
                 scale_grad = (grad * residual).sum((0, 2, 3)) if needed[4] else None
         needs_n = needed[0] or needed[1] or needed[2]
-        f_grad = grad if drop_path is None else drop_path.of(grad)
+        f_grad = grad if drop_path is None else grad * drop_path.factors(grad)
         n_grad, *grads = body.gradients(f_grad.to(dtype), (needs_n, *needed[5:]), kept, n, *tensors, *constants)
         norm_grads: tuple[Tensor | None, ...] = n_grad, None, None
         if needs_n and norm_weight is not None:
