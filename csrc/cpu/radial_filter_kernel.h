@@ -77,7 +77,7 @@ template <class IO> struct Product {
 
 template <class T, class IO> struct RadialFilterKernels {
   // forward over units [begin, end) of the work, plus, of fp32 and bf16 in lanes, the product of two maps that stand like x, if there are;
-  // where every plane is read once (columns) or twice by the same thread, y may be x
+  // y may be x
   void (*filter)(const Work<T>&, const Modes<T>&, Planes<const IO> x, Planes<IO> y, const Profile<T>&, Product<IO>, int64_t begin, int64_t end);
   // over the same units; out is (B, C, inside)
   void (*mode_coefficients)(const Work<T>&, const Modes<T>&, Planes<const IO> x, T* out, int64_t begin, int64_t end);

@@ -91,6 +91,7 @@ ReadRows<HOW, T, IO> adjacent_lanes(const IO* x, [[maybe_unused]] const IO* fact
 }
 
 // Units [begin, end) of the work, or one pass over them. between and WRITE as in over_columns; here z is (A_H, A_W, wide).
+// product is what is added to y, or its first map what x is multiplied by (Lanes::times).
 // prepare(part, wide, base, gains) fills base (wide) and gains (like z), zeros before, whenever the chunk is another one;
 // if all channels have the same profile, whenever it has another number of lanes.
 template <Lanes HOW, bool WRITE, class T, class IO, class Prepare, class Between>
