@@ -42,7 +42,8 @@ void outer_sum_into(const Tensor& out, const Tensor* sums, const OuterOperand& l
   const int64_t rows = left.data->size(0), d = left.data->size(1), c = right.data->size(1);
   STD_TORCH_CHECK(rows == right.data->size(0) && left.data->scalar_type() == right.data->scalar_type(),
                   "outer_sum: left and right must have as many rows and one dtype, got ", rows, " and ", right.data->size(0), " rows");
-  STD_TORCH_CHECK(!right.gelu || !right.factor, "outer_sum: right has a GELU or a factor");
+  STD_TORCH_CHECK((right.factor != nullptr) + right.gelu + (right.scale != nullptr) <= 1,
+                  "outer_sum: right has a GELU or a factor or a scale");
   if (rows == 0 && !add)
     for (const Tensor* zero : {&out, sums})
       if (zero) std::memset(zero->data_ptr(), 0, zero->numel() * zero->element_size());

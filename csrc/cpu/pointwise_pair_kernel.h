@@ -5,9 +5,9 @@
 
 namespace spanet {
 
-// x (B, in, P), factor (B, hidden, P), y and residual (B, out, P), these two of one layout, are contiguous or channels_last. Weights (hidden, in) and (out, hidden) are contiguous. Only x, weight_out and y are
-// always there; without weight_in, hidden is in and the only product is that of weight_out. before and after (B, hidden, P), channels_last,
-// become g, past the caches if `stream`, and h.
+// x (B, in, P), factor (B, hidden, P), y and residual (B, out, P), these two of one layout, are contiguous or channels_last. Weights
+// (hidden, in) and (out, hidden) are contiguous. Only x, weight_out and y are always there; without weight_in, hidden is in and the only
+// product is that of weight_out. before and after (B, hidden, P), channels_last, become g, past the caches if `stream`, and h.
 template <class IO> struct PointwisePair {
   int64_t pixels, image_pixels;  // B P and P
   int64_t in, hidden, out;
