@@ -128,7 +128,7 @@ def predict(
     if out:
         _check_picture(out, predict.ENDINGS)
     network, classes, own_size = _classifier(model, checkpoint)
-    x = next(images.read_images(network, image, size or own_size))
+    x = images.read_input(network, image, size or own_size)
     guesses = predict.predict(network, x, classes, top)
     if out:
         images.save_picture(predict.prediction_figure(network, x, guesses[0]), out)

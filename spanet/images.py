@@ -38,11 +38,14 @@ def image_files(path: Path) -> list[Path]:
     return found
 
 
+def read_input(model: nn.Module, path: Path, size: int | None = None) -> Tensor:
+    """(1, 3, S, S) what the model is evaluated on, of one file. Raises ValueError if no image can be read from it."""
+    return evaluation_transform(size, model)(read_image(path))[None]
+
+
 def read_images(model: nn.Module, path: Path, size: int | None = None) -> Iterator[Tensor]:
-    """(1, 3, S, S) what the model is evaluated on, for one file or each of a folder's."""
-    transform = evaluation_transform(size, model)
-    for file in image_files(path):
-        yield transform(read_image(file))[None]
+    """`read_input` of a file, or of each of a folder's."""
+    return (read_input(model, file, size) for file in image_files(path))
 
 
 def save_picture(picture: Figure | Image.Image, path: Path, **options: Any) -> None:

@@ -15,10 +15,9 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, GroupNorm1, calculate_drop_path_rates, create_classifier, trunc_normal_
 from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.nn.modules import module as module_hooks
 
-from spanet_kernels import SPAM, is_plain, pointwise_mlp
+from spanet_kernels import SPAM, PointwiseMLP
 
 
 class ResScale(nn.Module):
@@ -30,34 +29,6 @@ class ResScale(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.scale[:, None, None]
-
-
-class Mlp(nn.Module):
-    """Two 1x1 convolutions, dim to 4 dim and back, around a GELU; on a residual branch if one is given, as for `pointwise_mlp`."""
-
-    def __init__(self, dim: int, device: Any = None, dtype: torch.dtype | None = None) -> None:
-        super().__init__()
-        self.fc1 = nn.Conv2d(dim, 4 * dim, 1, device=device, dtype=dtype)
-        self.fc2 = nn.Conv2d(4 * dim, dim, 1, device=device, dtype=dtype)
-
-    def forward(
-        self,
-        x: Tensor,
-        residual: Tensor | None = None,
-        residual_scale: Tensor | None = None,
-        norm: tuple[Tensor, Tensor, float] | None = None,
-        drop_path: tuple[Tensor, float] | None = None,
-        inplace: bool = False,
-    ) -> Tensor:
-        fc1, fc2 = self.fc1, self.fc2
-        if is_plain(fc1) and is_plain(fc2):
-            return pointwise_mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, residual, residual_scale, norm, inplace, drop_path)
-        y = cast(Tensor, fc2(functional.gelu(fc1(x if norm is None else functional.group_norm(x, 1, *norm)))))
-        if drop_path is not None:
-            y = y * (drop_path[0] * drop_path[1])[:, None, None, None]
-        if residual is None:
-            return y
-        return y + (residual if residual_scale is None else residual * residual_scale[:, None, None])
 
 
 class Block(nn.Module):
@@ -79,7 +50,7 @@ class Block(nn.Module):
         self.token_mixer = SPAM(dim, **mixer).to(**dd)
         self.res_scale1 = ResScale(dim, **dd) if res_scale else nn.Identity()
         self.norm2 = GroupNorm1(dim, **dd)
-        self.mlp = Mlp(dim, **dd)
+        self.mlp = PointwiseMLP(dim, 4 * dim, **dd)
         self.res_scale2 = ResScale(dim, **dd) if res_scale else nn.Identity()
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
@@ -91,7 +62,7 @@ class Block(nn.Module):
     def _branch(self, x: Tensor, res_scale: nn.Module, body: nn.Module, norm: nn.Module, *inplace: bool) -> Tensor:
         """res_scale(x) + drop_path(body(norm(x))): one call of the body, unless a module was exchanged or a hook looks at one."""
         drop_path = self.drop_path
-        own = isinstance(body, (SPAM, Mlp)) and type(norm) is GroupNorm1 and isinstance(res_scale, (ResScale, nn.Identity))
+        own = isinstance(body, (SPAM, PointwiseMLP)) and type(norm) is GroupNorm1 and isinstance(res_scale, (ResScale, nn.Identity))
         if not own or type(drop_path) not in (DropPath, nn.Identity) or any(map(_is_watched, (res_scale, body, norm, drop_path))):
             return cast(Tensor, res_scale(x) + drop_path(body(norm(x))))
         scale = res_scale.scale if isinstance(res_scale, ResScale) else None
@@ -322,7 +293,7 @@ class SPANet(nn.Module, PyTorchModelHubMixin, library_name="spanet", license="ap
 
 def _init_weights(module: nn.Module) -> None:
     """Truncated normal of 0.02 for the MLPs and the classifier, PyTorch's default for everything else."""
-    layers = (module.fc1, module.fc2) if isinstance(module, Mlp) else (module,) if isinstance(module, nn.Linear) else ()
+    layers = (module.fc1, module.fc2) if isinstance(module, PointwiseMLP) else (module,) if isinstance(module, nn.Linear) else ()
     for layer in layers:
         trunc_normal_(layer.weight, std=0.02)
         nn.init.zeros_(cast(Tensor, layer.bias))

@@ -7,7 +7,7 @@ axial_conv(x, weights and biases, radius)    depthwise 1 x k and k x 1 in one pa
 spectral_gate(z, weight, bias, ...)          modulation by a context of filtered channels
 spectral_mixer(x, ...)                       proj_in, axial_conv, spectral_gate and proj_out as one operator
 pointwise_mlp(x, weights and biases)         the MLP of a block, its GELU within the matrix product where that can be
-SPG, SPAM                                    the gate and the token mixer of SPANet as modules
+SPG, SPAM, PointwiseMLP                      the gate, the token mixer and the MLP of SPANet as modules
 accelerate(model)                            put SPAM in place of the published layer, in a model of any making
 decompositions()                             for export to runtimes without these operators: ONNX and others
 backends()                                   which implementation serves which operator on which device
@@ -17,7 +17,7 @@ from . import modes, reference
 from .backends import backends, use
 from .decompositions import decompositions
 from .flops import flop_formulas
-from .nn import SPAM, SPF, SPG, accelerate, is_plain
+from .nn import SPAM, SPF, SPG, PointwiseMLP, accelerate
 from .ops.axial_conv import axial_conv
 from .ops.pointwise_mlp import pointwise_mlp
 from .ops.radial_filter import radial_filter, spectral_pool
@@ -29,12 +29,12 @@ __all__ = [
     "SPAM",
     "SPF",
     "SPG",
+    "PointwiseMLP",
     "accelerate",
     "axial_conv",
     "backends",
     "decompositions",
     "flop_formulas",
-    "is_plain",
     "modes",
     "pointwise_mlp",
     "radial_filter",

@@ -1,4 +1,5 @@
-"""Modules: the spectral pooling filter `SPF`, the gate `SPG`, the mixer `SPAM`, and `accelerate` for models of other making."""
+"""Modules: the spectral pooling filter `SPF`, the gate `SPG`, the mixer `SPAM`, the MLP beside it, and `accelerate` for models of other
+making."""
 
 from __future__ import annotations
 
@@ -12,9 +13,11 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from . import modes, reference
 from .ops.checks import check_boundary, check_branch, check_radius
+from .ops.pointwise_mlp import pointwise_mlp
 from .ops.radial_filter import deciding_size, radial_filter, spectral_pool
 from .ops.spectral_mixer import spectral_mixer
 
@@ -96,8 +99,9 @@ class SPAM(nn.Module):
 
     z = conv_kx1(conv_1xk(proj_in(x))),  out = proj_out(z o sum_i W_i SPF_i(z_i) + b_i), z_i the i-th channel chunk of z.
     The function of the published layer under its parameter names. Its masks are a function of lams, radius and boundary: a state
-    dict that has them must agree with this module, and then they are not kept. Runs as one `spectral_mixer`, which reads the
-    weights of the convolutions and calls none of them; where one is not plain (`is_plain`), they are called one by one.
+    dict that has them must agree with this module, and then they are not kept; learned lams that it lacks are read from them. Runs as one
+    `spectral_mixer`, which reads the weights of the convolutions and calls none of them; where one has hooks or is no `Conv2d` of
+    PyTorch's, they are called one by one.
 
     Args:
         dim: channels.
@@ -211,28 +215,66 @@ class SPAM(nn.Module):
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As of every module, but that of a state which does not fit nothing is taken."""
         own = self.state_dict()
-        lacking = [name for name in own if name not in state_dict]
-        strange = [name for name in state_dict if name not in own and not _MASK.fullmatch(name)]
+        masks = [name for name in state_dict if _MASK.fullmatch(name)]
+        lacking = [name for name in own if name not in state_dict and not (name == "lams" and masks)]
+        strange = [name for name in state_dict if name not in own and name not in masks]
         for what, names in (("lacks", lacking), ("has", strange)):
             if strict and names:
                 raise ValueError(f"SPAM: the state {what} {', '.join(names)}, unlike this layer")
         return super().load_state_dict(state_dict, strict, assign)
 
     def published_state(self, height: int, width: int) -> dict[str, Tensor]:
-        """The state dict of the published layer for maps of this size: the module's own and the masks (1, height, width).
+        """The state dict of the published layer for maps of this size: the convolutions and the masks (1, height, width), learned or not.
 
-        Raises ValueError where the published layer has no such form: learned lams, no filter.
+        Raises ValueError for a layer without a filter, which the published one cannot be.
         """
         if height < 1 or width < 1:
             raise ValueError(f"SPAM.published_state: height and width must be at least 1, got {height} and {width}")
-        if not isinstance(self.lams, tuple) or not self.lams:
-            raise ValueError(f"SPAM.published_state: the published layer needs constant lams, got {self.lams}")
-        return self.state_dict() | {
-            f"sps.{i}.filter": _mask(lam, self.radius, self.boundary, height, width) for i, lam in enumerate(self.lams)
-        }
+        if not len(self.lams):
+            raise ValueError("SPAM.published_state: the published layer has a filter, this one has no lams")
+        lams = _numbers(self.lams)
+        masks = {f"sps.{i}.filter": _mask(lam, self.radius, self.boundary, height, width) for i, lam in enumerate(lams)}
+        return {key: value for key, value in self.state_dict().items() if key != "lams"} | masks
 
     def extra_repr(self) -> str:
         return f"lams={self.lams}, radius={self.radius}, boundary={self.boundary}"
+
+
+class PointwiseMLP(nn.Module):
+    """fc2(gelu(fc1(x))), two 1x1 convolutions around an exact GELU: the MLP of a block, as one `pointwise_mlp`, which reads the weights of
+    the convolutions and calls neither; where one has hooks or is no `Conv2d` of PyTorch's, they are called.
+
+    Args:
+        dim: channels of the input and the output.
+        hidden_dim: channels between the convolutions.
+        device, dtype: of the parameters.
+
+    Shape: (B, dim, H, W) to the same, any size, dtype and layout. Called with residual, residual_scale, norm or drop_path it is a
+    residual branch, as `SPAM` is; inplace as for `pointwise_mlp`.
+
+    Raises:
+        what `pointwise_mlp` raises, on a call.
+    """
+
+    def __init__(self, dim: int, hidden_dim: int, device: Any = None, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.fc1 = nn.Conv2d(dim, hidden_dim, 1, device=device, dtype=dtype)
+        self.fc2 = nn.Conv2d(hidden_dim, dim, 1, device=device, dtype=dtype)
+
+    def forward(
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        residual_scale: Tensor | None = None,
+        norm: tuple[Tensor, Tensor, float] | None = None,
+        drop_path: tuple[Tensor, float] | None = None,
+        inplace: bool = False,
+    ) -> Tensor:
+        fc1, fc2 = self.fc1, self.fc2
+        if is_plain(fc1) and is_plain(fc2):
+            return pointwise_mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, residual, residual_scale, norm, inplace, drop_path)
+        branch = check_branch("PointwiseMLP", x, tuple(x.shape), norm, residual, residual_scale, drop_path)
+        return branch.added(fc2(functional.gelu(fc1(branch.normalised(x)))))
 
 
 def _as_one(gates: Sequence[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
@@ -243,32 +285,47 @@ def _as_one(gates: Sequence[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tens
     return weight.flatten(1), sum(biases[1:], biases[0]) if biases else None
 
 
+def _numbers(lams: tuple[float, ...] | Tensor) -> list[float]:
+    return lams.tolist() if isinstance(lams, Tensor) else list(lams)
+
+
 def _mask(lam: float, radius: float, boundary: float | None, height: int, width: int) -> Tensor:
     """(1, H, W) mask of the published layer: the constant mode in the centre."""
     return torch.fft.fftshift(reference.spectral_mask(lam, radius, boundary, height, width))[None].float()
 
 
 def _check_loaded(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Mapping[str, Any], strict: bool, *_: list[str]) -> None:
-    """Refuse a state that does not fit, before anything is copied; drop the masks of one that does."""
+    """Refuse a state that does not fit, before anything is copied; drop the masks of one that does, learned lams are read from them."""
     layer = cast(SPAM, module)
     for name, own in layer.state_dict().items():
         given = state.get(prefix + name)
         if given is not None and given.shape != own.shape:
             raise ValueError(f"SPAM: {prefix + name} must have shape {tuple(own.shape)}, got {tuple(given.shape)}")
-    for key in [key for key in state if key.startswith(f"{prefix}sps.") and key.endswith(".filter")]:
+    masks = [key for key in state if key.startswith(f"{prefix}sps.") and key.endswith(".filter")]
+    if not masks:
+        return
+    learned, given = isinstance(layer.lams, Tensor), state.get(f"{prefix}lams")
+    lams = _numbers(layer.lams if given is None or not learned else given)
+    for key in masks:
         index, mask = key.removeprefix(f"{prefix}sps.").removesuffix(".filter"), state[key]
-        lams = layer.lams if isinstance(layer.lams, tuple) else tuple(layer.lams.tolist())
         if not index.isdigit() or int(index) >= len(lams):
             raise ValueError(f"SPAM: {key} is the mask of a gate that a layer of {len(lams)} gates does not have")
-        if isinstance(layer.lams, tuple):
-            expected = _mask(lams[int(index)], layer.radius, layer.boundary, *mask.shape[-2:])
-            rounding = max(1e-3, torch.finfo(mask.dtype).eps)
-            if mask.shape != expected.shape or not torch.allclose(mask.cpu().float(), expected, atol=rounding):
-                raise ValueError(
-                    f"SPAM: {key}, {tuple(mask.shape)}, is not the mask of lam={lams[int(index)]}, radius={layer.radius}, "
-                    f"boundary={layer.boundary}"
-                )
+        fits = mask.dim() == 3 and mask.shape[0] == 1 and mask.numel() > 0
+        if fits:
+            height, width = mask.shape[1:]
+            if learned and given is None:
+                lams[int(index)] = _tidy(float(mask[0, height // 2, width // 2]), _rounding(mask))
+            expected = _mask(lams[int(index)], layer.radius, layer.boundary, height, width)
+            fits = torch.allclose(mask.cpu().float(), expected, atol=max(1e-3, torch.finfo(mask.dtype).eps))
+        if not fits:
+            raise ValueError(
+                f"SPAM: {key}, {tuple(mask.shape)}, is not the mask of lam={lams[int(index)]}, radius={layer.radius}, "
+                f"boundary={layer.boundary}"
+            )
+    for key in masks:
         del state[key]
+    if learned and given is None:
+        state[f"{prefix}lams"] = torch.tensor(lams)
 
 
 def accelerate(model: nn.Module) -> list[str]:

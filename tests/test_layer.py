@@ -268,6 +268,26 @@ def test_lams_are_learned():
     assert "lams" in layer.state_dict()
 
 
+def test_learned_lams_come_and_go_as_masks():
+    learned = SPAM(20, lams=(0.1, 0.2, 0.3), learnable=True)
+    learned.load_state_dict(PublishedSPAM(20, 7, 14, 14, 2).state_dict())
+    assert learned.lams.tolist() == torch.tensor((0.7, 0.8, 0.9)).tolist()
+    with torch.no_grad():
+        learned.lams.copy_(torch.tensor((0.65, 1.2, -0.3)))
+    published, again = PublishedSPAM(20, 7, 9, 8, 2), SPAM(20, learnable=True)
+    published.load_state_dict(learned.published_state(9, 8))
+    holder = nn.Sequential(again)
+    holder.load_state_dict({f"0.{key}": value for key, value in published.state_dict().items()})
+    assert torch.equal(again.lams, learned.lams)
+    x = torch.randn(2, 20, 9, 8) + 1
+    torch.testing.assert_close(learned(x), published(x), rtol=1e-5, atol=1e-5)
+    other_lams = PublishedSPAM(20, 7, 14, 14, 2).state_dict() | {"lams": torch.tensor((0.7, 0.8, 0.5))}
+    for state, key in ((other_lams, "sps.2"), (PublishedSPAM(20, 7, 14, 14, 1).state_dict(), "sps.0")):
+        with pytest.raises(ValueError, match=f"{key}.filter.* is not the mask"):
+            again.load_state_dict(state)
+        assert torch.equal(again.lams, learned.lams)
+
+
 def other(name, change):
     state = PublishedSPAM(20, 7, 14, 14, 2).state_dict()
     state[name] = change(state[name])
@@ -280,6 +300,7 @@ def other(name, change):
         (lambda: PublishedSPAM(20, 7, 14, 14, 1).state_dict(), "sps.0.filter"),
         (lambda: PublishedSPAM(20, 7, 14, 14, 2, (0.7, 0.8, 0.6)).state_dict(), "sps.2.filter"),
         (lambda: other("sps.1.filter", lambda f: f.where(f != 1 / 3, 0.2)), "sps.1.filter"),
+        (lambda: other("sps.1.filter", lambda f: f[0]), "sps.1.filter"),
         (lambda: PublishedSPAM(24, 7, 14, 14, 2).state_dict(), "proj_in.weight"),
         (lambda: PublishedSPAM(20, 5, 14, 14, 2).state_dict(), "conv.0.weight"),
     ],
@@ -516,7 +537,7 @@ def test_onnx(direct, tmp_path):
         (lambda: SPAM(8)(torch.randn(2, 9, 4, 4)), ValueError, r"SPAM: x must have shape .B, 8, H, W., got .2, 9, "),
         (lambda: SPAM(8)(torch.ones(2, 8, 4, 4, dtype=torch.int64)), TypeError, "x must be float64"),
         (lambda: SPAM(8).published_state(0, 4), ValueError, "height"),
-        (lambda: SPAM(8, lams=()).published_state(4, 4), ValueError, "constant lams"),
+        (lambda: SPAM(8, lams=()).published_state(4, 4), ValueError, "no lams"),
         (lambda: spectral_gate(*gate_arguments((2, 3, 4, 4), 1, torch.float32), -1), ValueError, "radius must be at least 0"),
         (lambda: spectral_gate(*gate_arguments((2, 3, 4, 4), 1, torch.float32), 2), ValueError, "gain must have shape .4, 3."),
         (lambda: spectral_gate(*gate_arguments((2, 3, 4, 4), 1, torch.float32), 1, torch.zeros(2, 3, 3, 2)), ValueError, "coefficients"),

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import spanet_kernels as sk
 
 pytest.importorskip("timm")
-from spanet.model import Block, Mlp
+from spanet.model import Block
 
 
 def modules():
@@ -113,7 +113,7 @@ def test_hooks_of_convolutions_fire(name, shape):
     if name != "block":
         around = x + 1, torch.randn(shape[1]), (torch.randn(shape[1]), torch.randn(shape[1]), 1e-5)
         torch.testing.assert_close(watched(x, *around), module(x, *around), rtol=1e-4, atol=1e-4)
-    mlp, twin = Mlp(8), None
+    mlp, twin = sk.PointwiseMLP(8, 32), None
     twin = copy.deepcopy(mlp)
     twin.fc2.register_forward_pre_hook(hooked(calls))
     image, around = torch.randn(2, 8, 5, 4), (torch.randn(2, 8, 5, 4), torch.randn(8), (torch.randn(8), torch.randn(8), 1e-5))
@@ -131,7 +131,7 @@ def test_pruned_and_parametrized_weights_are_learned():
         layer.proj_in.weight_orig *= 2
         assert not torch.equal(layer(x), before)
     parametrizations.weight_norm(layer.proj_out)
-    assert sk.is_plain(layer.proj_out)
+    assert sk.nn.is_plain(layer.proj_out)
     before = layer(x)
     with torch.no_grad():
         layer.proj_out.parametrizations.weight.original0 *= 2

@@ -13,7 +13,7 @@ from PIL import Image
 
 import spanet  # noqa: F401  registers the models
 from spanet import spectra
-from spanet.images import read_images
+from spanet.images import read_input
 from spanet_kernels import SPAM, reference
 
 PHOTOGRAPHS = Path(skimage.__file__).parent / "data"
@@ -28,7 +28,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def image(model):
-    return next(read_images(model, PHOTOGRAPHS / "chelsea.png", 64))
+    return read_input(model, PHOTOGRAPHS / "chelsea.png", 64)
 
 
 @pytest.mark.parametrize(("height", "width"), [(4, 4), (5, 5), (6, 5)])
@@ -63,7 +63,7 @@ def test_tokens_and_maps():
 @pytest.mark.parametrize("name", ["spanet", "poolformer_s12", "swin_tiny_patch4_window7_224", "vit_tiny_patch16_224", "resnet18"])
 def test_mixers_of_every_model(model, image, name):
     net = model if name == "spanet" else timm.create_model(name, **({"depth": 3} if "vit" in name else {})).eval()
-    x = image if name in ("spanet", "resnet18", "poolformer_s12") else next(read_images(net, PHOTOGRAPHS / "chelsea.png"))
+    x = image if name in ("spanet", "resnet18", "poolformer_s12") else read_input(net, PHOTOGRAPHS / "chelsea.png")
     blocks, mixers = spectra.blocks_and_mixers(net)
     assert len(blocks) == len(mixers) == {"spanet": 5, "resnet18": 8, "vit_tiny_patch16_224": 3}.get(name, 12)
     maps = spectra.mean_log_amplitudes(net, mixers, [x])

@@ -226,7 +226,7 @@ def test_commands(monkeypatch, capsys, tmp_path):
     assert run(monkeypatch, "predict", PHOTOGRAPH, "--size", 64, *checkpoint) == 0
     shown = capsys.readouterr()
     assert not shown.err
-    best = predict(model, next(spanet.images.read_images(model, PHOTOGRAPH, 64)))[0]
+    best = predict(model, spanet.images.read_input(model, PHOTOGRAPH, 64))[0]
     assert shown.out.splitlines()[0].strip() == f"{best.probability:.2%}  {best.name}"
     assert run(monkeypatch, "segment", PHOTOGRAPH, "--size", 32, "--out", tmp_path / "segment.png") == 0
     assert run(monkeypatch, "detect", PHOTOGRAPH, "--size", 32, "--out", tmp_path / "detect.png") == 0
@@ -241,8 +241,10 @@ def test_commands(monkeypatch, capsys, tmp_path):
         (("predict", "broken.png"), "broken.png: not an image that can be read"),
         (("predict", "text.png"), "text.png: not an image that can be read"),
         (("predict", "broken.ppm"), "broken.ppm: not an image that can be read"),
-        (("predict", "absent.png"), "absent.png: no such file or folder"),
-        (("predict", "empty"), "empty: no image in this folder"),
+        (("predict", "absent.png"), "absent.png: not an image that can be read"),
+        (("predict", "empty"), "empty: not an image that can be read"),
+        (("spectra", "absent.png", "--out", "x"), "absent.png: no such file or folder"),
+        (("spectra", "empty", "--out", "x"), "empty: no image in this folder"),
         (("segment", "broken.png", "--out", "x.png"), "broken.png: not an image that can be read"),
         (("detect", "text.png", "--out", "x.png"), "text.png: not an image that can be read"),
         (("predict", PHOTOGRAPH, "--model", "spanet_tiny"), "must be a registered name such as spanet_small, got spanet_tiny"),

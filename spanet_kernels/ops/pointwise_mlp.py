@@ -61,7 +61,8 @@ def pointwise_mlp(
 
     Args:
         x: (B, C, H, W), float64, float32, float16 or bfloat16; under autocast it is cast to autocast's dtype.
-        weight_in: (D, C, 1, 1); weight_out: (E, D, 1, 1), of the dtype of x, like the biases (D,) and (E,) or None.
+        weight_in: (D, C, 1, 1); weight_out: (E, D, 1, 1), of any of these dtypes, like the biases (D,) and (E,) or None; they are
+            multiplied in that of x.
         residual: (B, E, H, W), added to the result; None for nothing.
         residual_scale: (E,), a factor per channel of the residual; None for 1.
         norm: weight (C,), bias (C,) and eps of a GroupNorm with one group; None for no norm.
@@ -86,14 +87,13 @@ def pointwise_mlp(
             check_parameter("pointwise_mlp", name, bias, (size,), x)
     branch = check_branch("pointwise_mlp", x, (x.shape[0], out, *x.shape[2:]), norm, residual, residual_scale, drop_path)
     weights: Any = weight_in, bias_in, weight_out, bias_out
-    inferred, dtype = infers(x, *weights, *branch) and not is_traced(), autocast_dtype(x)
-    if inferred and dtype in (None, x.dtype):
-        return _inferred(x, *(*weights, branch, inplace and is_eager()))
+    inferred, dtype = infers(x, *weights, *branch) and not is_traced(), autocast_dtype(x) or x.dtype
     if not inferred and is_eager() and not is_traced():
-        return record(_BODY, (), branch, dtype or x.dtype, x, *weights)
-    x = normalised(branch, x).to(dtype or x.dtype)
-    if dtype:
-        weights = tuple(None if weight is None else weight.to(dtype) for weight in weights)
+        return record(_BODY, (), branch, dtype, x, *weights)
+    weights = tuple(None if weight is None else weight.to(dtype) for weight in weights)
+    if inferred and dtype == x.dtype:
+        return _inferred(x, *(*weights, branch, inplace and is_eager()))
+    x = normalised(branch, x).to(dtype)
     return branch.added(_inferred(x, *(*weights, Branch())) if inferred else _composition(x, *weights))
 
 
@@ -117,9 +117,9 @@ def _inferred(
             y = _memory(x, matrix_out, layout)
         return pair(y, x, matrix_in, bias_in, matrix_out, bias_out, branch=branch)
     x = normalised(branch, x)
-    if is_eager() and onednn_serves(x) and x.dtype == weight_in.dtype and x.is_contiguous(memory_format=torch.channels_last):
+    if is_eager() and onednn_serves(x) and x.is_contiguous(memory_format=torch.channels_last):
         y = linear(linear(x.movedim(1, -1), matrix_in, bias_in, gelu=True), matrix_out, bias_out).movedim(-1, 1)
-    elif is_eager() and x.is_cuda and x.dtype == weight_in.dtype:
+    elif is_eager() and x.is_cuda:
         y, _ = _by_parts(x, matrix_in, bias_in, matrix_out, bias_out)
     else:
         y = _composition(x, weight_in, bias_in, weight_out, bias_out)
