@@ -107,6 +107,7 @@ def published_state(model: SPANet) -> dict[str, Tensor]:
             if isinstance(layer, SPAM):
                 size = 224 // info["reduction"]
                 state |= {f"{name}.{key}": value for key, value in layer.published_state(size, size).items()}
+                state.pop(f"{name}.lams", None)
     return state
 
 

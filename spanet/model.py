@@ -17,7 +17,7 @@ from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_c
 from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
 
-from spanet_kernels import SPAM, PointwiseMLP
+from spanet_kernels import SPAM, PointwiseMLP, has_hooks
 
 
 class ResScale(nn.Module):
@@ -56,17 +56,18 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self._branch(x, self.res_scale1, self.token_mixer, self.norm1)
-        owned = not module_hooks._global_forward_hooks  # nobody else sees the result of the first branch
+        # nobody else sees the result of the first branch
+        owned = not (module_hooks._global_forward_hooks or module_hooks._global_forward_pre_hooks)
         return self._branch(x, self.res_scale2, self.mlp, self.norm2, owned)
 
     def _branch(self, x: Tensor, res_scale: nn.Module, body: nn.Module, norm: nn.Module, *inplace: bool) -> Tensor:
         """res_scale(x) + drop_path(body(norm(x))): one call of the body, unless a module was exchanged or a hook looks at one."""
         drop_path = self.drop_path
         own = isinstance(body, (SPAM, PointwiseMLP)) and type(norm) is GroupNorm1 and isinstance(res_scale, (ResScale, nn.Identity))
-        if not own or type(drop_path) not in (DropPath, nn.Identity) or any(map(_is_watched, (res_scale, body, norm, drop_path))):
+        if not own or type(drop_path) not in (DropPath, nn.Identity) or any(map(has_hooks, (res_scale, body, norm, drop_path))):
             return cast(Tensor, res_scale(x) + drop_path(body(norm(x))))
         scale = res_scale.scale if isinstance(res_scale, ResScale) else None
-        dropped = _sample(drop_path, x) if self.training and isinstance(drop_path, DropPath) else None
+        dropped = _sample(drop_path, x) if isinstance(drop_path, DropPath) and drop_path.training else None
         return cast(Tensor, body(x, x, scale, (norm.weight, norm.bias, norm.eps), dropped, *inplace))
 
 
@@ -76,10 +77,6 @@ def _sample(drop_path: DropPath, x: Tensor) -> tuple[Tensor, float] | None:
     if kept == 1:
         return None
     return x.new_empty(x.shape[0]).bernoulli_(kept), 1 / kept if kept > 0 and drop_path.scale_by_keep else 1.0
-
-
-def _is_watched(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
 
 
 class Downsample(nn.Module):
@@ -257,8 +254,10 @@ class SPANet(nn.Module, PyTorchModelHubMixin, library_name="spanet", license="ap
         """
         own = self.state_dict()
         state = _fitted(checkpoint_filter_fn(state_dict), own)
-        masks = {key: state[key] for key in state if ".sps." in key}
-        missing, unexpected = own.keys() - state.keys(), state.keys() - own.keys() - masks.keys()
+        mixers = {name: module for name, module in self.named_modules() if isinstance(module, SPAM)}
+        masks = {key for key in state if key.partition(".sps.")[0] in mixers}
+        learned = {f"{mask.partition('.sps.')[0]}.lams" for mask in masks}  # masks tell them
+        missing, unexpected = own.keys() - state.keys() - learned, state.keys() - own.keys() - masks
         if strict and (missing or unexpected):
             lists = [f"{what} {', '.join(_first(keys))}" for what, keys in (("lacks", missing), ("has", unexpected)) if keys]
             raise ValueError(f"SPANet: the state {' and '.join(lists)}, unlike this model")
@@ -267,7 +266,8 @@ class SPANet(nn.Module, PyTorchModelHubMixin, library_name="spanet", license="ap
             if shape != own[key].shape:
                 came = type(state[key]).__name__ if shape is None else tuple(shape)
                 raise ValueError(f"SPANet: {key} must have shape {tuple(own[key].shape)}, got {came}")
-        super().load_state_dict(own | masks)  # every mixer checks its masks, and takes what it has
+        for name, mixer in mixers.items():
+            mixer.check_state(state, f"{name}.")
         return super().load_state_dict(state, strict, assign)
 
     def _stages(self, indices: int | Sequence[int] | None) -> list[int]:

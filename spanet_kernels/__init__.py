@@ -17,7 +17,7 @@ from . import modes, reference
 from .backends import backends, use
 from .decompositions import decompositions
 from .flops import flop_formulas
-from .nn import SPAM, SPF, SPG, PointwiseMLP, accelerate
+from .nn import SPAM, SPF, SPG, PointwiseMLP, accelerate, has_hooks
 from .ops.axial_conv import axial_conv
 from .ops.pointwise_mlp import pointwise_mlp
 from .ops.radial_filter import radial_filter, spectral_pool
@@ -35,6 +35,7 @@ __all__ = [
     "backends",
     "decompositions",
     "flop_formulas",
+    "has_hooks",
     "modes",
     "pointwise_mlp",
     "radial_filter",

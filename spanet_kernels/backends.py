@@ -2,7 +2,7 @@
 
 Importing this module loads the compiled operators and fills the dispatcher's empty slots, once:
 
-    CPU      _cpu.so
+    CPU      operator by operator: _cpu.so, else composed of these and of matrix products, else the reference
     CUDA     operator by operator: _cuda.so, else the Triton kernels (what the library lacks, AMD), else the modes in PyTorch
     others   the modes in PyTorch
 """
@@ -190,7 +190,7 @@ def backends() -> dict[str, Any]:
             op: {
                 "cpu": {"in use": f"C++ ({capability})", "not in use": {"modes": "C++ comes first"}}
                 if _has_kernel(op, "CPU")
-                else {"in use": "composed", "not in use": {}},
+                else {"in use": "composed" if op in _BY_MODES else "reference", "not in use": {}},
                 "cuda": on_cuda(op),
                 "other": {"in use": "modes", "not in use": {}},
             }

@@ -194,8 +194,8 @@ def spectral_mixer(
     """`reference.spectral_mixer`; keep returns for the gradients t and, on GPUs, z and its coefficients, elsewhere W F(z) + b in place of
     z, which costs less to compute again; what it does not keep is empty. The weights may be of any dtype.
 
-    With a branch, the residual branch that the mixer makes; x and its residual are then dense, and in one dtype with all the weights, and
-    on a GPU `pair_serves` them.
+    With a branch, the residual branch that the mixer makes; x and its residual are then in one dtype with all the weights, and on a GPU
+    `pair_serves` them.
     """
     in_weight, in_bias, weight, bias, out_weight, out_bias, row_weight, row_bias, column_weight, column_bias = cast(
         (in_weight, in_bias, weight, bias, out_weight, out_bias, row_weight, row_bias, column_weight, column_bias),
@@ -243,9 +243,9 @@ def mixer_in_parts(
             filtered, applied = _filtered(z, weight, base, gain, radius_squared)
             context = _pointwise(filtered, applied, bias)
             all_context = _placed(all_context, part, context)
-            out = _placed(out, part, _pointwise_like(z.mul_(context), out_weight, out_bias, x))
-            continue
-        y = _ops.spectral_gate(z, coefficients if takes_coefficients(z) else None, weight, bias, base, gain, radius_squared)
+            y = z.mul_(context)
+        else:
+            y = _ops.spectral_gate(z, coefficients if takes_coefficients(z) else None, weight, bias, base, gain, radius_squared)
         if z.is_cuda and outer.is_there:
             out = torch.empty_like(x, memory_format=modes.memory_format(x))
             pair(out, y, None, None, out_weight, out_bias, branch=outer)

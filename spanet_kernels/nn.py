@@ -58,14 +58,19 @@ class SPF(nn.Module):
         return f"lam={lam}, radius={self.radius}, boundary={self.boundary}, learnable={isinstance(self.lam, nn.Parameter)}"
 
 
-def is_plain(layer: nn.Module) -> bool:
+def is_plain(layer: nn.Module, groups: int = 1) -> bool:
     """Whether a convolution, parametrized or not, is no more than its weight and bias: it has no hooks, which look at its calls or make its
-    weight, and nothing stands in its place."""
-    own = "forward" not in layer.__dict__ and type(layer).forward is nn.Conv2d.forward
-    return own and not _has_hooks(layer)
+    weight, nothing stands in its place, and it keeps the size of zero-padded maps, at stride 1, in so many groups."""
+    if "forward" in layer.__dict__ or type(layer).forward is not nn.Conv2d.forward or has_hooks(layer):
+        return False
+    conv = cast(nn.Conv2d, layer)
+    rows, columns = conv.kernel_size
+    own = (1, 1), (1, 1), (rows // 2, columns // 2), groups, "zeros"
+    return (conv.stride, conv.dilation, conv.padding, conv.groups, conv.padding_mode) == own
 
 
-def _has_hooks(module: nn.Module) -> bool:
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something looks at the calls of a module, or changes what goes in or comes out."""
     return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
 
 
@@ -100,8 +105,8 @@ class SPAM(nn.Module):
     z = conv_kx1(conv_1xk(proj_in(x))),  out = proj_out(z o sum_i W_i SPF_i(z_i) + b_i), z_i the i-th channel chunk of z.
     The function of the published layer under its parameter names. Its masks are a function of lams, radius and boundary: a state
     dict that has them must agree with this module, and then they are not kept; learned lams that it lacks are read from them. Runs as one
-    `spectral_mixer`, which reads the weights of the convolutions and calls none of them; where one has hooks or is no `Conv2d` of
-    PyTorch's, they are called one by one.
+    `spectral_mixer`, which reads the weights of the convolutions and calls none of them; where one has hooks, pads otherwise or is no
+    `Conv2d` of PyTorch's, they are called one by one.
 
     Args:
         dim: channels.
@@ -109,7 +114,7 @@ class SPAM(nn.Module):
         lams: weight of the low frequencies of each gate; as many gates as numbers. Empty: one gate without a filter.
         radius: of the low-pass disc, in cycles per image.
         boundary: weight on the circle d == radius; the published code's 1/3, or None for the paper's 1 - lam.
-        learnable: make lams a parameter, (gates,).
+        learnable: make lams, if there are any, a parameter, (gates,).
 
     Shape: (B, dim, H, W) to the same, any size, dtype and layout. Called with residual, residual_scale, norm (weight, bias, eps) or
     drop_path it is a residual branch, residual_scale o residual + drop_path(SPAM(norm(x))), in one call: see `spectral_mixer`.
@@ -148,7 +153,7 @@ class SPAM(nn.Module):
         self.dim = dim
         self.radius = check_radius("SPAM", radius)
         self.boundary = None if boundary is None else check_boundary("SPAM", boundary)
-        self.lams = nn.Parameter(torch.tensor(lams)) if learnable else lams
+        self.lams = nn.Parameter(torch.tensor(lams)) if learnable and lams else lams
         pad = kernel_size // 2
         self.proj_in = nn.Conv2d(dim, dim, 1)
         self.conv = nn.Sequential(
@@ -169,7 +174,7 @@ class SPAM(nn.Module):
     ) -> Tensor:
         base, gain, squared = self._profile(x)
         layers = self.proj_in, *self.conv, self.proj_out, *self.pws
-        if not all(map(is_plain, layers)):
+        if not self._is_plain():
             branch = check_branch("SPAM", x, tuple(x.shape), norm, residual, residual_scale, drop_path)
             return branch.added(self._by_convolutions(branch.normalised(x), base, gain, modes.radius_of(squared)))
         (in_weight, in_bias), row, column, (out_weight, out_bias), *gates = map(_parameters_of, layers)
@@ -193,6 +198,13 @@ class SPAM(nn.Module):
             drop_path,
         )
 
+    def _is_plain(self) -> bool:
+        conv = self.conv
+        if type(conv) is not nn.Sequential or "forward" in conv.__dict__ or has_hooks(conv) or len(conv) != 2:
+            return False
+        pointwise = all(map(is_plain, (self.proj_in, self.proj_out, *self.pws)))
+        return pointwise and is_plain(conv[0], self.dim) and is_plain(conv[1], self.dim)
+
     def _by_convolutions(self, x: Tensor, base: Tensor, gain: Tensor, radius: float | None) -> Tensor:
         """The mixer of calls of its convolutions, the filter alone an operator."""
         z = self.conv(self.proj_in(x))
@@ -215,13 +227,41 @@ class SPAM(nn.Module):
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As of every module, but that of a state which does not fit nothing is taken."""
         own = self.state_dict()
-        masks = [name for name in state_dict if _MASK.fullmatch(name)]
+        masks = _masks(state_dict, "")
         lacking = [name for name in own if name not in state_dict and not (name == "lams" and masks)]
         strange = [name for name in state_dict if name not in own and name not in masks]
         for what, names in (("lacks", lacking), ("has", strange)):
             if strict and names:
                 raise ValueError(f"SPAM: the state {what} {', '.join(names)}, unlike this layer")
         return super().load_state_dict(state_dict, strict, assign)
+
+    def check_state(self, state: Mapping[str, Any], prefix: str = "") -> Tensor | None:
+        """Learned lams that a state, under a prefix, has in its masks alone; None if there are none.
+
+        Raises ValueError where a tensor or a mask is not this layer's.
+        """
+        for name, value in self.state_dict().items():
+            shape = getattr(state.get(prefix + name, value), "shape", None)
+            if shape != value.shape:
+                came = None if shape is None else tuple(shape)
+                raise ValueError(f"SPAM: {prefix + name} must have shape {tuple(value.shape)}, got {came}")
+        given, gates = state.get(f"{prefix}lams") if isinstance(self.lams, Tensor) else self.lams, len(self.lams)
+        lams = [math.nan] * gates if given is None else _numbers(given)
+        for key in _masks(state, prefix):
+            mask, index = state[key], int(key.split(".")[-2])
+            if index >= gates:
+                raise ValueError(f"SPAM: {key} is the mask of a gate that a layer of {gates} gates does not have")
+            fits = mask.dim() == 3 and mask.shape[0] == 1 and mask.numel() > 0
+            if fits:
+                height, width = mask.shape[1:]
+                if given is None:
+                    lams[index] = _tidy(float(mask[0, height // 2, width // 2]), _rounding(mask))
+                expected = _mask(lams[index], self.radius, self.boundary, height, width)
+                fits = torch.allclose(mask.cpu().float(), expected, atol=max(1e-3, torch.finfo(mask.dtype).eps))
+            if not fits:
+                own = f"lam={lams[index]}, radius={self.radius}, boundary={self.boundary}"
+                raise ValueError(f"SPAM: {key}, {tuple(mask.shape)}, is not the mask of {own}")
+        return torch.tensor(lams) if given is None and all(map(math.isfinite, lams)) else None
 
     def published_state(self, height: int, width: int) -> dict[str, Tensor]:
         """The state dict of the published layer for maps of this size: the convolutions and the masks (1, height, width), learned or not.
@@ -242,7 +282,8 @@ class SPAM(nn.Module):
 
 class PointwiseMLP(nn.Module):
     """fc2(gelu(fc1(x))), two 1x1 convolutions around an exact GELU: the MLP of a block, as one `pointwise_mlp`, which reads the weights of
-    the convolutions and calls neither; where one has hooks or is no `Conv2d` of PyTorch's, they are called.
+    the convolutions and calls neither; where one has hooks, pads otherwise or is no `Conv2d` of
+    PyTorch's, they are called.
 
     Args:
         dim: channels of the input and the output.
@@ -295,37 +336,16 @@ def _mask(lam: float, radius: float, boundary: float | None, height: int, width:
 
 
 def _check_loaded(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Mapping[str, Any], strict: bool, *_: list[str]) -> None:
-    """Refuse a state that does not fit, before anything is copied; drop the masks of one that does, learned lams are read from them."""
-    layer = cast(SPAM, module)
-    for name, own in layer.state_dict().items():
-        given = state.get(prefix + name)
-        if given is not None and given.shape != own.shape:
-            raise ValueError(f"SPAM: {prefix + name} must have shape {tuple(own.shape)}, got {tuple(given.shape)}")
-    masks = [key for key in state if key.startswith(f"{prefix}sps.") and key.endswith(".filter")]
-    if not masks:
-        return
-    learned, given = isinstance(layer.lams, Tensor), state.get(f"{prefix}lams")
-    lams = _numbers(layer.lams if given is None or not learned else given)
-    for key in masks:
-        index, mask = key.removeprefix(f"{prefix}sps.").removesuffix(".filter"), state[key]
-        if not index.isdigit() or int(index) >= len(lams):
-            raise ValueError(f"SPAM: {key} is the mask of a gate that a layer of {len(lams)} gates does not have")
-        fits = mask.dim() == 3 and mask.shape[0] == 1 and mask.numel() > 0
-        if fits:
-            height, width = mask.shape[1:]
-            if learned and given is None:
-                lams[int(index)] = _tidy(float(mask[0, height // 2, width // 2]), _rounding(mask))
-            expected = _mask(lams[int(index)], layer.radius, layer.boundary, height, width)
-            fits = torch.allclose(mask.cpu().float(), expected, atol=max(1e-3, torch.finfo(mask.dtype).eps))
-        if not fits:
-            raise ValueError(
-                f"SPAM: {key}, {tuple(mask.shape)}, is not the mask of lam={lams[int(index)]}, radius={layer.radius}, "
-                f"boundary={layer.boundary}"
-            )
-    for key in masks:
+    """Refuse a state that does not fit, before anything is copied; keep no masks of one that does, but learned lams that it lacks."""
+    lams = cast(SPAM, module).check_state(state, prefix)
+    for key in _masks(state, prefix):
         del state[key]
-    if learned and given is None:
-        state[f"{prefix}lams"] = torch.tensor(lams)
+    if lams is not None:
+        state[f"{prefix}lams"] = lams
+
+
+def _masks(state: Mapping[str, Any], prefix: str) -> list[str]:
+    return [key for key in state if key.startswith(prefix) and _MASK.fullmatch(key, len(prefix))]
 
 
 def accelerate(model: nn.Module) -> list[str]:
@@ -367,7 +387,7 @@ def _twin(name: str, layer: Any) -> SPAM:
     try:
         if "_orig_mod" in layer._modules:
             raise ValueError("it is compiled; first accelerate, then compile")
-        if _has_hooks(layer):
+        if has_hooks(layer):
             raise ValueError("it has hooks, which its replacement would not have")
         if any(getattr(sp.filter, "requires_grad", False) for sp in layer.sps):
             raise ValueError("its masks are learned")

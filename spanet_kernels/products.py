@@ -129,7 +129,7 @@ class DropPath(NamedTuple):
 
     def factors(self, f: Tensor) -> Tensor:
         """(B, 1, 1, 1), of every image, in the dtype of f."""
-        return (self.kept * self.factor).to(f.dtype)[:, None, None, None]
+        return (self.kept.to(f.dtype) * self.factor)[:, None, None, None]
 
 
 class Branch(NamedTuple):
@@ -153,18 +153,19 @@ class Branch(NamedTuple):
         return modes.like(functional.group_norm(x, 1, self.norm_weight, self.norm_bias, self.eps), x)
 
     def added(self, y: Tensor) -> Tensor:
-        """scale o residual + drop_path(y), by PyTorch."""
+        """scale o residual + drop_path(y), by PyTorch, in the layout of y."""
+        residual, scale = self.residual, None if self.scale is None else self.scale[:, None, None]
         if self.drop_path is not None:
-            factors, residual = self.drop_path.factors(y), self.residual
+            factors = self.drop_path.factors(y)
             if residual is None:
                 return y * factors
-            return torch.addcmul(residual if self.scale is None else residual * self.scale[:, None, None], y, factors)
-        if self.residual is None:
+            residual = modes.like(residual, y)
+            return torch.addcmul(residual if scale is None else residual * scale, y, factors)
+        if residual is None:
             return y
-        if self.scale is None:
-            return self.residual + y
-        scale = self.scale[:, None, None]
-        return torch.addcmul(y, self.residual, scale) if y.is_cuda else self.residual * scale + y  # one pass of a GPU less
+        if scale is None:
+            return y + residual
+        return torch.addcmul(y, residual, scale) if y.is_cuda else y + residual * scale  # one pass of a GPU less
 
     def of(self, part: slice) -> Branch:
         """That of some images."""
@@ -183,7 +184,7 @@ class Branch(NamedTuple):
 
 def rows(x: Tensor) -> Tensor:
     """(B H W, C), a view of a channels_last tensor."""
-    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+    return x.permute(0, 2, 3, 1).reshape(x.shape[0] * x.shape[2] * x.shape[3], x.shape[1])
 
 
 def image(rows: Tensor, shape: torch.Size) -> Tensor:
@@ -247,7 +248,7 @@ def pair_serves(x: Tensor, weight_in: Tensor | None, weight_out: Tensor) -> bool
 def pair_fits(x: Tensor, *weights: Tensor) -> bool:
     """Whether `pointwise_pair` takes these once the weights have the dtype of x."""
     for weight in weights:
-        if weight.shape[0] % PAIR_CHANNELS or weight.shape[1] % PAIR_CHANNELS:
+        if weight.shape[0] % PAIR_CHANNELS or weight.shape[1] % PAIR_CHANNELS or not weight.numel():
             return False
     if x.shape[1] % PAIR_CHANNELS:
         return False

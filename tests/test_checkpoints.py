@@ -295,6 +295,15 @@ def test_info():
         assert figure in result.stdout
 
 
+def test_a_deeper_state_where_that_is_allowed():
+    deeper = timm.create_model("spanet_small", **TINY | {"depths": [depth + 1 for depth in TINY["depths"]]})
+    model, state = tiny(), published_state(deeper)
+    with pytest.raises(ValueError, match="has network"):
+        model.load_state_dict(state)
+    model.load_state_dict(state, strict=False)
+    assert torch.equal(model.network[0][0].token_mixer.proj_in.weight, state["network.0.0.token_mixer.proj_in.weight"])
+
+
 def test_published_state_needs_the_published_form():
     with pytest.raises(ValueError, match="no lams"):
         published_state(tiny(lams=()))

@@ -288,6 +288,15 @@ def test_learned_lams_come_and_go_as_masks():
         assert torch.equal(again.lams, learned.lams)
 
 
+def test_masks_tell_a_layer_without_memory_its_lams():
+    with torch.device("meta"):
+        layer = SPAM(20, learnable=True)
+    published = PublishedSPAM(20, 7, 14, 14, 2, (0.6, 0.8, 0.9))
+    layer.load_state_dict(published.state_dict(), assign=True)
+    assert layer.lams.tolist() == torch.tensor((0.6, 0.8, 0.9)).tolist()
+    assert SPAM(8, lams=(), learnable=True).lams == ()
+
+
 def other(name, change):
     state = PublishedSPAM(20, 7, 14, 14, 2).state_dict()
     state[name] = change(state[name])
@@ -538,6 +547,8 @@ def test_onnx(direct, tmp_path):
         (lambda: SPAM(8)(torch.ones(2, 8, 4, 4, dtype=torch.int64)), TypeError, "x must be float64"),
         (lambda: SPAM(8).published_state(0, 4), ValueError, "height"),
         (lambda: SPAM(8, lams=()).published_state(4, 4), ValueError, "no lams"),
+        (lambda: SPAM(8)(torch.randn(2, 8, 4, 4), drop_path=(None, 1.0)), TypeError, "kept of drop_path must be a tensor, got NoneType"),
+        (lambda: spectral_gate(torch.randn(2, 3, 4, 4), torch.eye(3), None, None, torch.ones(3, 3), 1), TypeError, "base must be a tensor"),
         (lambda: spectral_gate(*gate_arguments((2, 3, 4, 4), 1, torch.float32), -1), ValueError, "radius must be at least 0"),
         (lambda: spectral_gate(*gate_arguments((2, 3, 4, 4), 1, torch.float32), 2), ValueError, "gain must have shape .4, 3."),
         (lambda: spectral_gate(*gate_arguments((2, 3, 4, 4), 1, torch.float32), 1, torch.zeros(2, 3, 3, 2)), ValueError, "coefficients"),

@@ -87,6 +87,7 @@ void pointwise_pair_into(const Tensor& y, const PairOperands& of) {
   STD_TORCH_CHECK(x.dim() == 4, "pointwise_pair: x must have shape (B, C, H, W)");
   const int64_t b = x.size(0), c = x.size(1), h = x.size(2), w = x.size(3);
   const int64_t hidden = weight_in ? weight_in->size(0) : c, out = weight_out.size(0);
+  STD_TORCH_CHECK(c > 0 && hidden > 0, "pointwise_pair: x and weight_out must have input channels");
   if (weight_in) check_weight("weight_in", *weight_in, x, c);
   check_weight("weight_out", weight_out, x, hidden);
   check_vector("bias_in", bias_in, x, hidden);

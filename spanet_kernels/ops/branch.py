@@ -27,7 +27,7 @@ class Body(NamedTuple):
     forward: Callable[..., tuple[Tensor, tuple[Tensor | None, ...]]]  # (n, ...) to f and what its gradients need
     fuses: Callable[..., bool]  # (x, tensors) to whether, on a CPU, the whole branch is one operator in the dtype of x
     fused: Callable[..., tuple[Tensor, tuple[Tensor | None, ...]]]  # (branch, x, ...) to the branch and what the gradients of f need
-    gradients: Callable[..., tuple[Any, ...]]  # (gradient of f, which of n and the tensors need one, what was kept, n, ...)
+    gradients: Callable[..., tuple[Any, ...]]  # (gradient of f, which of n and the tensors need one, what was held, n, ...)
     composition: Callable[..., Tensor]  # (n, ...) to f, differentiable to any order
 
 
@@ -36,12 +36,13 @@ def record(body: Body, constants: tuple[Any, ...], branch: Branch, dtype: torch.
     their dtypes, PyTorch's stand around the body."""
     norm_weight, norm_bias, eps, residual, scale, drop_path = branch
     own = residual is x and not x.is_cuda  # then x has one gradient, in place of two to be added up
+    kept, factor = (None, 1.0) if drop_path is None else drop_path
     if x.is_cuda or _around(branch, own, dtype, x):
         given = x, norm_weight, norm_bias, None if own else residual, scale
-        y: Tensor = _Recorded.apply(body, constants, eps, dtype, own, drop_path, *given, *tensors)
+        y: Tensor = _Recorded.apply(body, constants, eps, dtype, own, factor, kept, *given, *tensors)
         return y
     n = normalised(branch, x).to(dtype)
-    return branch.added(_Recorded.apply(body, constants, eps, dtype, False, None, n, None, None, None, None, *tensors))
+    return branch.added(_Recorded.apply(body, constants, eps, dtype, False, 1.0, None, n, None, None, None, None, *tensors))
 
 
 def _around(branch: Branch, own: bool, dtype: torch.dtype, x: Tensor) -> bool:
@@ -63,7 +64,8 @@ class _Recorded(torch.autograd.Function):
         eps: float,
         dtype: torch.dtype,
         own: bool,
-        drop_path: DropPath | None,
+        factor: float,
+        kept: Tensor | None,
         x: Tensor,
         norm_weight: Tensor | None,
         norm_bias: Tensor | None,
@@ -71,35 +73,37 @@ class _Recorded(torch.autograd.Function):
         scale: Tensor | None,
         *tensors: Tensor | None,
     ) -> Tensor:
-        n = moments = some = None
+        n = moments = images = None
+        drop_path = None if kept is None else DropPath(kept, factor)
         with below_autograd(), _without_autocast():
             if not own:
                 n, moments = (x, None) if norm_weight is None else _norm(x, norm_weight, norm_bias, eps)
                 n = n.to(dtype)
-                f, kept = body.forward(n, *tensors, *constants)
+                f, held = body.forward(n, *tensors, *constants)
                 y = Branch(residual=residual, scale=scale, drop_path=drop_path).added(f)
             elif drop_path is None:
-                y, kept = _own_forward(body, constants, Branch(norm_weight, norm_bias, eps, x, scale), dtype, x, tensors)
+                y, held = _own_forward(body, constants, Branch(norm_weight, norm_bias, eps, x, scale), dtype, x, tensors)
             else:
-                dense, some, kept = modes.like(x, x), _Some(drop_path), ()
-                y = given = some.take(dense)
+                dense, images, held = modes.like(x, x), _KeptImages(drop_path), ()
+                y = given = images.take(dense)
                 if given.shape[0]:
                     branch = Branch(norm_weight, norm_bias, eps, given, scale)
-                    y, kept = _own_forward(body, constants, branch, dtype, given, some.factored(tensors))
-                y = some.merge(y, dense, scale)
-        ctx.constants = body, constants, eps, dtype, drop_path, len(tensors)
-        ctx.own, ctx.some = own, some
+                    y, held = _own_forward(body, constants, branch, dtype, given, images.factored(tensors))
+                y = images.merge(y, dense, scale)
+        ctx.constants = body, constants, eps, dtype, factor, len(tensors)
+        ctx.own, ctx.images = own, images
         residual = None if scale is None else residual  # nothing asks for it
-        ctx.save_for_backward(x, norm_weight, norm_bias, residual, scale, *tensors, n, moments, *kept)
+        ctx.save_for_backward(kept, x, norm_weight, norm_bias, residual, scale, *tensors, n, moments, *held)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        body, constants, eps, dtype, drop_path, count = ctx.constants
-        saved = ctx.saved_tensors  # activation checkpointing hands them out once
-        args, (n, moments, *kept) = saved[: 5 + count], saved[5 + count :]
+        body, constants, eps, dtype, factor, count = ctx.constants
+        kept, *saved = ctx.saved_tensors  # activation checkpointing hands them out once
+        args, (n, moments, *held) = saved[: 5 + count], saved[5 + count :]
         x, norm_weight, norm_bias, residual, scale, *tensors = args
-        needed = ctx.needs_input_grad[6:]
+        drop_path = None if kept is None else DropPath(kept, factor)
+        needed = ctx.needs_input_grad[7:]
         if torch.is_grad_enabled():
 
             def composition(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, scale: Tensor, *tensors: Tensor) -> Tensor:
@@ -108,11 +112,11 @@ class _Recorded(torch.autograd.Function):
 
             in_graph = list(gradients_in_graph(composition, grad, needed, args))
             in_graph[3] = grad if needed[3] and scale is None else in_graph[3]
-            return *(None,) * 6, *in_graph
+            return *(None,) * 7, *in_graph
         if ctx.own:
             branch = Branch(norm_weight, norm_bias, eps, scale=scale)
-            found = _own_backward(body, constants, branch, dtype, x, grad, needed, kept, tensors, ctx.some)
-            return *(None,) * 6, *(value if need else None for value, need in zip(found, needed, strict=True))
+            found = _own_backward(body, constants, branch, dtype, x, grad, needed, held, tensors, ctx.images)
+            return *(None,) * 7, *(value if need else None for value, need in zip(found, needed, strict=True))
         residual_grad: Tensor | None = grad
         scale_grad: Tensor | None = None
         if scale is not None:
@@ -121,12 +125,12 @@ class _Recorded(torch.autograd.Function):
                 scale_grad = (grad * residual).sum((0, 2, 3)) if needed[4] else None
         needs_n = needed[0] or needed[1] or needed[2]
         f_grad = grad if drop_path is None else grad * drop_path.factors(grad)
-        n_grad, *grads = body.gradients(f_grad.to(dtype), (needs_n, *needed[5:]), kept, n, *tensors, *constants)
+        n_grad, *grads = body.gradients(f_grad.to(dtype), (needs_n, *needed[5:]), held, n, *tensors, *constants)
         norm_grads: tuple[Tensor | None, ...] = n_grad, None, None
         if needs_n and norm_weight is not None:
             norm_grads = _norm_gradient(n_grad.to(x.dtype), x, moments, norm_weight)
         found = *norm_grads, residual_grad, scale_grad, *grads
-        return *(None,) * 6, *(value if need else None for value, need in zip(found, needed, strict=True))
+        return *(None,) * 7, *(value if need else None for value, need in zip(found, needed, strict=True))
 
 
 def _own_forward(
@@ -137,10 +141,10 @@ def _own_forward(
         weight, bias, scale = cast((branch.norm_weight, branch.norm_bias, branch.scale), (dtype,) * 3)
         return body.fused(Branch(weight, bias, branch.eps, x, scale), x, *tensors, *constants)
     dense = modes.like(x, x)
-    f, kept = body.forward(_normal(dense, branch, dtype)[0], *tensors, *constants)
+    f, held = body.forward(_normal(dense, branch, dtype)[0], *tensors, *constants)
     y = torch.empty_like(dense)
     _ops.branch_sum.default(y, modes.like(f, dense), dense, *cast((branch.scale,), _WIDE))
-    return y, kept
+    return y, held
 
 
 def _own_backward(
@@ -151,42 +155,42 @@ def _own_backward(
     x: Tensor,
     grad: Tensor,
     needed: Sequence[bool],
-    kept: Sequence[Tensor | None],
+    held: Sequence[Tensor | None],
     tensors: Sequence[Tensor | None],
-    some: _Some | None,
+    images: _KeptImages | None,
 ) -> tuple[Tensor | None, ...]:
     """The gradients of the branch on a CPU to x, norm's weight and bias, nothing for the residual, scale, and the tensors."""
     whole = x = modes.like(x, x)
     whole_grad = grad = modes.like(grad, x)
-    if some is not None:
-        x, grad, tensors = some.take(whole), some.take(whole_grad), some.factored(tensors)
+    if images is not None:
+        x, grad, tensors = images.take(whole), images.take(whole_grad), images.factored(tensors)
     x_grad, around = torch.empty_like(x), (branch.norm_weight, branch.norm_bias, branch.scale)
     if x.shape[0]:
         n, moments = _normal(x, branch, dtype)
-        n_grad, *grads = body.gradients(grad.to(dtype), (True, *needed[5:]), kept, n, *tensors, *constants)
+        n_grad, *grads = body.gradients(grad.to(dtype), (True, *needed[5:]), held, n, *tensors, *constants)
         weight, scale = cast((branch.norm_weight, branch.scale), _WIDE * 2)
         sums = list(_ops.branch_norm_backward.default(x_grad, modes.like(n_grad, x), x, moments, weight, grad, scale))
     else:
         grads = [None if tensor is None else torch.zeros_like(tensor) for tensor in tensors]
         sums = [x.new_zeros(x.shape[1], dtype=torch.float32) for _ in around]
-    if some is not None:
-        x_grad, grads = some.merge(x_grad, whole_grad, branch.scale), some.factored(grads)
+    if images is not None:
+        x_grad, grads = images.merge(x_grad, whole_grad, branch.scale), images.factored(grads)
         if branch.scale is not None:
-            sums[2] = sums[2] + some.dropped_products(whole_grad, whole)
+            sums[2] = sums[2] + images.dropped_products(whole_grad, whole)
     norm_weight_grad, norm_bias_grad, scale_grad = cast(sums, [x.dtype if value is None else value.dtype for value in around])
     return x_grad, norm_weight_grad, norm_bias_grad, None, scale_grad, *grads
 
 
-class _Some:
+class _KeptImages:
     """Stochastic depth on a CPU: the images of a batch that are kept, alone."""
 
     def __init__(self, drop_path: DropPath) -> None:
-        self.kept, self.dropped = drop_path.kept.nonzero().flatten(), (drop_path.kept == 0).nonzero().flatten()
+        self.index, self.dropped = drop_path.kept.nonzero().flatten(), (drop_path.kept == 0).nonzero().flatten()
         self.factor = drop_path.factor
 
     def take(self, x: Tensor) -> Tensor:
         """Of a dense x, in its layout; x itself if all are kept."""
-        return _images(x, self.kept) if self.dropped.numel() else x
+        return _images(x, self.index) if self.dropped.numel() else x
 
     def merge(self, of_kept: Tensor, x: Tensor, scale: Tensor | None) -> Tensor:
         """All images: what is given for those that are kept, scale o x, which is dense, for the others."""
@@ -194,7 +198,7 @@ class _Some:
             return of_kept
         y, others = torch.empty_like(x), _images(x, self.dropped)
         others = others if scale is None else (others * scale[:, None, None]).to(x.dtype)
-        for index, images in ((self.kept, of_kept), (self.dropped, others)):
+        for index, images in ((self.index, of_kept), (self.dropped, others)):
             _as_rows(y).index_copy_(0, index, _as_rows(modes.like(images, x)))
         return y
 

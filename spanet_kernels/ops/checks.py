@@ -47,7 +47,7 @@ def check_input(op: str, x: Tensor) -> None:
 
 def check_parameter(op: str, name: str, value: Tensor | None, shape: tuple[int, ...], x: Tensor) -> Tensor:
     """value, zeros in place of a bias that is None, or an error that names it."""
-    if value is None and len(shape) == 1:
+    if value is None and "bias" in name:
         return x.new_zeros(shape)
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
@@ -84,7 +84,7 @@ def check_branch(
     if drop_path is None:
         return Branch(weight, bias, eps, residual, residual_scale)
     kept, factor = drop_path
-    check_parameter(op, "kept of drop_path", kept, (x.shape[0],), x)
+    kept = check_parameter(op, "kept of drop_path", kept, (x.shape[0],), x).detach()
     if not isinstance(factor, (int, float)) or not math.isfinite(factor):
         raise ValueError(f"{op}: the factor of drop_path must be a finite number, got {factor!r}")
     return Branch(weight, bias, eps, residual, residual_scale, DropPath(kept, factor))

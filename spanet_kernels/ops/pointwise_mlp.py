@@ -66,8 +66,8 @@ def pointwise_mlp(
         residual: (B, E, H, W), added to the result; None for nothing.
         residual_scale: (E,), a factor per channel of the residual; None for 1.
         norm: weight (C,), bias (C,) and eps of a GroupNorm with one group; None for no norm.
-        inplace: the result may take the memory of the residual, which is then lost; eager inference on a CPU does, which saves the
-            time to map new memory.
+        inplace: the result may take the memory of the residual, which is then lost; eager inference on a CPU does where the residual
+            is x itself or in memory of its own, which saves the time to map new memory.
         drop_path: stochastic depth, as kept (B,), floating, 1 or 0, and a factor: what is added to the residual is 0 for the images that
             are not kept, and multiplied by the factor for the others. A CPU computes gradients of the images alone that are kept.
 
@@ -76,12 +76,14 @@ def pointwise_mlp(
 
     Raises:
         TypeError: an argument is no floating-point tensor.
-        ValueError: a wrong rank, shape or device, an empty plane.
+        ValueError: a wrong rank, shape or device, an empty plane, no channels.
     """
     check_input("pointwise_mlp", x)
     hidden, out = (weight.shape[0] if isinstance(weight, Tensor) and weight.dim() else 0 for weight in (weight_in, weight_out))
     check_parameter("pointwise_mlp", "weight_in", weight_in, (hidden, x.shape[1], 1, 1), x)
     check_parameter("pointwise_mlp", "weight_out", weight_out, (out, hidden, 1, 1), x)
+    if not (x.shape[1] and hidden and out):
+        raise ValueError(f"pointwise_mlp: C, D and E must be at least 1, got {x.shape[1]}, {hidden} and {out}")
     for name, bias, size in (("bias_in", bias_in, hidden), ("bias_out", bias_out, out)):
         if bias is not None:
             check_parameter("pointwise_mlp", name, bias, (size,), x)
@@ -110,12 +112,13 @@ def _inferred(
         return branch.added(_inferred(normalised(branch, x), weight_in, bias_in, weight_out, bias_out, Branch()))
     matrix_in, matrix_out = weight_in[:, :, 0, 0], weight_out[:, :, 0, 0]
     if pair_serves(x, matrix_in, matrix_out):
-        layout = modes.memory_format(x)
-        if inplace and x.is_cpu and branch.residual is not None and branch.residual.is_contiguous(memory_format=layout):
-            y = branch.residual
-        else:
-            y = _memory(x, matrix_out, layout)
-        return pair(y, x, matrix_in, bias_in, matrix_out, bias_out, branch=branch)
+        layout, residual = modes.memory_format(x), branch.residual
+        if inplace and x.is_cpu and residual is not None and residual.is_contiguous(memory_format=layout) and _is_apart(residual, x):
+            pair(residual, x, matrix_in, bias_in, matrix_out, bias_out, branch=branch)
+            if not residual.is_inference():
+                torch.autograd.graph.increment_version(residual)
+            return residual
+        return pair(_memory(x, matrix_out, layout), x, matrix_in, bias_in, matrix_out, bias_out, branch=branch)
     x = normalised(branch, x)
     if is_eager() and onednn_serves(x) and x.is_contiguous(memory_format=torch.channels_last):
         y = linear(linear(x.movedim(1, -1), matrix_in, bias_in, gelu=True), matrix_out, bias_out).movedim(-1, 1)
@@ -124,6 +127,11 @@ def _inferred(
     else:
         y = _composition(x, weight_in, bias_in, weight_out, bias_out)
     return branch.added(y)
+
+
+def _is_apart(residual: Tensor, x: Tensor) -> bool:
+    """Whether what is written to the residual is read from x before, or not at all."""
+    return residual is x or residual.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
 
 
 def _composition(x: Tensor, weight_in: Tensor, bias_in: Tensor | None, weight_out: Tensor, bias_out: Tensor | None) -> Tensor:

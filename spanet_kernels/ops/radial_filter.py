@@ -63,7 +63,8 @@ def radial_filter(x: Tensor, base: Tensor, gain: Tensor, radius: float) -> Tenso
         try:
             return _filter_eager(x, base, gain, _FEW[radius])
         except RuntimeError:  # the operator on the CPU takes nothing that does not fit, and finds out in less time
-            pass
+            _checked(x, base, gain, radius)  # says what does not
+            raise
     return apply_profile(x, base, gain, _checked(x, base, gain, radius))
 
 

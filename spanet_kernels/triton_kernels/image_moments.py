@@ -62,7 +62,7 @@ def _finish_kernel(parts, moments, P, inverse, eps, BP: tl.constexpr):
 
 
 def serves(x: Tensor) -> bool:
-    return x.dtype != torch.float64 and x.numel() > 0 and x.numel() // x.shape[0] < 2**31
+    return x.dtype != torch.float64 and x.numel() > 0 and x.numel() // x.shape[0] < 2**30
 
 
 def wide(x: Tensor, *shape: int) -> Tensor:

@@ -26,7 +26,7 @@ from spanet_kernels import modes, reference
 from .column_sums import column_sums
 from .image_moments import mean_and_scale, moments_of, serves, wide
 from .launch import cdiv, launch, next_power_of_2
-from .spectral_gate import _plane, access
+from .spectral_gate import _place, _plane, access
 
 PIXELS, CHANNELS = 64, 64  # of a tile
 PIECES = 8  # shares of the pixels of an image in the backward pass, at most
@@ -37,9 +37,9 @@ def _normalise_kernel(
     x, y, parts, moments, weight, bias, N, C, P, inverse, eps,
     BP: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, V: tl.constexpr, CHANNELS_LAST: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
-    b, n, c = tl.program_id(0).to(tl.int64), tl.program_id(1) * BN + tl.arange(0, BN), tl.program_id(2) * BC + tl.arange(0, BC)
+    b, tile, n, c = _place(N, C, BN, BC)
     mean, scale = mean_and_scale(parts, b, P, inverse, eps, BP)
-    if (tl.program_id(1) == 0) & (tl.program_id(2) == 0):
+    if (tile == 0) & (tl.program_id(0) % tl.cdiv(C, BC) == 0):
         tl.store(moments + b * 2, mean)
         tl.store(moments + b * 2 + 1, scale)
     place, real = _plane(x, b, n, c, N, C, V, CHANNELS_LAST, INDEX)
@@ -82,7 +82,7 @@ def _norm_gradient_kernel(
     grad, x, x_grad, moments, image, weight, N, C, P, inverse,
     BP: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, V: tl.constexpr, CHANNELS_LAST: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
-    b, n, c = tl.program_id(0).to(tl.int64), tl.program_id(1) * BN + tl.arange(0, BN), tl.program_id(2) * BC + tl.arange(0, BC)
+    b, _, n, c = _place(N, C, BN, BC)
     i = tl.arange(0, BP)
     mean, scale = tl.load(moments + b * 2), tl.load(moments + b * 2 + 1)
     with_n = tl.sum(tl.load(image + (b * P + i) * 2, mask=i < P, other=0), 0) * inverse
@@ -103,7 +103,7 @@ def image_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Ten
     N = H * W
     x, weight, bias = modes.like(x, x), weight.contiguous(), bias.contiguous()
     y, moments, parts = torch.empty_like(x), wide(x, B, 2), moments_of(x)
-    grid, count = (B, cdiv(N, PIXELS), cdiv(C, CHANNELS)), parts.shape[1]
+    grid, count = (B * cdiv(N, PIXELS) * cdiv(C, CHANNELS),), parts.shape[1]
     launch(
         _normalise_kernel, grid,
         x, y, parts, moments, weight, bias, N, C, count, 1 / (C * N), eps, BP=next_power_of_2(count), **_tiles(x),
@@ -125,7 +125,7 @@ def image_norm_backward(grad: Tensor, x: Tensor, moments: Tensor, weight: Tensor
     x_grad, tiles = torch.empty_like(x), _tiles(x)
     launch(_norm_sums_kernel, (B, T, groups), grad, x, moments, weight, channels, image, N, C, share, **tiles | {"num_warps": 8})
     launch(
-        _norm_gradient_kernel, (B, cdiv(N, PIXELS), groups),
+        _norm_gradient_kernel, (B * cdiv(N, PIXELS) * groups,),
         grad, x, x_grad, moments, image, weight, N, C, T * groups, 1 / (C * N), BP=next_power_of_2(T * groups), **tiles,
     )  # fmt: skip
     weight_grad, bias_grad = column_sums(channels).to(weight.dtype).view(2, C).unbind()
