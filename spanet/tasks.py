@@ -39,7 +39,7 @@ from .images import read_image
 from .recipe import RECIPES, check_ranges, recipe_of, seed_all
 from .runs import replacing
 from .segmentation import IGNORE, SemanticFPN, segment, segmentation_loss, semantic_fpn
-from .train import progress_bar
+from .train import memory_kept, progress_bar, uncollected
 
 BUILDERS: dict[str, Callable[..., nn.Module]] = {"semantic_fpn": semantic_fpn, "retinanet": retinanet, "mask_rcnn": mask_rcnn}
 
@@ -263,7 +263,7 @@ def train_task(recipe: TaskRecipe, root: Path, out: Path, device: torch.device, 
     loader = DataLoader(Seeded(data, recipe.seed), batch_sampler=batches, num_workers=workers, collate_fn=list)
     course: list[float] = []
     model.train()
-    with progress_bar() as bar:
+    with progress_bar() as bar, uncollected(), memory_kept(device):
         for step, batch in enumerate(bar.track(loader, total=steps, completed=start, description=recipe.task), start):
             for group in optimizer.param_groups:
                 group["lr"] = recipe.rate(step, steps, per_epoch)

@@ -7,8 +7,10 @@ chunks in nothing but the order of a sum. The learning rate is a function of the
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
@@ -116,7 +118,7 @@ def fit(
         best, broken = Accuracy(**run.state["best"]), set(run.state["broken"])
     chunks.start = run.start
     losses: list[Tensor] = []
-    with progress_bar(show and rank == 0) as bar, uncollected():
+    with progress_bar(show and rank == 0) as bar, uncollected(), memory_kept(device):
         task = bar.add_task("", total=chunks.steps, completed=run.start)
 
         def reported(batch: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -307,6 +309,26 @@ def uncollected() -> Iterator[None]:
         yield
     finally:
         gc.unfreeze()
+
+
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # options of glibc's mallopt
+
+
+@contextmanager
+def memory_kept(device: torch.device) -> Iterator[None]:
+    """Meanwhile glibc keeps what is freed, for a training on a CPU: to give gradients and large activations back in every step and to map
+    them anew takes 6 % of it and more. Where its options are set in the environment, and with another library, nothing changes."""
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" and device.type == "cpu" else None
+    if set_option is None or any(name.startswith("MALLOC_") for name in os.environ):
+        yield
+        return
+    set_option(_TRIM_THRESHOLD, 2**31 - 1)
+    set_option(_MMAP_MAX, 0)
+    try:
+        yield
+    finally:
+        set_option(_TRIM_THRESHOLD, 64 * 2**20)  # as after `import spanet_kernels`
+        set_option(_MMAP_MAX, 65536)
 
 
 @contextmanager

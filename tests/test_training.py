@@ -6,6 +6,7 @@ import csv
 import itertools
 import json
 import math
+import os
 import random
 import resource
 import subprocess
@@ -474,3 +475,27 @@ def test_a_folder_that_cannot_be_made_is_met_before_the_trainings(tmp_path, monk
     monkeypatch.setattr(digits, "ProcessPoolExecutor", lambda *_: pytest.fail("trains"))
     with pytest.raises(NotADirectoryError):
         digits.demo(tmp_path / "file" / "out")
+
+
+KEPT = """
+import resource, torch
+from spanet.train import memory_kept
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for megabytes in (10, 20, 90, 50):
+        torch.ones(megabytes << 18)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+with memory_kept(torch.device("cpu")):
+    faults()
+    print(faults())
+faults()
+print(faults())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's options")
+def test_memory_is_kept():
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    out = subprocess.run([sys.executable, "-c", KEPT], capture_output=True, text=True, check=True, env=environment).stdout
+    kept, given_back = map(int, out.split())
+    assert kept < given_back / 10
