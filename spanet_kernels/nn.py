@@ -64,9 +64,8 @@ def is_plain(layer: nn.Module, groups: int = 1) -> bool:
     if "forward" in layer.__dict__ or type(layer).forward is not nn.Conv2d.forward or has_hooks(layer):
         return False
     conv = cast(nn.Conv2d, layer)
-    rows, columns = conv.kernel_size
-    own = (1, 1), (1, 1), (rows // 2, columns // 2), groups, "zeros"
-    return (conv.stride, conv.dilation, conv.padding, conv.groups, conv.padding_mode) == own
+    keeps_size = conv.stride == conv.dilation == (1, 1) and conv.padding == (conv.kernel_size[0] // 2, conv.kernel_size[1] // 2)
+    return keeps_size and conv.groups == groups and conv.padding_mode == "zeros"
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -173,8 +172,8 @@ class SPAM(nn.Module):
         drop_path: tuple[Tensor, float] | None = None,
     ) -> Tensor:
         base, gain, squared = self._profile(x)
-        layers = self.proj_in, *self.conv, self.proj_out, *self.pws
-        if not self._is_plain():
+        layers = self._plain_layers()
+        if layers is None:
             branch = check_branch("SPAM", x, tuple(x.shape), norm, residual, residual_scale, drop_path)
             return branch.added(self._by_convolutions(branch.normalised(x), base, gain, modes.radius_of(squared)))
         (in_weight, in_bias), row, column, (out_weight, out_bias), *gates = map(_parameters_of, layers)
@@ -198,12 +197,17 @@ class SPAM(nn.Module):
             drop_path,
         )
 
-    def _is_plain(self) -> bool:
-        conv = self.conv
-        if type(conv) is not nn.Sequential or "forward" in conv.__dict__ or has_hooks(conv) or len(conv) != 2:
-            return False
-        pointwise = all(map(is_plain, (self.proj_in, self.proj_out, *self.pws)))
-        return pointwise and is_plain(conv[0], self.dim) and is_plain(conv[1], self.dim)
+    def _plain_layers(self) -> tuple[nn.Module, ...] | None:
+        """proj_in, the two depthwise convolutions, proj_out and those of the gates, if all are plain (`is_plain`) and conv is no more than
+        one after the other."""
+        own = cast(dict[str, Any], self._modules)  # without `nn.Module.__getattr__`
+        conv = own["conv"]
+        if type(conv) is not nn.Sequential or "forward" in conv.__dict__ or has_hooks(conv) or len(conv._modules) != 2:
+            return None
+        proj_in, proj_out, gates = own["proj_in"], own["proj_out"], own["pws"]._modules.values()
+        row, column = conv._modules.values()
+        plain = all(map(is_plain, (proj_in, proj_out, *gates))) and is_plain(row, self.dim) and is_plain(column, self.dim)
+        return (proj_in, row, column, proj_out, *gates) if plain else None
 
     def _by_convolutions(self, x: Tensor, base: Tensor, gain: Tensor, radius: float | None) -> Tensor:
         """The mixer of calls of its convolutions, the filter alone an operator."""
