@@ -22,7 +22,7 @@ from torchvision.transforms.functional import pil_to_tensor, to_pil_image, to_te
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from .errors import as_value_error
-from .pyramid import PyramidBackbone
+from .pyramid import PyramidBackbone, check_classes
 
 
 def retinanet(name: str, num_classes: int = 80, min_size: int = 800, max_size: int = 1333, **backbone: Any) -> RetinaNet:
@@ -35,11 +35,11 @@ def retinanet(name: str, num_classes: int = 80, min_size: int = 800, max_size: i
         backbone: options of `timm.create_model`, such as drop_path_rate or pretrained.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: an unknown name, no classes.
     """
     pyramid = PyramidBackbone(name, (1, 2, 3), LastLevelP6P7, **backbone)
     mean, std = pyramid.normalization
-    return RetinaNet(pyramid, num_classes, min_size=min_size, max_size=max_size, image_mean=mean, image_std=std)
+    return RetinaNet(pyramid, check_classes(num_classes), min_size=min_size, max_size=max_size, image_mean=mean, image_std=std)
 
 
 def mask_rcnn(name: str, num_classes: int = 80, min_size: int = 800, max_size: int = 1333, **backbone: Any) -> MaskRCNN:
@@ -49,7 +49,7 @@ def mask_rcnn(name: str, num_classes: int = 80, min_size: int = 800, max_size: i
     """
     pyramid = PyramidBackbone(name, (0, 1, 2, 3), lambda *_: LastLevelMaxPool(), **backbone)
     mean, std = pyramid.normalization
-    return MaskRCNN(pyramid, num_classes + 1, min_size=min_size, max_size=max_size, image_mean=mean, image_std=std)
+    return MaskRCNN(pyramid, check_classes(num_classes) + 1, min_size=min_size, max_size=max_size, image_mean=mean, image_std=std)
 
 
 @torch.inference_mode()

@@ -133,6 +133,8 @@ class SPANet(nn.Module, PyTorchModelHubMixin, library_name="spanet", license="ap
         super().__init__()
         if not 0 < len(depths) == len(dims) <= len(radii):
             raise ValueError(f"SPANet: depths, dims and radii must have an entry for every stage, got {depths}, {dims} and {radii}")
+        if num_classes < 0:
+            raise ValueError(f"SPANet: num_classes must be at least 0, got {num_classes}")
         if output_stride != 32:
             raise ValueError(f"SPANet: output_stride must be 32, the stages cannot be dilated, got {output_stride}")
         if isinstance(boundary, str) and boundary != "paper":
@@ -279,6 +281,8 @@ class SPANet(nn.Module, PyTorchModelHubMixin, library_name="spanet", license="ap
         return [stages[i] for i in chosen]
 
     def _embed(self, x: Tensor) -> Tensor:
+        if x.dim() != 4:
+            raise ValueError(f"SPANet: the input must have shape (B, C, H, W), got {tuple(x.shape)}")
         if min(x.shape[-2:]) < 3:
             raise ValueError(f"SPANet: the input must have at least 3 x 3 pixels, got {x.shape[-2]} x {x.shape[-1]}")
         x = self.patch_embed(x)

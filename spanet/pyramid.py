@@ -15,6 +15,12 @@ from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
 from .errors import as_value_error
 
 
+def check_classes(num_classes: int) -> int:
+    if num_classes < 1:
+        raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+    return num_classes
+
+
 class PyramidBackbone(nn.Module):
     """Stages of a registered model; each goes through a 1x1 and a 3x3 convolution, both with bias, to 256 channels.
 

@@ -22,7 +22,7 @@ from torchvision.transforms.functional import normalize, pil_to_tensor, resize, 
 from torchvision.utils import draw_segmentation_masks
 
 from .errors import as_value_error
-from .pyramid import PyramidBackbone
+from .pyramid import PyramidBackbone, check_classes
 
 IGNORE = 255
 
@@ -77,9 +77,9 @@ def semantic_fpn(name: str, num_classes: int = 150, **backbone: Any) -> Semantic
         backbone: options of `timm.create_model`, such as drop_path_rate or pretrained.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: an unknown name, no classes.
     """
-    return SemanticFPN(PyramidBackbone(name, (0, 1, 2, 3), **backbone), num_classes)
+    return SemanticFPN(PyramidBackbone(name, (0, 1, 2, 3), **backbone), check_classes(num_classes))
 
 
 def segmentation_loss(logits: Tensor, target: Tensor) -> Tensor:

@@ -396,6 +396,13 @@ def test_smaller_than_the_stem(shape):
         tiny()(torch.zeros(shape))
 
 
+def test_an_image_without_a_batch():
+    with pytest.raises(ValueError, match=r"the input must have shape .B, C, H, W., got .3, 32, 32."):
+        tiny()(torch.zeros(3, 32, 32))
+    with pytest.raises(ValueError, match="num_classes must be at least 0, got -1"):
+        tiny(num_classes=-1)
+
+
 def test_indices_out_of_range():
     for indices in (5, 0, [4], [-5], []):
         with pytest.raises(ValueError, match="indices must choose among 4 stages"):

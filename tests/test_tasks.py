@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -233,6 +235,19 @@ def test_commands(monkeypatch, capsys, tmp_path):
     for name in ("segment", "detect"):
         assert Image.open(tmp_path / f"{name}.png").size == Image.open(PHOTOGRAPH).size
     assert Image.open(tmp_path / "predict.png").width > 1000
+
+
+def test_models_of_tasks_need_classes():
+    for make in (semantic_fpn, retinanet, mask_rcnn):
+        with torch.device("meta"), pytest.raises(ValueError, match="num_classes must be at least 1, got 0"):
+            make("spanet_small", 0)
+
+
+def test_modules_are_there_when_asked_for():
+    code = "import spanet; print(spanet.segmentation.semantic_fpn, spanet.detection.retinanet, spanet.train.memory_kept); spanet.tests"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "retinanet" in out.stdout
+    assert out.stderr.splitlines()[-1] == "AttributeError: module 'spanet' has no attribute 'tests'"
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -70,8 +71,9 @@ def check_branch(
     drop_path: tuple[Tensor, float] | None,
 ) -> Branch:
     """What stands around an operator from x to a result of this shape, or an error that names what does not fit."""
-    weight, bias, eps = (None, None, 0.0) if norm is None else norm
+    weight, bias, eps = (None, None, 0.0) if norm is None else _parts_of(op, "norm", norm, ("weight", "bias", "eps"))
     if norm is not None:
+        _check_finite(op, "the eps of norm", eps)
         # a norm without a weight has ones
         weight = x.new_ones(x.shape[1]) if weight is None else check_parameter(op, "the weight of norm", weight, (x.shape[1],), x)
         bias = check_parameter(op, "the bias of norm", bias, (x.shape[1],), x)
@@ -83,11 +85,22 @@ def check_branch(
             raise ValueError(f"{op}: residual_scale needs a residual, got none")
     if drop_path is None:
         return Branch(weight, bias, eps, residual, residual_scale)
-    kept, factor = drop_path
+    kept, factor = _parts_of(op, "drop_path", drop_path, ("kept", "factor"))
     kept = check_parameter(op, "kept of drop_path", kept, (x.shape[0],), x).detach()
-    if not isinstance(factor, (int, float)) or not math.isfinite(factor):
-        raise ValueError(f"{op}: the factor of drop_path must be a finite number, got {factor!r}")
+    _check_finite(op, "the factor of drop_path", factor)
     return Branch(weight, bias, eps, residual, residual_scale, DropPath(kept, factor))
+
+
+def _parts_of(op: str, name: str, value: Any, parts: tuple[str, ...]) -> Any:
+    if not isinstance(value, (tuple, list)) or len(value) != len(parts):
+        came = f"{len(value)} values" if isinstance(value, (tuple, list)) else type(value).__name__
+        raise TypeError(f"{op}: {name} must be ({', '.join(parts)}), got {came}")
+    return value
+
+
+def _check_finite(op: str, name: str, value: Any) -> None:
+    if not (isinstance(value, (int, float)) and -math.inf < value < math.inf):
+        raise ValueError(f"{op}: {name} must be a finite number, got {value!r}")
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
