@@ -33,7 +33,12 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     _there(path)
     trusted = torch.serialization.safe_globals([argparse.Namespace])  # training scripts keep their arguments
     with as_value_error(f"{path} cannot be read as a checkpoint"), trusted:
-        state = checkpoint_filter_fn(load_state_dict(str(path), weights_only=True))
+        try:
+            state = checkpoint_filter_fn(load_state_dict(str(path), weights_only=True))
+        except (RuntimeError, LookupError, EOFError) as error:
+            if isinstance(error, RuntimeError) and "weights_only" not in str(error):
+                raise
+            raise ValueError("it is no PyTorch or safetensors file, or holds code, which is not run") from error
     if not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{path} holds no state dict: it has {', '.join(map(str, list(state)[:4])) or 'nothing'}")
     return state

@@ -60,7 +60,7 @@ def convert(
         if not any(".sps." in key for key in state):
             print(f"spanet: {source} tells no radii, lams and boundary: the published ones are assumed", file=sys.stderr)
     save_checkpoint(model, target, metadata)
-    Console().print(f"{target}: {sum(parameter.numel() for parameter in model.parameters()):,} parameters", soft_wrap=True)
+    _say(f"{target}: {sum(parameter.numel() for parameter in model.parameters()):,} parameters")
 
 
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; by default cuda where there is one.")]
@@ -201,7 +201,7 @@ def spectra(
     network, _, own_size = _classifier(model, checkpoint)
     own_name = cast(dict[str, str], network.pretrained_cfg)["architecture"]
     for name in peer or ():
-        _check_name(name)
+        _check_name(name, "peer")
         if name == own_name:
             raise ValueError(f"peer: must be another model than {own_name}")
     peers = {name: timm.create_model(name, pretrained=pretrained) for name in peer or ()}
@@ -247,9 +247,9 @@ def _check_folder(out: Path) -> None:
         raise ValueError(f"out: must be a folder, got the file {out}")
 
 
-def _check_name(name: str) -> None:
+def _check_name(name: str, option: str = "model") -> None:
     if not timm.is_model(name):
-        raise ValueError(f"model: must be a registered name such as spanet_small, got {name}")
+        raise ValueError(f"{option}: must be a registered name such as spanet_small, got {name}")
 
 
 def _classifier(model: str | None, checkpoint: Path | None) -> tuple[nn.Module, list[str] | None, int | None]:
@@ -284,7 +284,7 @@ def train_demo(
 def _say(line: str) -> None:
     """Print on the first process."""
     if os.environ.get("RANK", "0") == "0":
-        Console().print(line, soft_wrap=True, highlight=False)
+        Console(markup=False, emoji=False, highlight=False).print(line, soft_wrap=True)
 
 
 def main() -> None:

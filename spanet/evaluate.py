@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from .checkpoint import read_metadata
+from .checkpoint import read_metadata, read_state
 from .data import Images, evaluation_transform, find_images
 from .errors import as_value_error
 from .recipe import Recipe, build
@@ -95,15 +95,20 @@ def load_classifier(checkpoint: Path, model: str | None = None) -> tuple[nn.Modu
         raise FileNotFoundError(f"checkpoint: there is no file {checkpoint}")
     if model and not timm.is_model(model):
         raise ValueError(f"model: must be a registered name such as spanet_small, got {model}")
-    if model:
-        with as_value_error(f"checkpoint: {checkpoint} does not fit {model}"):
-            return timm.create_model(model, checkpoint_path=str(checkpoint)), None, None
     metadata = read_metadata(checkpoint)
     if "run" not in metadata:
-        raise ValueError(f"checkpoint: {checkpoint} does not tell its model, give its name")
+        if not model:
+            raise ValueError(f"checkpoint: {checkpoint} does not tell its model, give its name")
+        state = read_state(checkpoint)
+        head = {"num_classes": state["head.weight"].shape[0]} if "head.weight" in state else {}
+        with as_value_error(f"checkpoint: {checkpoint} does not fit {model}"):
+            return timm.create_model(model, checkpoint_path=str(checkpoint), **head), None, None
     with as_value_error(f"checkpoint: {checkpoint} tells no model that can be made"):
         facts = json.loads(metadata["run"])
         recipe, classes = Recipe(**facts["recipe"]), facts["classes"]
+    if model not in (None, recipe.model):
+        raise ValueError(f"model: must be {recipe.model}, which {checkpoint} is of, got {model}")
+    with as_value_error(f"checkpoint: {checkpoint} tells no model that can be made"):
         network = build(replace(recipe, weights=None), len(classes))
         load_checkpoint(network, str(checkpoint))
     return network, classes, recipe.image_size

@@ -31,7 +31,7 @@ def image_files(path: Path) -> list[Path]:
         raise ValueError(f"{path}: no such file or folder")
     if not path.is_dir():
         return [path]
-    endings = Image.registered_extensions()
+    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     found = sorted(file for file in path.iterdir() if file.suffix.lower() in endings)
     if not found:
         raise ValueError(f"{path}: no image in this folder")

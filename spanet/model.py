@@ -162,6 +162,7 @@ class SPANet(nn.Module, PyTorchModelHubMixin, library_name="spanet", license="ap
         self.global_pool, self.head = create_classifier(self.num_features, self.num_classes, pool_type=global_pool, **dd)
         self.head_drop = nn.Dropout(drop_rate)
         self.apply(_init_weights)
+        self._tell(lams=_plain(lams), radii=_plain(radii))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
@@ -234,6 +235,11 @@ class SPANet(nn.Module, PyTorchModelHubMixin, library_name="spanet", license="ap
         dd = {"device": device or stem.device, "dtype": dtype or stem.dtype}
         self.global_pool, self.head = create_classifier(self.num_features, num_classes, pool_type=pool, **dd)
         _init_weights(self.head.train(self.training))
+        self._tell(num_classes=num_classes, global_pool=pool)
+
+    def _tell(self, **arguments: Any) -> None:
+        """What `save_pretrained` writes of the arguments that make this model."""
+        self._hub_mixin_config = cast(dict[str, Any], self._hub_mixin_config or {}) | arguments
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Keep the inputs of the blocks only, and compute the rest again in the backward pass."""
@@ -293,6 +299,11 @@ class SPANet(nn.Module, PyTorchModelHubMixin, library_name="spanet", license="ap
         if self.grad_checkpointing and isinstance(layer, nn.Sequential):
             return cast(Tensor, checkpoint_seq(layer, x))
         return cast(Tensor, layer(x))
+
+
+def _plain(numbers: Any) -> list[float]:
+    """Of a sequence, an array or a tensor."""
+    return numbers.tolist() if hasattr(numbers, "tolist") else list(numbers)
 
 
 def _init_weights(module: nn.Module) -> None:

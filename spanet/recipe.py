@@ -117,8 +117,8 @@ def load_recipe(config: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:
-            raise ValueError(f"override: must be key=value, got {override}")
-        with as_value_error(f"override: {override} is not YAML behind the equals sign"):
+            raise ValueError(f"set: must be key=value, got {override}")
+        with as_value_error(f"set: {override} is not YAML behind the equals sign"):
             values[key] = yaml.safe_load(value)
     return recipe_of(Recipe, values)
 
@@ -158,6 +158,8 @@ def build(recipe: Recipe, num_classes: int) -> nn.Module:
         raise ValueError(f"recipe: model must be a registered name, got {recipe.model}")
     if "num_classes" in recipe.model_args:
         raise ValueError(f"recipe: model_args must leave num_classes to the data, got {recipe.model_args}")
+    if nothing := [key for key, value in recipe.model_args.items() if value is None]:
+        raise ValueError(f"recipe: model_args must have values, got none for {', '.join(nothing)}; boundary: paper is that of 1 - lam")
     if recipe.weights and not Path(recipe.weights).is_file():
         raise FileNotFoundError(f"recipe: weights must be a file, there is no {recipe.weights}")
     arguments = {"num_classes": num_classes, "drop_path_rate": recipe.drop_path_rate, **recipe.model_args}

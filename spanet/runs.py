@@ -28,18 +28,21 @@ State = dict[str, Any]
 
 @contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file that takes the place of path in one step when it has been written.
+    """A file that takes the place of path, or of what that links to, in one step when it has been written.
 
     Raises:
-        OSError: it could not be written; path is as it was.
+        OSError: it could not be written, or path is a folder or a device; it is as it was.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    target = path.resolve()
+    if target.exists() and not target.is_file():
+        raise OSError(f"could not write {path}: it is not a file")
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        os.replace(temporary, target)
     except (OSError, RuntimeError) as error:
         cause = error if isinstance(error, OSError) else error.__context__  # torch.save, closing its archive, hides what stopped it
         if not isinstance(cause, OSError):

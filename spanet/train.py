@@ -125,7 +125,9 @@ def fit(
             pixels, targets, lost = batch
             for index in set(lost[lost >= 0].tolist()) - broken:
                 broken.add(index)
-                bar.console.print(f"broken image, another takes its place: {training.samples[index][0]}", soft_wrap=True)
+                bar.console.print(
+                    f"broken image, another takes its place: {training.samples[index][0]}", soft_wrap=True, markup=False, emoji=False
+                )
             return pixels, targets
 
         batches = map(reported, DataLoader(training, batch_sampler=chunks, num_workers=workers, pin_memory=device.type == "cuda"))

@@ -412,13 +412,16 @@ def _twin(name: str, layer: Any) -> SPAM:
         raise ValueError(f"accelerate: {name} does not fit: {error}") from None
     for part in ("proj_in", "conv", "pws", "proj_out"):
         setattr(twin, part, getattr(layer, part))
-    weight = layer.proj_in.weight
-    size = 1, weight.shape[1], *masks[0].shape
-    probe = torch.randn(size, generator=torch.Generator().manual_seed(0), dtype=torch.float32).to(weight.device)
+    weight, random = layer.proj_in.weight, torch.Generator().manual_seed(0)
+    probe = torch.randn((1, weight.shape[1], *masks[0].shape), generator=random).to(weight.device)
+    # away from zeros and ones that a layer may start from
+    moved = {
+        key: value.float() + 0.1 * torch.randn(value.shape, generator=random).to(value.device) for key, value in twin.state_dict().items()
+    }
     with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
         # in float32: the published layer computes in no 16-bit dtype
         theirs, ours = (
-            torch.func.functional_call(module, {key: value.float() for key, value in module.state_dict().items()}, probe)
+            torch.func.functional_call(module, {key: moved.get(key, value.float()) for key, value in module.state_dict().items()}, probe)
             for module in (layer, twin)
         )
     tolerance = 1e-4 + max(map(_rounding, masks))  # of masks that were cast with their model

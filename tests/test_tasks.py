@@ -268,7 +268,10 @@ def test_modules_are_there_when_asked_for():
         (("spectra", PHOTOGRAPH, "--peer", "spanet_small", "--out", "x"), "peer: must be another model than spanet_small"),
         (("predict", PHOTOGRAPH, "--size", "2"), "the input must have at least 3 x 3 pixels, got 2 x 2"),
         (("segment", PHOTOGRAPH, "--size", "2", "--out", "x.png"), "the input must have at least 3 x 3 pixels, got 2 x 3"),
-        (("predict", PHOTOGRAPH, "--model", "spanet_small", "--checkpoint", "text.png"), "text.png does not fit spanet_small"),
+        (
+            ("predict", PHOTOGRAPH, "--model", "spanet_small", "--checkpoint", "text.png"),
+            "checkpoint: it is no PyTorch or safetensors",
+        ),
         (("detect", PHOTOGRAPH, "--checkpoint", "text.png", "--out", "x.png"), "text.png does not fit RetinaNet"),
     ],
 )

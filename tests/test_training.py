@@ -422,7 +422,7 @@ def test_training_starts_from_given_weights(whole, data):
         (["--set", "lrs=1"], "spanet: recipe: unknown key lrs, the nearest known one is lr"),
         (["--set", "model=spanet_huge"], "spanet: recipe: model must be a registered name, got spanet_huge"),
         (["--set", "batch_size=48"], "spanet: recipe: batch_size must be at most the 36 training images, got 48"),
-        (["--set", "epochs=["], "spanet: override: epochs=[ is not YAML behind the equals sign"),
+        (["--set", "epochs=["], "spanet: set: epochs=[ is not YAML behind the equals sign"),
         (["--set", "model_args={foo: 1}"], "spanet: recipe: model spanet_small does not take model_args {'foo': 1}"),
         (["--set", "weights=nope.pth"], "spanet: recipe: weights must be a file, there is no nope.pth"),
         (["--set", "augment=nonsense"], "spanet: recipe: augment must be a policy of timm, got nonsense"),
