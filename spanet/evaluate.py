@@ -106,9 +106,8 @@ def load_classifier(checkpoint: Path, model: str | None = None) -> tuple[nn.Modu
     with as_value_error(f"checkpoint: {checkpoint} tells no model that can be made"):
         facts = json.loads(metadata["run"])
         recipe, classes = Recipe(**facts["recipe"]), facts["classes"]
-    if model not in (None, recipe.model):
-        raise ValueError(f"model: must be {recipe.model}, which {checkpoint} is of, got {model}")
-    with as_value_error(f"checkpoint: {checkpoint} tells no model that can be made"):
         network = build(replace(recipe, weights=None), len(classes))
         load_checkpoint(network, str(checkpoint))
+    if model not in (None, recipe.model):
+        raise ValueError(f"model: must be {recipe.model}, which {checkpoint} is of, got {model}")
     return network, classes, recipe.image_size
