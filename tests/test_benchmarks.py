@@ -8,6 +8,7 @@ import math
 import resource
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from soak import soak
 
 from benchmarks import __main__ as cli
 from benchmarks import figures, limit, models, ops, peers, record, report, scaling, section, tables, trace
-from benchmarks.timing import Timing, WallClock, interleave
+from benchmarks.timing import BRIEF, Timing, WallClock, WarmClock, interleave
 
 ROOT = Path(__file__).parents[1]
 
@@ -230,6 +231,18 @@ def test_matrix_products_are_those_of_the_paper():
         trace.Gemm(1, 5, 16, 2): 1,
     }
     assert limit.Gemms(CPU, WallClock(CPU), 0.01).seconds(found.gemms, torch.float32) > 0
+
+
+def test_brief_calls_are_repeated():
+    calls = {"brief": 0, "long": 0}
+
+    def sleep(name, seconds):
+        calls[name] += 1
+        time.sleep(seconds)
+
+    brief, long = WarmClock().round([lambda: sleep("brief", BRIEF / 8), lambda: sleep("long", 2 * BRIEF)])
+    assert 2 < calls["brief"] <= 9 and calls["long"] == 1
+    assert BRIEF / 8 <= brief < BRIEF < 2 * BRIEF <= long
 
 
 def test_peak_memory_and_stages():
