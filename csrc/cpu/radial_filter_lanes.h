@@ -19,17 +19,67 @@ inline Chunk chunk_of(int64_t channels, int64_t chunk, int64_t i) {
   return {first, i == chunks_of(channels, chunk) - 1 ? channels - first : chunk};
 }
 
+// Rows of pixels of adjacent lanes.
+template <class X> struct PixelRows {
+  const X* data;
+  int64_t h, w;
+};
+
+// Whether every mode is constant along an axis, as those of radius 1 are: then sums along the rows and along the columns hold them all.
+// Of so few elements they round less than an FFT.
+template <class T> bool on_axes(const Modes<T>& m) {
+  const auto few = [](const Axis<T>& axis) { return axis.ns > 0 && axis.n <= 64; };
+  return few(m.rows) && few(m.columns) && m.inside == m.rows.count() + m.columns.count() - 1;
+}
+
+// s[l] = sum_j x[j,l] over a row of w pixels, and t[j,l] += x[j,l]. Whole vectors of lanes.
+template <class T, class X> void sum_row(const X* x, int64_t stride, int64_t w, int64_t lanes, T* s, T* t) {
+  for_lanes<T, max_vectors<T>>(lanes, [&](auto nv, int64_t l, int64_t last) {
+    const Step<nv(), T> step{last, false};
+    Vec<T> sum[step.vectors] = {};
+    for (int64_t j = 0; j < w; ++j)
+      UNROLL
+      for (int v = 0; v < step.vectors; ++v) {
+        const int64_t at = l + step.at(v);
+        const Vec<T> pixel = step.read(x + j * stride + at);
+        sum[v] += pixel;
+        store<T>(t + j * lanes + at, load_raw<Vec<T>>(t + j * lanes + at) + pixel);
+      }
+    UNROLL
+    for (int v = 0; v < step.vectors; ++v) store<T>(s + l + step.at(v), sum[v]);
+  });
+}
+
+// y[j,l] = base[l] x[j,l] + s[l] + t[j,l] over a row.
+template <Out OUT, class T, class IO, class Y>
+void expand_row_sums(const T* s, const T* t, int64_t w, int64_t lanes, const Rows<T, IO, Y>& all) {
+  for_lanes<T, max_vectors<T>>(lanes, [&](auto nv, int64_t l, int64_t last) {
+    const Step<nv(), T> step{last, false};
+    const Rows<T, IO, Y> rows = all + l;
+    Vec<T> sum[step.vectors], scale[step.vectors];
+    UNROLL
+    for (int v = 0; v < step.vectors; ++v) {
+      sum[v] = load_raw<Vec<T>>(s + l + step.at(v));
+      scale[v] = load_raw<Vec<T>>(rows.base + step.at(v));
+    }
+    for (int64_t j = 0; j < w; ++j)
+      UNROLL
+      for (int v = 0; v < step.vectors; ++v)
+        write_row<OUT>(rows, step, j, step.at(v), scale[v], sum[v] + load_raw<Vec<T>>(t + j * lanes + l + step.at(v)));
+  });
+}
+
 // What the lanes cut works in, for up to 2 chunks of lanes and at least one vector of them; lanes beyond the chunk's are zeros.
 // u has `sides` sides; z and the copies of a few rows have two, for the gradients; written are rows on their way to memory.
 template <class T> struct LanesScratch {
   LanesScratch(const Modes<T>& m, int64_t channels, int64_t chunk, bool copies_rows, int sides)
       : most(channels < 2 * chunk ? (channels < lanes_of<T> ? lanes_of<T> : channels) : 2 * chunk),
         modes(m.rows.count() * m.columns.count()), few_rows(m.columns.n < 64 ? 64 / m.columns.n : 1),
-        copied(copies_rows ? few_rows * m.columns.n * most : 0),
-        scratch((sides * m.rows.n * m.columns.count() + 3 * modes + 3 * (copies_rows ? few_rows * m.columns.n : 0) + 8) * line_up(most) + 256) {
-    for (int side = 0; side < sides; ++side) u[side] = scratch.take(m.rows.n * m.columns.count() * most);
+        copied(copies_rows ? few_rows * m.columns.n * most : 0), summed(m.rows.n * m.columns.count() + m.columns.n),
+        scratch((sides * summed + 3 * modes + 3 * (copies_rows ? few_rows * m.columns.n : 0) + 8) * line_up(most) + 256) {
+    for (int side = 0; side < sides; ++side) u[side] = scratch.take(summed * most);
     gains = scratch.take(modes * most);
-    for (T*& part : z) part = scratch.take(modes * most);
+    for (T*& part : z) part = scratch.zeros(modes * most);
     for (T*& part : copies) part = scratch.take(copied);
     written = scratch.take(copied);
     base = scratch.zeros(most);
@@ -39,15 +89,10 @@ template <class T> struct LanesScratch {
   int64_t most, modes;
   int64_t few_rows;  // they are still in the first-level cache, and in dot products over them T rounds little
   int64_t copied;
+  int64_t summed;  // in u: functions along the columns for every row, or sums along the rows and behind them along the columns
   Scratch<T> scratch;
   T *u[2], *gains, *base, *partial, *z[2], *copies[2], *written;
   double* dots;
-};
-
-// Rows of pixels of adjacent lanes.
-template <class X> struct PixelRows {
-  const X* data;
-  int64_t h, w;
 };
 
 // How the lanes of x are read: here they are adjacent, or they lie apart, or they are multiplied with others that are adjacent.
@@ -110,6 +155,8 @@ void over_lanes(const Work<T>& work, const Modes<T>& m, Planes<const IO> x, Plan
     const int64_t wide = part.lanes < lanes_of<T> ? lanes_of<T> : part.lanes, row = columns * wide;
     const int64_t start = b * x.b + part.first * x.c;
     T* u = work.sums ? work.sums + h * columns * part.first : s.u[0];
+    const bool axes = !work.sums && part.lanes % lanes_of<T> == 0 && on_axes(m);
+    T* t = axes ? u + h * wide : nullptr;
     if (work.pass != reduce_pass && (prepared.lanes != part.lanes || (!same && prepared.first != part.first))) {
       prepared = part;
       for (int64_t i = 0; i < m.rows.count() * row; ++i) s.gains[i] = T(0);
@@ -123,14 +170,26 @@ void over_lanes(const Work<T>& work, const Modes<T>& m, Planes<const IO> x, Plan
         f(adjacent_lanes<HOW>(x.data + at, product.a + at, x, rows, w, part.lanes, s.copies[0]), i, rows);
       }
     };
+    if (axes) std::memset(t, 0, w * wide * sizeof(T));
     if (work.pass & reduce_pass)
       for_rows([&](auto in, int64_t first, int64_t rows) {
-        for (int64_t i = 0; i < rows; ++i) reduce(m.columns, in.data + i * in.h, in.w, part.lanes, false, u + (first + i) * row, wide);
+        for (int64_t i = 0; i < rows; ++i)
+          if (axes) sum_row(in.data + i * in.h, in.w, w, wide, u + (first + i) * wide, t);
+          else reduce(m.columns, in.data + i * in.h, in.w, part.lanes, false, u + (first + i) * row, wide);
       });
     if (work.pass & mix_pass) {
-      reduce(m.rows, u, row, row, false, s.z[0], row);
+      if (axes) reduce(m.columns, t, wide, wide, false, s.z[0], wide);
+      reduce(m.rows, u, axes ? wide : row, axes ? wide : row, false, s.z[0], row);
       between(b, part, wide, s.z[0], s.gains);
-      if constexpr (WRITE) expand<Out::sum>(m.rows, s.z[0], row, row, false, Rows<T, T, T>{s.base, u, 0, u, row});
+      if constexpr (WRITE) {
+        if (axes) {
+          expand<Out::sum>(m.rows, s.z[0], row, wide, false, Rows<T, T, T>{s.base, u, 0, u, wide});
+          std::memset(s.z[0], 0, wide * sizeof(T));
+          expand<Out::sum>(m.columns, s.z[0], wide, wide, false, Rows<T, T, T>{s.base, t, 0, t, wide});
+        } else {
+          expand<Out::sum>(m.rows, s.z[0], row, row, false, Rows<T, T, T>{s.base, u, 0, u, row});
+        }
+      }
     }
     if constexpr (WRITE) {
       if (!(work.pass & expand_pass)) continue;
@@ -138,15 +197,19 @@ void over_lanes(const Work<T>& work, const Modes<T>& m, Planes<const IO> x, Plan
       for_rows([&](auto in, int64_t first, int64_t rows) {
         const auto expand_row = [&](int64_t i, auto* out, int64_t stride) {
           const int64_t at = start + (first + i) * x.h;
-          const T* t = u + (first + i) * row;
+          const T* of_row = u + (first + i) * (axes ? wide : row);
+          const auto expanded = [&]<Out OUT>(std::integral_constant<Out, OUT>, const auto& rows) {
+            if (axes) expand_row_sums<OUT>(of_row, t, w, wide, rows);
+            else expand<OUT>(m.columns, of_row, wide, part.lanes, false, rows);
+          };
           Rows rows{s.base, in.data + i * in.h, in.w, out, stride};
           if constexpr (!copies)
             if (product.a) {
               rows.a = product.a + at;
               rows.b = product.b + at;
-              return expand<Out::added>(m.columns, t, wide, part.lanes, false, rows);
+              return expanded(std::integral_constant<Out, Out::added>(), rows);
             }
-          expand<Out::scaled>(m.columns, t, wide, part.lanes, false, rows);
+          expanded(std::integral_constant<Out, Out::scaled>(), rows);
           if constexpr (copies)
             for (int64_t j = 0; product.a && j < w; ++j)
               for (int64_t l = 0; l < part.lanes; ++l) {
