@@ -83,6 +83,7 @@ def train(
     from . import train as training
     from .recipe import load_recipe
 
+    _check_folder(out)
     recipe = load_recipe(config, override or ())
     with training.processes(device) as place:
         best = training.train(recipe, data, out, place, workers, fsdp, compiled, resume)
@@ -225,6 +226,7 @@ def train_task(
     from .pyramid import load_task
     from .train import processes
 
+    _check_folder(out)
     recipe = tasks.load_task_recipe(config)
     recipe = replace(recipe, weights=weights or recipe.weights)
     with processes(device) as place:

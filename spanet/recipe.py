@@ -137,6 +137,8 @@ def _typed(hints: Mapping[str, Any], key: str, value: Any) -> Any:
     if key == "weights" and value is None:
         return None
     wanted = str if key == "weights" else get_origin(hints[key]) or hints[key]
+    if wanted is str and value is None:  # `augment:` with nothing behind it
+        return ""
     if wanted is float and isinstance(value, int | str) and not isinstance(value, bool):
         try:
             return float(value)

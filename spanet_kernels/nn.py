@@ -365,8 +365,10 @@ def accelerate(model: nn.Module) -> list[str]:
         the names of the replaced layers.
 
     Raises:
-        ValueError: the model has no such layer, or one that does not fit, and why; then nothing is changed.
+        TypeError: model is no module. ValueError: the model has no such layer, or one that does not fit, and why; then nothing is changed.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"accelerate: model must be a module, got {type(model).__name__}")
     modules = model.named_modules(remove_duplicate=False)  # a layer that stands in two places is replaced in both
     found = {name: layer for name, layer in modules if all(hasattr(layer, part) for part in _PUBLISHED_PARTS)}
     if not found:

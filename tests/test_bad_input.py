@@ -37,6 +37,7 @@ META = torch.device("meta")
         ((X, BASE, GAIN, -1), ValueError, "radius must be at least 0, got -1"),
         ((X, BASE, GAIN, float("nan")), ValueError, "radius must be at least 0, got nan"),
         ((X, BASE, GAIN, "2"), TypeError, "radius must be a number, got str"),
+        ((X, BASE, GAIN, True), TypeError, "radius must be a number, got bool"),
         ((X, BASE, GAIN, torch.tensor(2.0)), TypeError, "radius must be a number, got Tensor"),
         ((X, BASE, GAIN, float("inf")), ValueError, "radius must be at most 8192"),
         ((X, BASE, GAIN, 1e9), ValueError, "radius must be at most 8192"),
@@ -67,6 +68,7 @@ def test_radial_filter(arguments, error, message):
         ((X, 0.7, None), TypeError, "radius must be a number, got NoneType"),
         ((X, 0.7, 2, float("inf")), ValueError, "boundary must be None or a finite number, got inf"),
         ((X, 0.7, 2, "third"), ValueError, "boundary must be None or a finite number, got 'third'"),
+        ((X, 0.7, 2, True), ValueError, "boundary must be None or a finite number, got True"),
     ],
 )
 def test_spectral_pool(arguments, error, message):

@@ -554,6 +554,9 @@ def test_onnx(direct, tmp_path):
         (lambda: spectral_gate(torch.randn(2, 3, 4, 4), torch.eye(3), None, None, torch.ones(3, 3), 1), TypeError, "base must be a tensor"),
         (lambda: spectral_gate(*gate_arguments((2, 3, 4, 4), 1, torch.float32), -1), ValueError, "radius must be at least 0"),
         (lambda: spectral_gate(*gate_arguments((2, 3, 4, 4), 1, torch.float32), 2), ValueError, "gain must have shape .4, 3."),
+        (lambda: spectral_gate(*gate_arguments((2, 3, 4, 4), 1, torch.float32), 1e9), ValueError, "spectral_gate: radius must be at most"),
+        (lambda: spectral_gate(None, *gate_arguments((2, 3, 4, 4), 1, torch.float32)[1:], 1), TypeError, "z must be a tensor, got None"),
+        (lambda: accelerate(3), TypeError, "accelerate: model must be a module, got int"),
         (lambda: spectral_gate(*gate_arguments((2, 3, 4, 4), 1, torch.float32), 1, torch.zeros(2, 3, 3, 2)), ValueError, "coefficients"),
     ],
 )

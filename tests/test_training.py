@@ -452,6 +452,18 @@ def test_bad_input_gets_one_line(data, tmp_path, arguments, message, capsys, mon
     assert not (tmp_path / "run").exists()
 
 
+def test_out_is_a_folder_and_nothing_is_a_text(data, tmp_path, capsys, monkeypatch):
+    assert load_recipe(data / "recipe.yaml", ["augment="]).augment == ""
+    taken = tmp_path / "taken"
+    taken.write_text("mine")
+    for arguments in (command(data, taken)[2:], ["spanet", "train-task", "nowhere", "--data", str(data), "--out", str(taken)]):
+        monkeypatch.setattr(sys, "argv", arguments)
+        with pytest.raises(SystemExit):
+            main()
+        assert capsys.readouterr().err == f"spanet: out: must be a folder, got the file {taken}\n"
+    assert taken.read_text() == "mine"
+
+
 def test_digits_are_split_once_and_learned(tmp_path):
     images, held_out = digits.digits()
     assert (len(images), len(held_out)) == (1437, 360)

@@ -18,7 +18,7 @@ PROFILE_DTYPE = {dtype: modes.profile_dtype(dtype) for dtype in (torch.float32, 
 def check_radius(op: str, radius: float) -> float:
     if isinstance(radius, np.number):
         radius = radius.item()
-    if not isinstance(radius, (int, float)):
+    if not isinstance(radius, (int, float)) or isinstance(radius, bool):
         raise TypeError(f"{op}: radius must be a number, got {type(radius).__name__}")
     if not radius >= 0:
         raise ValueError(f"{op}: radius must be at least 0, got {radius}")
@@ -28,22 +28,26 @@ def check_radius(op: str, radius: float) -> float:
 
 
 def check_boundary(op: str, boundary: float) -> float:
-    if isinstance(boundary, np.number):
-        boundary = boundary.item()
-    if not (isinstance(boundary, (int, float)) and -math.inf < boundary < math.inf):
-        raise ValueError(f"{op}: boundary must be None or a finite number, got {boundary!r}")
-    return boundary
+    return _finite(op, "boundary", boundary, "None or a finite number")
 
 
-def check_input(op: str, x: Tensor) -> None:
+def count_shells(op: str, radius_squared: int) -> int:
+    """Of a profile with a gain for each."""
+    try:
+        return len(modes.shells(radius_squared))
+    except ValueError as error:
+        raise ValueError(f"{op}: {error}") from None
+
+
+def check_input(op: str, x: Tensor, name: str = "x") -> None:
     if not isinstance(x, Tensor):
-        raise TypeError(f"{op}: x must be a tensor, got {type(x).__name__}")
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(x).__name__}")
     if x.dtype not in PROFILE_DTYPE:
-        raise TypeError(f"{op}: x must be float64, float32, float16 or bfloat16, got {x.dtype}")
+        raise TypeError(f"{op}: {name} must be float64, float32, float16 or bfloat16, got {x.dtype}")
     if x.dim() != 4:
-        raise ValueError(f"{op}: x must have shape (B, C, H, W), got {tuple(x.shape)}")
+        raise ValueError(f"{op}: {name} must have shape (B, C, H, W), got {tuple(x.shape)}")
     if x.shape[2] == 0 or x.shape[3] == 0:
-        raise ValueError(f"{op}: x must have at least one row and one column, got {tuple(x.shape)}")
+        raise ValueError(f"{op}: {name} must have at least one row and one column, got {tuple(x.shape)}")
 
 
 def check_parameter(op: str, name: str, value: Tensor | None, shape: tuple[int, ...], x: Tensor) -> Tensor:
@@ -73,7 +77,7 @@ def check_branch(
     """What stands around an operator from x to a result of this shape, or an error that names what does not fit."""
     weight, bias, eps = (None, None, 0.0) if norm is None else _parts_of(op, "norm", norm, ("weight", "bias", "eps"))
     if norm is not None:
-        _check_finite(op, "the eps of norm", eps)
+        eps = _finite(op, "the eps of norm", eps)
         # a norm without a weight has ones
         weight = x.new_ones(x.shape[1]) if weight is None else check_parameter(op, "the weight of norm", weight, (x.shape[1],), x)
         bias = check_parameter(op, "the bias of norm", bias, (x.shape[1],), x)
@@ -87,7 +91,7 @@ def check_branch(
         return Branch(weight, bias, eps, residual, residual_scale)
     kept, factor = _parts_of(op, "drop_path", drop_path, ("kept", "factor"))
     kept = check_parameter(op, "kept of drop_path", kept, (x.shape[0],), x).detach()
-    _check_finite(op, "the factor of drop_path", factor)
+    factor = _finite(op, "the factor of drop_path", factor)
     return Branch(weight, bias, eps, residual, residual_scale, DropPath(kept, factor))
 
 
@@ -98,9 +102,12 @@ def _parts_of(op: str, name: str, value: Any, parts: tuple[str, ...]) -> Any:
     return value
 
 
-def _check_finite(op: str, name: str, value: Any) -> None:
-    if not (isinstance(value, (int, float)) and -math.inf < value < math.inf):
-        raise ValueError(f"{op}: {name} must be a finite number, got {value!r}")
+def _finite(op: str, name: str, value: Any, wanted: str = "a finite number") -> float:
+    if isinstance(value, np.number):
+        value = value.item()
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not -math.inf < value < math.inf:
+        raise ValueError(f"{op}: {name} must be {wanted}, got {value!r}")
+    return value
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:

@@ -20,7 +20,7 @@ from torch.autograd import forward_ad
 from .. import modes
 from ..decompositions import call_in_graph
 from .autograd import call_below_autograd, is_eager, is_traced, register
-from .checks import PROFILE_DTYPE, check_boundary, check_input, check_radius
+from .checks import PROFILE_DTYPE, check_boundary, check_input, check_radius, count_shells
 
 _filter = torch.ops.spanet_kernels.radial_filter.default
 _profile_grad = torch.ops.spanet_kernels.radial_filter_backward.default
@@ -299,11 +299,8 @@ def _checked(x: Tensor, base: Tensor, gain: Tensor, radius: float) -> int:
     radius = check_radius("radial_filter", radius)
     squared = modes.squared_radius(radius)
     channels, dtype = x.shape[1], PROFILE_DTYPE[x.dtype]
-    try:
-        shells = len(modes.shells(squared))
-    except ValueError as error:
-        raise ValueError(f"radial_filter: {error}") from None
-    for name, tensor, shape in (("base", base, (channels,)), ("gain", gain, (shells, channels))):
+    shapes = {"base": (channels,), "gain": (count_shells("radial_filter", squared), channels)}
+    for (name, shape), tensor in zip(shapes.items(), (base, gain), strict=True):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"radial_filter: {name} must be a tensor, got {type(tensor).__name__}")
         if tensor.dtype != dtype:

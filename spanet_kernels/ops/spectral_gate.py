@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import modes
 from .autograd import by_composition
-from .checks import PROFILE_DTYPE, check_input, check_parameter, check_radius
+from .checks import PROFILE_DTYPE, check_input, check_parameter, check_radius, count_shells
 from .radial_filter import linear
 
 _gate = torch.ops.spanet_kernels.spectral_gate.default
@@ -42,10 +42,11 @@ def spectral_gate(
 
     Source: arXiv 2308.11568, eqs. 19-23.
     """
-    check_input("spectral_gate", z)
+    check_input("spectral_gate", z, "z")
     squared = -1 if radius is None else modes.squared_radius(check_radius("spectral_gate", radius))
     channels, wide = z.shape[1], PROFILE_DTYPE[z.dtype]
-    shapes = {"weight": (channels, channels), "bias": (channels,), "base": (channels,), "gain": (len(modes.shells(squared)), channels)}
+    gain_shape = (count_shells("spectral_gate", squared), channels)
+    shapes = {"weight": (channels, channels), "bias": (channels,), "base": (channels,), "gain": gain_shape}
     given = {"weight": weight, "bias": bias, "base": base, "gain": gain}
     weight, bias, base, gain = (check_parameter("spectral_gate", name, given[name], shape, z) for name, shape in shapes.items())
     for name, value, dtype in (("weight", weight, z.dtype), ("bias", bias, z.dtype), ("base", base, wide), ("gain", gain, wide)):

@@ -14,7 +14,7 @@ from ..products import Branch, cast, pair_fits, pair_serves
 from .autograd import by_composition, infers, is_eager, is_traced
 from .axial_conv import axial_conv, coefficients_fake
 from .branch import Body, record
-from .checks import PROFILE_DTYPE, autocast_dtype, check_branch, check_input, check_parameter, check_radius, odd_size
+from .checks import PROFILE_DTYPE, autocast_dtype, check_branch, check_input, check_parameter, check_radius, count_shells, odd_size
 from .image_norm import normalised
 from .radial_filter import apply_profile
 
@@ -86,7 +86,7 @@ def spectral_mixer(
             ("weight", weight, square),
             ("bias", bias, flat),
             ("base", base, flat),
-            ("gain", gain, (len(modes.shells(squared)), channels)),
+            ("gain", gain, (count_shells("spectral_mixer", squared), channels)),
             ("out_weight", out_weight, square),
             ("out_bias", out_bias, flat),
         )
