@@ -8,6 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+from spanet.train import uncollected
+
 from .timing import Clock, interleave
 from .trace import Gemm
 
@@ -41,7 +43,8 @@ class Gemms:
 
     def seconds(self, gemms: Counter[Gemm], dtype: torch.dtype) -> float:
         """Of all products together."""
-        return sum(number * self._one(gemm, dtype) for gemm, number in gemms.items())
+        with uncollected():  # once, not for every product
+            return sum(number * self._one(gemm, dtype) for gemm, number in gemms.items())
 
     def best_rate(self, dtype: torch.dtype) -> float:
         """FLOP per second of the fastest product so far; 0 before the first."""
