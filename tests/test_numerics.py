@@ -163,7 +163,8 @@ def test_every_16_bit_value_is_read_and_rounded_as_torch_does(dtype, shape):
 def test_bit_equal_whatever_the_batch_and_the_threads(dtype, layout):
     threads = torch.get_num_threads()
     try:
-        for shape, radius in (((9, 40, 56, 56), 2), ((9, 40, 14, 14), 1), ((9, 40, 25, 42), 8), ((2, 200, 50, 84), 2)):
+        shapes = ((9, 40, 56, 56), 2), ((9, 40, 14, 14), 1), ((9, 40, 25, 42), 8), ((2, 200, 50, 84), 2), ((3, 192, 28, 28), 1)
+        for shape, radius in shapes:
             x = make_input(shape, dtype, layout)
             base, gain = make_profile(shape[1], radius, dtype)
             grad = make_input(shape, dtype, layout, seed=5)

@@ -23,8 +23,10 @@ namespace {
 // Outputs of this size do not fit the caches that the next operator reads from: they are streamed past them. Not so fresh ones:
 // the system has just zeroed their pages in the cache.
 constexpr int64_t stream_bytes = int64_t{8} << 20;
-// What is read a second time is in the second-level cache if there is not more of it.
-constexpr int64_t cached_bytes = int64_t{1} << 20;
+// What is read a second time is in the second-level cache, most of it, if there is not more.
+constexpr int64_t cached_bytes = int64_t{2} << 20;
+// Planes of so few pixels are summed along their axes in the first-level cache, with less rounding than in an FFT.
+constexpr int64_t axes_pixels = 1024;
 // Planes beyond this would leave the second-level cache if they were staged for streaming.
 constexpr int64_t staged_bytes = int64_t{512} << 10;
 
@@ -57,7 +59,7 @@ template <class T> struct Plan : Work<T> {
   int64_t units, elements;
   bool passes = false;  // over one image after the other
 
-  Plan(const Tensor& x, Cut cut, int64_t lanes) : Work<T>{cut, x.size(1), 1, false} {
+  Plan(const Tensor& x, const Modes<T>& m, Cut cut, int64_t lanes) : Work<T>{cut, x.size(1), 1, false} {
     const int64_t plane = x.size(2) * x.size(3), image_bytes = x.size(1) * plane * x.element_size(), bytes = x.size(0) * image_bytes;
     units = x.size(0) * x.size(1);
     elements = plane;
@@ -67,8 +69,10 @@ template <class T> struct Plan : Work<T> {
       elements *= this->chunk;
       uint32_t threads;
       STABLE_TORCH_ERROR_CODE_CHECK(torch_get_num_threads(&threads));
+      this->axes = plane <= axes_pixels && m.on_axes();  // for any number of images and threads, which are to give the same bits
       // chunks leave the second-level cache before their rows are read again, or are too few to go round among the threads
-      passes = image_bytes / chunks() > cached_bytes || (units % threads != 0 && units < 4 * threads && x.size(1) * plane >= 4 * grain);
+      const bool few = units % threads != 0 && units < 4 * threads && x.size(1) * plane >= 4 * grain;
+      passes = !this->axes && (few || image_bytes / chunks() > cached_bytes);
     } else {
       this->stream = bytes >= stream_bytes && bytes < fresh_bytes && plane * x.element_size() <= staged_bytes;
     }
@@ -104,7 +108,7 @@ template <class F> void for_planes(const char* op, const Tensor& x, int64_t radi
   const int64_t lanes = adjacent(x, cut, radius_squared);
   for_dtype(op, compiled, x.scalar_type(), lanes, [&]<class T, class IO>(const RadialFilterKernels<T, IO>& kernel) {
     const auto table = mode_table<T>(x.size(2), x.size(3), radius_squared, extent, kernel.lanes);
-    f(kernel, table->modes, Plan<T>(x, cut, kernel.lanes));
+    f(kernel, table->modes, Plan<T>(x, table->modes, cut, kernel.lanes));
   });
 }
 

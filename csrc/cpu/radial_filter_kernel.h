@@ -35,6 +35,8 @@ template <class T> struct Modes {
   const Mode* mode;  // those inside the disc, or all, by rows
   const T* scales;   // theirs
   int64_t inside, shells;
+  // Whether every mode is constant along an axis, as those of radius 1 are, and those of both are there.
+  bool on_axes() const { return rows.ns > 0 && columns.ns > 0 && inside == rows.count() + columns.count() - 1; }
 };
 
 // Up to this many modes are cheaper as dot products along the columns than as a matrix product.
@@ -61,13 +63,14 @@ enum Pass { reduce_pass = 1, mix_pass = 2, expand_pass = 4, all_passes = 7 };
 // Chunks that the channels are cut into; the last one takes the rest, so that none is shorter than `chunk` unless all are.
 inline int64_t chunks_of(int64_t channels, int64_t chunk) { return channels < chunk ? 1 : channels / chunk; }
 
-// Its units are planes (columns), image x chunk (lanes, gathered), or in a pass over one image chunks (mix_pass) or chunk x row.
+// Its units are planes (columns), image x chunk (lanes, gathered), or in a pass over one image chunks (mix_pass) or row x chunk.
 template <class T> struct Work {
   Cut cut;
   int64_t channels, chunk;
   bool stream;         // columns: y is written past the caches
   Pass pass = all_passes;
   T* sums = nullptr;   // in a pass: (H, A_W, lanes) of one chunk after the other
+  bool axes = false;   // lanes, gathered, not in passes: every mode is constant along an axis; sums along rows and columns hold them all
 };
 
 // a o b, or nothing.

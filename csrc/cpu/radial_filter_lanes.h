@@ -25,13 +25,6 @@ template <class X> struct PixelRows {
   int64_t h, w;
 };
 
-// Whether every mode is constant along an axis, as those of radius 1 are: then sums along the rows and along the columns hold them all.
-// Of so few elements they round less than an FFT.
-template <class T> bool on_axes(const Modes<T>& m) {
-  const auto few = [](const Axis<T>& axis) { return axis.ns > 0 && axis.n <= 64; };
-  return few(m.rows) && few(m.columns) && m.inside == m.rows.count() + m.columns.count() - 1;
-}
-
 // s[l] = sum_j x[j,l] over a row of w pixels, and t[j,l] += x[j,l]. Whole vectors of lanes.
 template <class T, class X> void sum_row(const X* x, int64_t stride, int64_t w, int64_t lanes, T* s, T* t) {
   for_lanes<T, max_vectors<T>>(lanes, [&](auto nv, int64_t l, int64_t last) {
@@ -143,19 +136,17 @@ template <Lanes HOW, bool WRITE, class T, class IO, class Prepare, class Between
 void over_lanes(const Work<T>& work, const Modes<T>& m, Planes<const IO> x, Planes<IO> y, Product<IO> product, int64_t begin, int64_t end,
                 bool same, Prepare prepare, Between between) {
   const int64_t h = m.rows.n, w = m.columns.n, columns = m.columns.count(), chunks = chunks_of(work.channels, work.chunk);
-  const int64_t unit_rows = work.pass == reduce_pass || work.pass == expand_pass ? 1 : h, units = h / unit_rows;
+  const bool by_rows = work.pass == reduce_pass || work.pass == expand_pass;
   constexpr bool copies = HOW != Lanes::here || widened<T, IO>;
   LanesScratch<T> s(m, work.channels, work.chunk, copies, work.sums ? 0 : 1);
   Chunk prepared{-1, 0};
-  for (int64_t unit = begin, next; unit < end; unit = next) {
-    const int64_t b = unit / units / chunks, first_row = unit % units;  // and the rows behind it that are units of the same chunk
-    next = unit - first_row + units < end ? unit - first_row + units : end;
-    const int64_t end_row = first_row + (next - unit) * unit_rows;
-    const Chunk part = chunk_of(work.channels, work.chunk, unit / units % chunks);
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t b = by_rows ? 0 : unit / chunks, first_row = by_rows ? unit / chunks : 0, end_row = by_rows ? first_row + 1 : h;
+    const Chunk part = chunk_of(work.channels, work.chunk, unit % chunks);
     const int64_t wide = part.lanes < lanes_of<T> ? lanes_of<T> : part.lanes, row = columns * wide;
     const int64_t start = b * x.b + part.first * x.c;
     T* u = work.sums ? work.sums + h * columns * part.first : s.u[0];
-    const bool axes = !work.sums && part.lanes % lanes_of<T> == 0 && on_axes(m);
+    const bool axes = work.axes && part.lanes % lanes_of<T> == 0;
     T* t = axes ? u + h * wide : nullptr;
     if (work.pass != reduce_pass && (prepared.lanes != part.lanes || (!same && prepared.first != part.first))) {
       prepared = part;
