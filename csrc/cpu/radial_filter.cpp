@@ -22,7 +22,7 @@ namespace {
 
 // Outputs of this size do not fit the caches that the next operator reads from: they are streamed past them. Not so fresh ones:
 // the system has just zeroed their pages in the cache.
-constexpr int64_t stream_bytes = int64_t{8} << 20;
+constexpr int64_t stream_bytes = int64_t{12} << 20;
 // What is read a second time is in the second-level cache, most of it, if there is not more.
 constexpr int64_t cached_bytes = int64_t{2} << 20;
 // Planes of so few pixels are summed along their axes in the first-level cache, with less rounding than in an FFT.

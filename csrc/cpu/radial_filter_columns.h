@@ -198,15 +198,17 @@ void filter_disc(const Modes<T>& m, Planes<const X> x, Planes<X> y, const Profil
 // Whether there are kernels for discs: where time is measured, the others do without.
 template <class T, class IO> constexpr bool has_discs = SIMD_BYTES >= 32 && std::is_same_v<T, float> && !widened<T, IO>;
 
-// Planes whose staged copies would leave the second-level cache are written at once, if they need not be narrowed.
-constexpr int64_t most_staged = int64_t{1} << 20;
+// Planes whose staged copies would leave the second-level cache are written at once, if they need not be narrowed; those that would leave
+// the first-level cache are not staged for their rows to be whole vectors.
+constexpr int64_t most_staged = int64_t{1} << 20, most_aligned = int64_t{1} << 14;
 
 template <class T, class IO>
 void filter_columns(const Modes<T>& m, Planes<const IO> x, Planes<IO> y, const Profile<T>& p, int64_t channels, bool stream, int64_t begin,
                     int64_t end) {
   constexpr int64_t line = SIMD_BYTES / sizeof(IO);
-  const bool fits = m.rows.n * m.columns.n * static_cast<int64_t>(sizeof(T)) <= most_staged;
-  const bool staged = widened<T, IO> || (std::is_same_v<T, IO> && fits && (stream || m.columns.n % line != 0));
+  const int64_t bytes = m.rows.n * m.columns.n * static_cast<int64_t>(sizeof(T));
+  const bool fits = bytes <= most_staged, pays = stream ? fits : bytes <= most_aligned && m.columns.n % line != 0;
+  const bool staged = widened<T, IO> || (std::is_same_v<T, IO> && pays);
   if constexpr (has_discs<T, IO>) {
     using X = Read<T, IO>;
     const auto write = [](const T* from, X* to, int64_t n, bool stream) { write_run(from, static_cast<IO*>(to), n, stream); };
