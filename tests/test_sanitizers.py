@@ -32,7 +32,7 @@ for ((shape, setting), dtype, layout) in itertools.product(CASES["axial_conv"].t
     outputs = torch.ops.spanet_kernels.axial_conv(x, row, row_bias, column, column_bias, squared)
     grads = torch.ops.spanet_kernels.axial_conv_backward(make_input(shape, dtype, layout, seed=1), x, row, row_bias, column)
     assert all(t.isfinite().all() for t in (*outputs, *grads))
-big = torch.randn(2, 48, 180, 180)  # large enough to be streamed past the caches
+big = torch.randn(5, 48, 180, 180)  # large enough to be streamed past the caches
 for x in (big, big.contiguous(memory_format=torch.channels_last)):
     for dtype in (torch.float32, torch.bfloat16):
         assert torch.ops.spanet_kernels.radial_filter(x.to(dtype), torch.ones(48), torch.ones(4, 48), 4).isfinite().all()
