@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import modes
+from .._native import cpu_is_intel
 from ..decompositions import call_in_graph
 from .autograd import call_below_autograd, is_eager, is_traced, register
 from .checks import PROFILE_DTYPE, check_boundary, check_input, check_radius, count_shells
@@ -147,9 +148,9 @@ def _fft_pays(x: Tensor, radius_squared: int) -> bool:
 
 _LARGE = 2**15  # pixels of planes that a GPU keeps in parts: 9 functions take 1054 us at 8 x 64 x 200 x 334 on an H200, FFTs 971
 
-# multiply-adds per pixel where the curves of cost against radius cross, measured on a CPU with AVX-512; an FFT takes three times as long
-# where a size has a prime factor beyond 13
-_MOST_WORK, _MOST_WORK_ROUGH = 120, 300
+# multiply-adds per pixel where the curves of cost against radius cross, measured on a Xeon and on an EPYC, both with AVX-512: MKL's FFTs
+# are slower on other processors than Intel's. An FFT takes three times as long where a size has a prime factor beyond 13
+_MOST_WORK, _MOST_WORK_ROUGH = (120, 300) if cpu_is_intel() else (180, 600)
 
 
 @functools.lru_cache(maxsize=1024)
