@@ -26,7 +26,7 @@ constexpr int64_t stream_bytes = int64_t{12} << 20;
 // What is read a second time is in the second-level cache, most of it, if there is not more.
 constexpr int64_t cached_bytes = int64_t{2} << 20;
 // Planes of so few pixels are summed along their axes in the first-level cache, with less rounding than in an FFT.
-constexpr int64_t axes_pixels = 1024;
+constexpr int64_t axes_pixels = 1536;
 // Planes beyond this would leave the second-level cache if they were staged for streaming.
 constexpr int64_t staged_bytes = int64_t{512} << 10;
 
