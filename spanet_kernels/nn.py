@@ -285,9 +285,10 @@ class SPAM(nn.Module):
 
 
 class PointwiseMLP(nn.Module):
-    """fc2(gelu(fc1(x))), two 1x1 convolutions around an exact GELU: the MLP of a block, as one `pointwise_mlp`, which reads the weights of
-    the convolutions and calls neither; where one has hooks, pads otherwise or is no `Conv2d` of
-    PyTorch's, they are called.
+    """fc2(gelu(fc1(x))), two 1x1 convolutions around an exact GELU: the MLP of a block.
+
+    Runs as one `pointwise_mlp`, which reads the weights of the convolutions and calls neither; where one has hooks, pads otherwise or is
+    no `Conv2d` of PyTorch's, they are called.
 
     Args:
         dim: channels of the input and the output.

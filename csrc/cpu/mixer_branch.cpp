@@ -34,9 +34,10 @@ Tensor images_of(const Tensor& x, int64_t first, int64_t images) {
 
 void mixer_branch(const Tensor& y, const std::optional<Tensor>& t, const std::optional<Tensor>& context, const Tensor& x,
                   const std::optional<Tensor>& norm_weight, const std::optional<Tensor>& norm_bias, double eps,
-                  const std::optional<Tensor>& residual, const std::optional<Tensor>& residual_scale, const Tensor& in_weight, const Tensor& in_bias, const Tensor& row_weight,
-                  const Tensor& row_bias, const Tensor& column_weight, const Tensor& column_bias, const Tensor& weight, const Tensor& bias,
-                  const Tensor& base, const Tensor& gain, const Tensor& out_weight, const Tensor& out_bias, int64_t radius_squared) {
+                  const std::optional<Tensor>& residual, const std::optional<Tensor>& residual_scale, const Tensor& in_weight,
+                  const Tensor& in_bias, const Tensor& row_weight, const Tensor& row_bias, const Tensor& column_weight,
+                  const Tensor& column_bias, const Tensor& weight, const Tensor& bias, const Tensor& base, const Tensor& gain,
+                  const Tensor& out_weight, const Tensor& out_bias, int64_t radius_squared) {
   STD_TORCH_CHECK(x.dim() == 4, "mixer_branch: x must have shape (B, C, H, W)");
   check_like("mixer_branch", "y", y, x);
   if (t) check_like("mixer_branch", "t", *t, x);
