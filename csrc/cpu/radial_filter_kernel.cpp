@@ -14,7 +14,8 @@
 //         Radii 1 and 2 over planes of a few vectors stay in registers, two planes in a vector if their rows fit in half of it
 //         (disc.h). Rows of y are brought together in the cache where they are not whole vectors, and written by whole ones.
 //       lanes (channels_last), gathered (NCHW, transposed on the way in and out): l is a channel; reduce along columns, then along rows,
-//         expand in reverse. Threads share the rows of an image that leaves the cache or has too few channels for them.
+//         expand in reverse. Threads share the rows of an image that leaves the cache or has too few channels for them. The modes of
+//         radius 1 are constant along an axis: over small planes x is summed along both, without a product.
 // Every output is owned by one thread and the order of its sum is fixed: bit-equal for any number of threads.
 // Memory: x is read once from memory and once more from the cache, y is written once, past the cache if `stream` (columns).
 

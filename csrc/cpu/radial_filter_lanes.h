@@ -130,8 +130,8 @@ ReadRows<HOW, T, IO> adjacent_lanes(const IO* x, [[maybe_unused]] const IO* fact
 
 // Units [begin, end) of the work, or one pass over them. between and WRITE as in over_columns; here z is (A_H, A_W, wide).
 // product is what is added to y, or its first map what x is multiplied by (Lanes::times).
-// prepare(part, wide, base, gains) fills base (wide) and gains (like z), zeros before, whenever the chunk is another one;
-// if all channels have the same profile, whenever it has another number of lanes.
+// prepare(part, wide, base, gains) fills base (wide) and gains (like z), which are zeros before, or null in the pass that expands. It is
+// called whenever the chunk is another one; if all channels have the same profile, whenever it has another number of lanes.
 template <Lanes HOW, bool WRITE, class T, class IO, class Prepare, class Between>
 void over_lanes(const Work<T>& work, const Modes<T>& m, Planes<const IO> x, Planes<IO> y, Product<IO> product, int64_t begin, int64_t end,
                 bool same, Prepare prepare, Between between) {
@@ -150,8 +150,9 @@ void over_lanes(const Work<T>& work, const Modes<T>& m, Planes<const IO> x, Plan
     T* t = axes ? u + h * wide : nullptr;
     if (work.pass != reduce_pass && (prepared.lanes != part.lanes || (!same && prepared.first != part.first))) {
       prepared = part;
-      for (int64_t i = 0; i < m.rows.count() * row; ++i) s.gains[i] = T(0);
-      prepare(part, wide, s.base, s.gains);
+      T* gains = work.pass & mix_pass ? s.gains : nullptr;
+      for (int64_t i = 0; gains && i < m.rows.count() * row; ++i) gains[i] = T(0);
+      prepare(part, wide, s.base, gains);
     }
     // f(rows as they are read, the first of them, their number) for a few rows at a time
     const auto for_rows = [&](auto f) {
@@ -224,10 +225,10 @@ void over_lanes(const Work<T>& work, const Modes<T>& m, Planes<const IO> x, Plan
   }
 }
 
-// The profile of a chunk: base (wide) and, with the scales of the modes, gains (A_H, A_W, wide).
+// The profile of a chunk: base (wide) and, with the scales of the modes, gains (A_H, A_W, wide) if they are wanted.
 template <class T> void prepare_profile(const Modes<T>& m, const Profile<T>& p, Chunk part, int64_t wide, T* base, T* gains) {
   for (int64_t l = 0; l < part.lanes; ++l) base[l] = p.base[(part.first + l) * p.base_stride];
-  for (int64_t k = 0; k < m.inside; ++k) {
+  for (int64_t k = 0; gains && k < m.inside; ++k) {
     const Mode& mode = m.mode[k];
     T* to = gains + (mode.row * m.columns.count() + mode.column) * wide;
     const T* gain = p.gain + mode.index * p.gain_shell + part.first * p.gain_channel;
