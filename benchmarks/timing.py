@@ -68,33 +68,6 @@ class WallClock:
         return seconds
 
 
-BRIEF = 1e-3  # seconds
-
-
-class WarmClock:
-    """Wall time of a call on the CPU that finds in the caches what fits them.
-
-    A brief call is repeated until as much time has passed, and the first one does not count: it finds what the competitor
-    before it left there, and a thread that wakes late would be a good part of it.
-    """
-
-    def round(self, functions: Sequence[Function]) -> list[float]:
-        seconds = []
-        for function in functions:
-            start = time.perf_counter()
-            result = function()
-            took = time.perf_counter() - start
-            del result
-            if took < BRIEF:
-                calls = math.ceil(BRIEF / took)
-                start = time.perf_counter()
-                for _ in range(calls):
-                    function()
-                took = (time.perf_counter() - start) / calls
-            seconds.append(took)
-        return seconds
-
-
 WAIT = 800_000  # cycles of a GPU, two fifths of a millisecond: a backward pass through Python takes longer to enqueue than a fifth
 
 
@@ -158,6 +131,26 @@ class CallClock:
             seconds.append((time.perf_counter() - start) / self.calls)
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
+        return seconds
+
+
+BRIEF = 1e-3  # seconds
+
+
+class WarmClock:
+    """Wall time of a call on the CPU that finds in the caches what fits them.
+
+    A brief call is repeated until as much time has passed, and the first one does not count: it finds what the competitor
+    before it left there, and a thread that wakes late would be a good part of it.
+    """
+
+    def round(self, functions: Sequence[Function]) -> list[float]:
+        device, seconds = torch.device("cpu"), []
+        for function in functions:
+            (took,) = WallClock(device).round([function])
+            if took < BRIEF:
+                (took,) = CallClock(device, math.ceil(BRIEF / took)).round([function])
+            seconds.append(took)
         return seconds
 
 

@@ -72,7 +72,7 @@ template <class T> struct LanesScratch {
         scratch((sides * summed + 3 * modes + 3 * (copies_rows ? few_rows * m.columns.n : 0) + 8) * line_up(most) + 256) {
     for (int side = 0; side < sides; ++side) u[side] = scratch.take(summed * most);
     gains = scratch.take(modes * most);
-    for (T*& part : z) part = scratch.zeros(modes * most);
+    for (T*& part : z) part = scratch.take(modes * most);
     for (T*& part : copies) part = scratch.take(copied);
     written = scratch.take(copied);
     base = scratch.zeros(most);
@@ -147,6 +147,7 @@ void over_lanes(const Work<T>& work, const Modes<T>& m, Planes<const IO> x, Plan
     const int64_t start = b * x.b + part.first * x.c;
     T* u = work.sums ? work.sums + h * columns * part.first : s.u[0];
     const bool axes = work.axes && part.lanes % lanes_of<T> == 0;
+    const int64_t u_row = axes ? wide : row;
     T* t = axes ? u + h * wide : nullptr;
     if (work.pass != reduce_pass && (prepared.lanes != part.lanes || (!same && prepared.first != part.first))) {
       prepared = part;
@@ -166,20 +167,18 @@ void over_lanes(const Work<T>& work, const Modes<T>& m, Planes<const IO> x, Plan
     if (work.pass & reduce_pass)
       for_rows([&](auto in, int64_t first, int64_t rows) {
         for (int64_t i = 0; i < rows; ++i)
-          if (axes) sum_row(in.data + i * in.h, in.w, w, wide, u + (first + i) * wide, t);
-          else reduce(m.columns, in.data + i * in.h, in.w, part.lanes, false, u + (first + i) * row, wide);
+          if (axes) sum_row(in.data + i * in.h, in.w, w, wide, u + (first + i) * u_row, t);
+          else reduce(m.columns, in.data + i * in.h, in.w, part.lanes, false, u + (first + i) * u_row, wide);
       });
     if (work.pass & mix_pass) {
       if (axes) reduce(m.columns, t, wide, wide, false, s.z[0], wide);
-      reduce(m.rows, u, axes ? wide : row, axes ? wide : row, false, s.z[0], row);
+      reduce(m.rows, u, u_row, u_row, false, s.z[0], row);
       between(b, part, wide, s.z[0], s.gains);
       if constexpr (WRITE) {
-        if (axes) {
-          expand<Out::sum>(m.rows, s.z[0], row, wide, false, Rows<T, T, T>{s.base, u, 0, u, wide});
+        expand<Out::sum>(m.rows, s.z[0], row, u_row, false, Rows<T, T, T>{s.base, u, 0, u, u_row});
+        if (axes) {  // the constant is in u
           std::memset(s.z[0], 0, wide * sizeof(T));
           expand<Out::sum>(m.columns, s.z[0], wide, wide, false, Rows<T, T, T>{s.base, t, 0, t, wide});
-        } else {
-          expand<Out::sum>(m.rows, s.z[0], row, row, false, Rows<T, T, T>{s.base, u, 0, u, row});
         }
       }
     }
@@ -189,7 +188,7 @@ void over_lanes(const Work<T>& work, const Modes<T>& m, Planes<const IO> x, Plan
       for_rows([&](auto in, int64_t first, int64_t rows) {
         const auto expand_row = [&](int64_t i, auto* out, int64_t stride) {
           const int64_t at = start + (first + i) * x.h;
-          const T* of_row = u + (first + i) * (axes ? wide : row);
+          const T* of_row = u + (first + i) * u_row;
           const auto expanded = [&]<Out OUT>(std::integral_constant<Out, OUT>, const auto& rows) {
             if (axes) expand_row_sums<OUT>(of_row, t, w, wide, rows);
             else expand<OUT>(m.columns, of_row, wide, part.lanes, false, rows);

@@ -300,8 +300,8 @@ def _checked(x: Tensor, base: Tensor, gain: Tensor, radius: float) -> int:
     radius = check_radius("radial_filter", radius)
     squared = modes.squared_radius(radius)
     channels, dtype = x.shape[1], PROFILE_DTYPE[x.dtype]
-    shapes = {"base": (channels,), "gain": (count_shells("radial_filter", squared), channels)}
-    for (name, shape), tensor in zip(shapes.items(), (base, gain), strict=True):
+    shells = count_shells("radial_filter", squared)
+    for name, tensor, shape in (("base", base, (channels,)), ("gain", gain, (shells, channels))):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"radial_filter: {name} must be a tensor, got {type(tensor).__name__}")
         if tensor.dtype != dtype:
