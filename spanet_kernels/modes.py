@@ -142,7 +142,7 @@ def half_spectrum_shells(height: int, width: int, radius_squared: int, device: t
     rows = torch.arange(height, device=CPU)
     squared = torch.minimum(rows, height - rows)[:, None] ** 2 + torch.arange(width // 2 + 1, device=CPU) ** 2
     found = torch.searchsorted(torch.tensor(shells(radius_squared), device=CPU), squared)
-    return found[..., None].expand(-1, -1, 2).contiguous().to(device)
+    return found.int()[..., None].expand(-1, -1, 2).contiguous().to(device)
 
 
 @cached(maxsize=256)

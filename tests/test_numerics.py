@@ -273,6 +273,30 @@ def test_beyond_the_crossover_the_fft_serves():
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 * b.abs().max().item())
 
 
+@pytest.mark.parametrize("per_channel", [True, False])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [((3, 41, 120, 140), torch.bfloat16), ((5, 2, 150, 120), torch.float64), ((1, 3, 700, 640), torch.float32)], ids=str
+)
+def test_ffts_of_few_planes_at_a_time(shape, dtype, layout, per_channel):
+    """Parts of images and parts of channels, the last ones smaller, of one plane too; gradients of x to the second order."""
+    channels, radius = shape[1], 75
+    x = make_input(shape, dtype, layout).requires_grad_()
+    base, gain = make_profile(channels if per_channel else 1, radius, dtype)
+    base, gain = base.expand(channels), gain.expand(-1, channels)
+    with OperatorNames() as called:
+        y = check(x, base, gain, radius, units=2)
+        grad = y.detach().flip(0).requires_grad_()
+        (x_grad,) = torch.autograd.grad(y, x, grad, create_graph=True)
+        (again,) = torch.autograd.grad(x_grad, grad, grad.detach())
+    assert "aten::_fft_r2c" in called.names
+    assert "spanet_kernels::radial_filter" not in called.names
+    assert y.is_contiguous(memory_format=torch.channels_last if layout == "channels_last" else torch.contiguous_format)
+    with torch.no_grad():
+        assert torch.equal(x_grad, radial_filter(grad, base, gain, radius))
+        assert torch.equal(again, x_grad)
+
+
 @pytest.mark.parametrize("implementation", ["modes", "reference"])
 def test_other_implementations_agree(implementation):
     for (shape, radius), layout in itertools.product(CASES["radial_filter"].test, ("contiguous", "channels_last")):

@@ -162,22 +162,80 @@ def _is_smooth(n: int) -> bool:
 
 
 def _by_fft(x: Tensor, base: Tensor, gain: Tensor, radius_squared: int) -> Tensor:
+    """The filter by real FFTs; eager on a CPU, and where the profile does not learn, of few planes at a time."""
+    learns = torch.is_grad_enabled() and (base.requires_grad or gain.requires_grad)
+    if x.is_cpu and is_eager() and not learns:
+        return _InCache.apply(x, base, gain, radius_squared) if x.requires_grad else _in_cache(x, base, gain, radius_squared)
+    shells, values = _spectral_values(x, base, gain, radius_squared)
+    spectrum = torch.fft.rfft2(x.to(base.dtype))
+    if learns or not (is_eager() or _is_compiling()):  # under torch.func the mask can have dimensions that the spectrum does not show
+        spectrum = spectrum * _spectral_mask(values, shells[..., 0])
+    else:
+        torch.view_as_real(spectrum).mul_(_spectral_mask(values, shells))
+    return modes.like(torch.fft.irfft2(spectrum, s=x.shape[2:], norm="forward").to(x.dtype), x)
+
+
+def _spectral_values(x: Tensor, base: Tensor, gain: Tensor, radius_squared: int) -> tuple[Tensor, Tensor]:
+    """`modes.half_spectrum_shells` and what to multiply the bins of each shell with: (C, S + 1), or (1, S + 1) for all channels alike.
+
+    The values are over H W, what the inverse transform would take a pass of its own for.
+    """
     height, width = x.shape[2:]
-    shells = modes.half_spectrum_shells(height, width, radius_squared, x.device)
-    if base.stride(0) == 0 and gain.stride(1) == 0:  # one profile for all channels
+    if base.stride(0) == 0 and gain.stride(1) == 0:
         base, gain = base[:1], gain[:, :1]
-    in_place = is_eager() or _is_compiling()  # under torch.func the mask can have dimensions that the spectrum does not show
-    values = torch.cat([gain + base, base[None]]) / (height * width)  # what the inverse transform would take a pass of its own for
-    if values.requires_grad or values.shape[1] != 1 or not in_place:
-        mask = values.T.contiguous().index_select(1, shells[..., 0].flatten()).unflatten(1, (height, -1))
-        spectrum = torch.fft.rfft2(x.to(base.dtype))
-        spectrum = spectrum.mul_(mask) if in_place and not mask.requires_grad else spectrum * mask
-    else:  # real and imaginary parts times real numbers: a product with a complex copy of the mask takes twice as long
-        mask = values.flatten().index_select(0, shells.flatten()).view(shells.shape)
-        spectrum = torch.fft.rfft2(x.to(base.dtype))
-        torch.view_as_real(spectrum).mul_(mask)
-    y = torch.fft.irfft2(spectrum, s=(height, width), norm="forward").to(x.dtype)
-    return modes.like(y, x)
+    values = torch.cat([gain + base, base[None]]) / (height * width)
+    return modes.half_spectrum_shells(height, width, radius_squared, x.device), values.T.contiguous()
+
+
+def _spectral_mask(values: Tensor, shells: Tensor) -> Tensor:
+    """Of real and imaginary parts if the shells are: to multiply with a complex copy of the mask takes twice as long."""
+    return values.index_select(1, shells.flatten()).unflatten(1, shells.shape)
+
+
+_IN_CACHE = 3 * 2**19  # bytes of planes that are transformed at a time: with their spectra and copies in use they stay in the cache
+
+
+def _in_cache(x: Tensor, base: Tensor, gain: Tensor, radius_squared: int) -> Tensor:
+    """The filter by real FFTs of a few planes at a time, in memory that is used again and not mapped anew.
+
+    Its complex transform is along adjacent elements: along long strided axes MKL's writes beyond its memory (torch 2.14.1).
+    """
+    shells, values = _spectral_values(x, base, gain, radius_squared)
+    batch, channels, height, width = x.shape
+    planes = max(1, _IN_CACHE // (height * width * base.element_size()))
+    images, some = _even(batch, planes // channels), _even(channels, planes)
+    y = torch.empty_like(x, memory_format=modes.memory_format(x))
+    mask = None
+    for first in range(0, channels, some):
+        if mask is None or len(values) > 1:
+            mask = _spectral_mask(values[first : first + some], shells)
+        for image in range(0, batch, images):
+            part = slice(image, image + images), slice(first, first + some)
+            spectrum = torch.fft.rfft2(x[part].to(base.dtype))
+            torch.view_as_real(spectrum).mul_(mask)
+            along_columns = torch.fft.ifft(spectrum.mT.contiguous(), norm="forward")
+            y[part].copy_(torch.fft.irfft(along_columns.mT.contiguous(), n=width, norm="forward"))
+    return y
+
+
+def _even(count: int, most: int) -> int:
+    """Size of parts of about the same size, of at most `most` but at least 1 out of count."""
+    return -(-count // -(-count // max(most, 1)))
+
+
+class _InCache(torch.autograd.Function):
+    """`_in_cache`, differentiable in x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, base: Tensor, gain: Tensor, radius_squared: int) -> Tensor:
+        ctx.save_for_backward(base, gain)
+        ctx.radius_squared = radius_squared
+        return _in_cache(x, base, gain, radius_squared)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        base, gain = ctx.saved_tensors
+        return apply_profile(grad, base, gain, ctx.radius_squared), None, None, None
 
 
 class _RadialFilter(torch.autograd.Function):
