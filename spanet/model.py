@@ -55,14 +55,15 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self._branch(x, self.res_scale1, self.token_mixer, self.norm1)
+        own = cast(dict[str, nn.Module], self._modules)  # without `nn.Module.__getattr__`, which takes microseconds
+        x = self._branch(x, own["res_scale1"], own["token_mixer"], own["norm1"])
         # nobody else sees the result of the first branch
         owned = not (module_hooks._global_forward_hooks or module_hooks._global_forward_pre_hooks)
-        return self._branch(x, self.res_scale2, self.mlp, self.norm2, owned)
+        return self._branch(x, own["res_scale2"], own["mlp"], own["norm2"], owned)
 
     def _branch(self, x: Tensor, res_scale: nn.Module, body: nn.Module, norm: nn.Module, *inplace: bool) -> Tensor:
         """res_scale(x) + drop_path(body(norm(x))): one call of the body, unless a module was exchanged or a hook looks at one."""
-        drop_path = self.drop_path
+        drop_path = cast(nn.Module, self._modules["drop_path"])
         own = isinstance(body, (SPAM, PointwiseMLP)) and type(norm) is GroupNorm1 and isinstance(res_scale, (ResScale, nn.Identity))
         if not own or type(drop_path) not in (DropPath, nn.Identity) or any(map(has_hooks, (res_scale, body, norm, drop_path))):
             return cast(Tensor, res_scale(x) + drop_path(body(norm(x))))

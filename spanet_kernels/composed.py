@@ -213,6 +213,41 @@ def spectral_mixer(
     return y, nothing if t is None else t, nothing if context is None else context, base.new_empty(0)
 
 
+def mixer_unchecked(
+    x: Tensor,
+    in_weight: Tensor,
+    in_bias: Tensor,
+    row_weight: Tensor,
+    row_bias: Tensor,
+    column_weight: Tensor,
+    column_bias: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    base: Tensor,
+    gain: Tensor,
+    out_weight: Tensor,
+    out_bias: Tensor,
+    radius_squared: int,
+    branch: Branch,
+) -> Tensor | None:
+    """The mixer of eager inference on a CPU, of arguments that nobody has looked at, by the operator that refuses what does not fit it.
+    None where it is not the way.
+
+    Between the products of a network, which leave nothing of Python in the cache, to look at twenty arguments takes 2 to 3 % of it.
+    """
+    taps = row_weight.shape[-1]
+    along_axes = row_weight.shape == (x.shape[1], 1, 1, taps) and column_weight.shape == (x.shape[1], 1, taps, 1)
+    if not (along_axes and base.dtype == torch.float32 and branch.has(x.dtype) and pair_serves(x, weight, out_weight)):
+        return None
+    y = torch.empty_like(x, memory_format=modes.memory_format(x))
+    residual = None if branch.residual is None else modes.like(branch.residual, y)
+    around = branch.norm_weight, branch.norm_bias, branch.eps, residual, branch.scale
+    before = in_weight, in_bias, row_weight, row_bias, column_weight, column_bias
+    after = _applied(weight, base, radius_squared), bias, base, gain, out_weight, out_bias
+    _ops.mixer_branch.default(y, None, None, modes.like(x, x), *around, *before, *after, radius_squared)
+    return y
+
+
 def mixer_in_parts(
     x: Tensor,
     *args: Any,

@@ -47,7 +47,7 @@ def _product(x: Shape, weight: Shape) -> int:
 
 
 def _axial_conv(x: Shape, row_weight: Shape, *_: Any, **__: Any) -> int:
-    return 2 * 2 * prod(x) * row_weight[1]
+    return 2 * 2 * prod(x) * row_weight[-1]
 
 
 def _mixer(x: Shape, weight: Shape, row_weight: Shape) -> int:

@@ -316,9 +316,10 @@ class PointwiseMLP(nn.Module):
         drop_path: tuple[Tensor, float] | None = None,
         inplace: bool = False,
     ) -> Tensor:
-        fc1, fc2 = self.fc1, self.fc2
+        own = cast(dict[str, Any], self._modules)  # without `nn.Module.__getattr__`
+        fc1, fc2 = own["fc1"], own["fc2"]
         if is_plain(fc1) and is_plain(fc2):
-            return pointwise_mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, residual, residual_scale, norm, inplace, drop_path)
+            return pointwise_mlp(x, *_parameters_of(fc1), *_parameters_of(fc2), residual, residual_scale, norm, inplace, drop_path)
         branch = check_branch("PointwiseMLP", x, tuple(x.shape), norm, residual, residual_scale, drop_path)
         return branch.added(fc2(functional.gelu(fc1(branch.normalised(x)))))
 

@@ -242,19 +242,24 @@ def pair_serves(x: Tensor, weight_in: Tensor | None, weight_out: Tensor) -> bool
     """Whether `pointwise_pair` takes these: on a CPU with positions enough for every thread, or any number in a graph; on a GPU in 16
     bits and channels_last."""
     weights = (weight_out,) if weight_in is None else (weight_in, weight_out)
-    return all(weight.dtype == x.dtype for weight in weights) and pair_fits(x, *weights)
+    for weight in weights:
+        if weight.dtype != x.dtype:
+            return False
+    return pair_fits(x, *weights)
 
 
 def pair_fits(x: Tensor, *weights: Tensor) -> bool:
     """Whether `pointwise_pair` takes these once the weights have the dtype of x."""
     for weight in weights:
-        if weight.shape[0] % PAIR_CHANNELS or weight.shape[1] % PAIR_CHANNELS or not weight.numel():
+        rows, columns, *_ = weight.shape
+        if rows % PAIR_CHANNELS or columns % PAIR_CHANNELS or not (rows and columns):
             return False
-    if x.shape[1] % PAIR_CHANNELS:
+    images, channels, height, width = x.shape
+    if channels % PAIR_CHANNELS:
         return False
     if x.is_cuda:
         return x.element_size() == 2 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-    positions = x.shape[0] * x.shape[2] * x.shape[3]
+    positions = images * height * width
     enough = torch.compiler.is_compiling() or positions >= PAIR_POSITIONS * torch.get_num_threads()
     return x.device.type == "cpu" and x.dtype in _PAIR_DTYPES and enough
 

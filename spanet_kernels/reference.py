@@ -238,8 +238,10 @@ def mixer_branch(
 ) -> None:
     """y = residual_scale o residual + spectral_mixer(norm(x), ...), its t and its context, by a mixer; what is None is left out.
 
-    norm is a GroupNorm with one group; the last of the other arguments, those of `spectral_mixer`, is radius_squared.
+    norm is a GroupNorm with one group; the last of the other arguments, those of `spectral_mixer`, is radius_squared. Weights and biases of
+    the axial convolution may be those of convolutions, (C, 1, 1, k) and (C, 1, k, 1), and in the dtype of x.
     """
+    args = *args[:2], *((taps.flatten(1) if taps.dim() > 2 else taps).to(args[8].dtype) for taps in args[2:6]), *args[6:]
     n = x if norm_weight is None else functional.group_norm(x, 1, norm_weight, norm_bias, eps)
     found, *kept = mixer(n, *args, True)
     if residual is not None:

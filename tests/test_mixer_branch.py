@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from errors import assert_as_accurate
@@ -69,6 +71,17 @@ def test_as_accurate_as_the_reference(shape, radius, dtype, layout, what):
     for image in range(shape[0]):
         one = [arg[image : image + 1] if arg is not None and i in (0, 4) else arg for i, arg in enumerate(args)]
         assert torch.equal(run(operator, one, squared), y[image : image + 1])
+
+
+@pytest.mark.parametrize("implementation", [None, "reference"])
+def test_taps_as_convolutions_have_them(implementation):
+    """With axes of length 1 between, and in the dtype of x."""
+    args, squared = sample((2, 32, 5, 6), 1, torch.bfloat16)
+    args[8:12] = (taps.bfloat16() for taps in args[8:12])
+    with use(implementation) if implementation else contextlib.nullcontext():
+        y = run(operator, [*args[:8], *(taps.float() for taps in args[8:12]), *args[12:]], squared)
+        args[8], args[10] = args[8][:, None, None], args[10][:, None, :, None]
+        assert torch.equal(run(operator, args, squared), y)
 
 
 def gradients(function, maps, args, learns):
@@ -150,6 +163,7 @@ def test_contract_of_the_gradients():
         (5, torch.zeros(31), "pointwise_pair: residual_scale must be contiguous with 32 elements"),
         (6, torch.zeros(32, 31), "pointwise_pair: weight_out must be contiguous with one column per channel"),
         (8, torch.zeros(32, 6), "axial_conv: row_weight must have shape"),
+        (9, torch.zeros(64)[::2], "mixer_branch: weights and biases of the axial convolution must be contiguous"),
         (13, torch.zeros(32, dtype=torch.float64), "pointwise_pair: bias_in must be contiguous with 32 elements of the dtype of x"),
         (15, torch.zeros(3, 32), "radial_filter: base must have shape"),
     ],

@@ -5,6 +5,7 @@
 // They take a few images at a time, so that what they write between the first product and the last stays in the cache.
 
 #include <algorithm>
+#include <bit>
 #include <memory>
 
 #include "cpu/dispatch.h"
@@ -32,11 +33,27 @@ Tensor images_of(const Tensor& x, int64_t first, int64_t images) {
               x.scalar_type());
 }
 
+// A weight of the axial convolution as (C, k), without the axes of length 1 that a convolution's has, or a bias; bfloat16 in float32.
+Tensor taps_of(const Tensor& value) {
+  STD_TORCH_CHECK(value.dim() > 0 && value.is_contiguous(), "mixer_branch: weights and biases of the axial convolution must be contiguous");
+  const int64_t channels = value.size(0), taps = channels ? value.numel() / channels : 0;
+  const auto shaped = [&]<size_t N>(const std::array<int64_t, N>& sizes, const std::array<int64_t, N>& strides) {
+    if (value.scalar_type() != ScalarType::BFloat16) return over(value.data_ptr(), sizes, strides, value.scalar_type());
+    Tensor wide = empty(sizes, strides, ScalarType::Float);
+    const Bf16* from = static_cast<const Bf16*>(value.data_ptr());
+    float* to = static_cast<float*>(wide.data_ptr());
+    for (int64_t i = 0; i < channels * taps; ++i) to[i] = std::bit_cast<float>(uint32_t{from[i].bits} << 16);
+    return wide;
+  };
+  return value.dim() == 1 ? shaped(std::array{channels}, std::array{int64_t{1}})
+                          : shaped(std::array{channels, taps}, std::array{taps, int64_t{1}});
+}
+
 void mixer_branch(const Tensor& y, const std::optional<Tensor>& t, const std::optional<Tensor>& context, const Tensor& x,
                   const std::optional<Tensor>& norm_weight, const std::optional<Tensor>& norm_bias, double eps,
                   const std::optional<Tensor>& residual, const std::optional<Tensor>& residual_scale, const Tensor& in_weight,
-                  const Tensor& in_bias, const Tensor& row_weight, const Tensor& row_bias, const Tensor& column_weight,
-                  const Tensor& column_bias, const Tensor& weight, const Tensor& bias, const Tensor& base, const Tensor& gain,
+                  const Tensor& in_bias, const Tensor& row_taps, const Tensor& row_addend, const Tensor& column_taps,
+                  const Tensor& column_addend, const Tensor& weight, const Tensor& bias, const Tensor& base, const Tensor& gain,
                   const Tensor& out_weight, const Tensor& out_bias, int64_t radius_squared) {
   STD_TORCH_CHECK(x.dim() == 4, "mixer_branch: x must have shape (B, C, H, W)");
   check_like("mixer_branch", "y", y, x);
@@ -44,6 +61,8 @@ void mixer_branch(const Tensor& y, const std::optional<Tensor>& t, const std::op
   if (context) check_like("mixer_branch", "context", *context, x);
   if (residual) check_like("mixer_branch", "residual", *residual, x);
   if (x.numel() == 0) return;
+  const Tensor row_weight = taps_of(row_taps), row_bias = taps_of(row_addend);
+  const Tensor column_weight = taps_of(column_taps), column_bias = taps_of(column_addend);
   const int64_t images = x.size(0), image_bytes = x.numel() / images * x.element_size();
   const int64_t parts = std::min(images, (images * image_bytes + part_bytes - 1) / part_bytes), step = (images + parts - 1) / parts;
   const Tensor t_map = empty_channels_last(x, t && radius_squared < 0 ? 0 : step), z_map = empty_channels_last(x, step);

@@ -22,6 +22,7 @@ _library = torch.library.Library("spanet_kernels", "IMPL")
 _is_compiling, _is_inference, _is_recording = torch.compiler.is_compiling, torch.is_inference_mode_enabled, torch.is_grad_enabled
 _is_transformed, _any_requires_grad = torch._C._are_functorch_transforms_active, torch._C._any_requires_grad
 _tracing_state = torch._C._get_tracing_state
+_casts = torch.is_autocast_enabled
 below_autograd = torch._C._AutoDispatchBelowAutograd
 
 
@@ -41,6 +42,12 @@ def infers(*args: Any) -> bool:
         differentiated = torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)
         return not differentiated and not torch.compiler.is_exporting()
     return is_eager() and not (_is_recording() and _any_requires_grad(*args))
+
+
+def infers_plainly(x: Any) -> bool:
+    """Whether a call on x is eager inference on a CPU with nothing around it: gradients are off, and so is autocast."""
+    eager = is_eager() and not _is_recording() and _tracing_state() is None and not _casts("cpu")
+    return eager and type(x) is Tensor and x.is_cpu
 
 
 def call_below_autograd(operator: Any, *args: Any) -> Any:

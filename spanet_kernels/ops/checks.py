@@ -95,6 +95,27 @@ def check_branch(
     return Branch(weight, bias, eps, residual, residual_scale, DropPath(kept, factor))
 
 
+# what an operator, or a look at its arguments, raises where these do not fit
+UNFIT = AttributeError, IndexError, RuntimeError, TypeError, ValueError
+
+
+def unchecked_branch(
+    norm: tuple[Tensor, Tensor, float] | None,
+    residual: Tensor | None,
+    residual_scale: Tensor | None,
+    drop_path: tuple[Tensor, float] | None,
+) -> Branch | None:
+    """`check_branch` of arguments that nobody has looked at, for an operator that will; None where it would take them for others, or does
+    not have them."""
+    if drop_path is not None or (residual is None and residual_scale is not None):
+        return None
+    if norm is None:
+        return Branch(residual=residual, scale=residual_scale)
+    weight, bias, eps = norm
+    there = weight is not None and bias is not None and type(eps) is float and math.isfinite(eps)
+    return Branch(weight, bias, eps, residual, residual_scale) if there else None
+
+
 def _parts_of(op: str, name: str, value: Any, parts: tuple[str, ...]) -> Any:
     if not isinstance(value, (tuple, list)) or len(value) != len(parts):
         came = f"{len(value)} values" if isinstance(value, (tuple, list)) else type(value).__name__

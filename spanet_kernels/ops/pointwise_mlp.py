@@ -3,6 +3,7 @@ and stay."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,9 +32,9 @@ from ..products import (
     summed,
     write,
 )
-from .autograd import infers, is_eager, is_traced
+from .autograd import below_autograd, infers, infers_plainly, is_eager, is_traced
 from .branch import Body, record
-from .checks import autocast_dtype, check_branch, check_input, check_parameter
+from .checks import UNFIT, autocast_dtype, check_branch, check_input, check_parameter, unchecked_branch
 from .image_norm import normalised
 
 _gelu = torch.ops.spanet_kernels.gelu.default
@@ -78,6 +79,13 @@ def pointwise_mlp(
         TypeError: an argument is no floating-point tensor.
         ValueError: a wrong rank, shape or device, an empty plane, no channels.
     """
+    if infers_plainly(x):
+        with contextlib.suppress(*UNFIT), below_autograd():
+            around = unchecked_branch(norm, residual, residual_scale, drop_path)
+            if around is not None and weight_in.shape[2:] == weight_out.shape[2:] == (1, 1) and around.has(x.dtype):
+                matrices = weight_in.flatten(1), weight_out.flatten(1)
+                if pair_serves(x, *matrices):
+                    return _fused(x, matrices[0], bias_in, matrices[1], bias_out, around, inplace)
     check_input("pointwise_mlp", x)
     hidden, out = (weight.shape[0] if isinstance(weight, Tensor) and weight.dim() else 0 for weight in (weight_in, weight_out))
     check_parameter("pointwise_mlp", "weight_in", weight_in, (hidden, x.shape[1], 1, 1), x)
@@ -112,13 +120,7 @@ def _inferred(
         return branch.added(_inferred(normalised(branch, x), weight_in, bias_in, weight_out, bias_out, Branch()))
     matrix_in, matrix_out = weight_in[:, :, 0, 0], weight_out[:, :, 0, 0]
     if pair_serves(x, matrix_in, matrix_out):
-        layout, residual = modes.memory_format(x), branch.residual
-        if inplace and x.is_cpu and residual is not None and residual.is_contiguous(memory_format=layout) and _is_apart(residual, x):
-            pair(residual, x, matrix_in, bias_in, matrix_out, bias_out, branch=branch)
-            if not residual.is_inference():
-                torch.autograd.graph.increment_version(residual)
-            return residual
-        return pair(_memory(x, matrix_out, layout), x, matrix_in, bias_in, matrix_out, bias_out, branch=branch)
+        return _fused(x, matrix_in, bias_in, matrix_out, bias_out, branch, inplace)
     x = normalised(branch, x)
     if is_eager() and onednn_serves(x) and x.is_contiguous(memory_format=torch.channels_last):
         y = linear(linear(x.movedim(1, -1), matrix_in, bias_in, gelu=True), matrix_out, bias_out).movedim(-1, 1)
@@ -127,6 +129,19 @@ def _inferred(
     else:
         y = _composition(x, weight_in, bias_in, weight_out, bias_out)
     return branch.added(y)
+
+
+def _fused(
+    x: Tensor, matrix_in: Tensor, bias_in: Tensor | None, matrix_out: Tensor, bias_out: Tensor | None, branch: Branch, inplace: bool
+) -> Tensor:
+    """The branch by a pair of products."""
+    layout, residual = modes.memory_format(x), branch.residual
+    if inplace and x.is_cpu and residual is not None and residual.is_contiguous(memory_format=layout) and _is_apart(residual, x):
+        pair(residual, x, matrix_in, bias_in, matrix_out, bias_out, branch=branch)
+        if not residual.is_inference():
+            torch.autograd.graph.increment_version(residual)
+        return residual
+    return pair(_memory(x, matrix_out, layout), x, matrix_in, bias_in, matrix_out, bias_out, branch=branch)
 
 
 def _is_apart(residual: Tensor, x: Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,10 +12,21 @@ from torch.nn import functional
 
 from .. import composed, modes
 from ..products import Branch, cast, pair_fits, pair_serves
-from .autograd import by_composition, infers, is_eager, is_traced
+from .autograd import below_autograd, by_composition, infers, infers_plainly, is_eager, is_traced
 from .axial_conv import axial_conv, coefficients_fake
 from .branch import Body, record
-from .checks import PROFILE_DTYPE, autocast_dtype, check_branch, check_input, check_parameter, check_radius, count_shells, odd_size
+from .checks import (
+    PROFILE_DTYPE,
+    UNFIT,
+    autocast_dtype,
+    check_branch,
+    check_input,
+    check_parameter,
+    check_radius,
+    count_shells,
+    odd_size,
+    unchecked_branch,
+)
 from .image_norm import normalised
 from .radial_filter import apply_profile
 
@@ -67,6 +79,11 @@ def spectral_mixer(
 
     Source: arXiv 2308.11568, section 3.3.
     """
+    if infers_plainly(x):
+        given = in_weight, in_bias, row_weight, row_bias, column_weight, column_bias, weight, bias, base, gain, out_weight, out_bias
+        y = _unchecked(x, given, radius, norm, residual, residual_scale, drop_path)
+        if y is not None:
+            return y
     check_input("spectral_mixer", x)
     branch = check_branch("spectral_mixer", x, tuple(x.shape), norm, residual, residual_scale, drop_path)
     dtype = autocast_dtype(x) or x.dtype
@@ -109,6 +126,18 @@ def spectral_mixer(
         return branch.added(_parts(x, *args, squared))
     keep = torch.is_grad_enabled() and any(arg.requires_grad for arg in (x, *args))
     return branch.added(_call(x, *args, squared, keep)[0])
+
+
+def _unchecked(x: Tensor, args: Any, radius: float | None, *around: Any) -> Tensor | None:
+    """The mixer of eager inference on a CPU; None where that is not the way, or arguments do not fit."""
+    with contextlib.suppress(*UNFIT), below_autograd():
+        squared, branch = -1 if radius is None else modes.squared_radius(check_radius("spectral_mixer", radius)), unchecked_branch(*around)
+        if branch is not None and squared <= _FEW:
+            return composed.mixer_unchecked(x, *(*args, squared, branch))
+    return None
+
+
+_FEW = 64  # squared radius up to which the operator finds out about the number of shells in no time
 
 
 def _fuses(x: Tensor, branch: Branch, weight: Tensor, out_weight: Tensor) -> bool:
