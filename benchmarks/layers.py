@@ -1,7 +1,7 @@
 """The SPAM layer at the stages of SPANet: forward, and forward with backward, against the published layer and against its own limit.
 
     ours         SPAM
-    no filter    SPAM(lams=()): the same layer with the filters removed
+    no filter    the same layer, its gates too, with the filters removed
     published    the layer of the published code on the same weights, eager; 16-bit input goes through fp32 for the transforms
     compiled     the same under torch.compile
     gemms        the matrix products of the layer alone
@@ -11,6 +11,7 @@ Results are compared with those of the published layer in fp64 before anything i
 
 from __future__ import annotations
 
+import copy
 import itertools
 import time
 import warnings
@@ -92,7 +93,8 @@ class Problem:
         for layer in self.layers.values():
             layer.load_state_dict(state)
             layer.to(device, dtype)
-        self.layers["no filter"] = SPAM(dim, lams=()).to(device, dtype)
+        self.layers["no filter"] = copy.deepcopy(self.layers["ours"])
+        self.layers["no filter"].lams = ()
         torch._dynamo.reset()  # one graph per row, without the limit on recompilations
         torch._functorch.config.donated_buffer = False  # a backward graph is to run many times
         self.layers["compiled"] = torch.compile(self.layers["published"], dynamic=False)

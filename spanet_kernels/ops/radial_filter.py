@@ -192,7 +192,7 @@ def _spectral_mask(values: Tensor, shells: Tensor) -> Tensor:
     return values.index_select(1, shells.flatten()).unflatten(1, shells.shape)
 
 
-_IN_CACHE = 3 * 2**19  # bytes of planes that are transformed at a time: with their spectra and copies in use they stay in the cache
+_IN_CACHE = 9 * 2**18  # bytes of planes that are transformed at a time: with their spectra and copies in use they stay in the cache
 
 
 def _in_cache(x: Tensor, base: Tensor, gain: Tensor, radius_squared: int) -> Tensor:
@@ -204,7 +204,8 @@ def _in_cache(x: Tensor, base: Tensor, gain: Tensor, radius_squared: int) -> Ten
     batch, channels, height, width = x.shape
     planes = max(1, _IN_CACHE // (height * width * base.element_size()))
     images, some = _even(batch, planes // channels), _even(channels, planes)
-    y = torch.empty_like(x, memory_format=modes.memory_format(x))
+    whole = images == batch and some == channels
+    y = x if whole else torch.empty_like(x, memory_format=modes.memory_format(x))
     mask = None
     for first in range(0, channels, some):
         if mask is None or len(values) > 1:
@@ -214,7 +215,10 @@ def _in_cache(x: Tensor, base: Tensor, gain: Tensor, radius_squared: int) -> Ten
             spectrum = torch.fft.rfft2(x[part].to(base.dtype))
             torch.view_as_real(spectrum).mul_(mask)
             along_columns = torch.fft.ifft(spectrum.mT.contiguous(), norm="forward")
-            y[part].copy_(torch.fft.irfft(along_columns.mT.contiguous(), n=width, norm="forward"))
+            found = torch.fft.irfft(along_columns.mT.contiguous(), n=width, norm="forward")
+            if whole:
+                return modes.like(found.to(x.dtype), x)
+            y[part].copy_(found)
     return y
 
 
