@@ -72,7 +72,12 @@ def _pointwise_like(x: Tensor, weight: Tensor, bias: Tensor, like: Tensor) -> Te
 
 def _applied(weight: Tensor, base: Tensor, radius_squared: int) -> Tensor:
     """The weight that applies to F(z); of an empty disc F is diag(base), which it takes in."""
-    return weight if radius_squared >= 0 else (weight * base).to(weight.dtype)
+    return weight if radius_squared >= 0 or _is_one(base) else (weight * base).to(weight.dtype)
+
+
+def _is_one(base: Tensor) -> bool:
+    """Whether a CPU need not multiply with it: the layer without filters has ones."""
+    return base.is_cpu and not torch.compiler.is_compiling() and bool((base == 1).all())
 
 
 def _filtered(z: Tensor, weight: Tensor, base: Tensor, gain: Tensor, radius_squared: int) -> tuple[Tensor, Tensor]:
@@ -84,7 +89,7 @@ def _filtered(z: Tensor, weight: Tensor, base: Tensor, gain: Tensor, radius_squa
 def _of_applied(grad: Tensor, weight: Tensor, base: Tensor, gain: Tensor, profile_learns: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients to weight, base and gain of an empty disc, of that to W diag(base); base's and gain's are empty if they do not learn."""
     if not profile_learns:
-        return grad * base, base.new_empty(0), gain.new_empty(0)
+        return grad if _is_one(base) else grad * base, base.new_empty(0), gain.new_empty(0)
     return grad * base, (weight * grad).sum(0, dtype=base.dtype), torch.zeros_like(gain)
 
 
