@@ -240,9 +240,11 @@ def mixer_unchecked(
 
     Between the products of a network, which leave nothing of Python in the cache, to look at twenty arguments takes 2 to 3 % of it.
     """
-    taps = row_weight.shape[-1]
-    along_axes = row_weight.shape == (x.shape[1], 1, 1, taps) and column_weight.shape == (x.shape[1], 1, taps, 1)
-    if not (along_axes and base.dtype == torch.float32 and branch.has(x.dtype) and pair_serves(x, weight, out_weight)):
+    channels, taps = x.shape[1], row_weight.shape[-1]
+    fits = row_weight.shape == (channels, 1, 1, taps) and column_weight.shape == (channels, 1, taps, 1) and base.dtype == torch.float32
+    if radius_squared < 0:  # the operator does not see these
+        fits = fits and base.shape == (channels,) and gain.shape == (0, channels)
+    if not (fits and branch.has(x.dtype) and pair_serves(x, weight, out_weight)):
         return None
     y = torch.empty_like(x, memory_format=modes.memory_format(x))
     residual = None if branch.residual is None else modes.like(branch.residual, y)

@@ -108,6 +108,7 @@ WRONG = [(name, *case) for name in FUNCTIONS for case in BOTH] + [
     ("spectral_mixer", "radius", lambda: True),
     ("spectral_mixer", "radius", lambda: float("nan")),
     ("spectral_mixer", "radius", lambda: 1e9),
+    ("spectral_mixer", "radius", lambda: None),  # with the gain of a disc
     ("pointwise_mlp", "weight_in", lambda: values(2 * C, C)),
     ("pointwise_mlp", "weight_in", lambda: values(2 * C, 32, 3, 3)),
     ("pointwise_mlp", "weight_out", lambda: values(C, C, 1, 1)),
@@ -126,6 +127,16 @@ def test_the_same_errors(name, argument, wrong):
         errors.append((caught.type, str(caught.value)))
     assert errors[0] == errors[1]
     assert errors[0][1].startswith(f"{name}: ")
+
+
+def test_without_a_filter():
+    given = mixer_arguments() | {"radius": None}
+    given["gain"] = given["gain"][:0]
+    expected = spectral_mixer(**given)
+    with torch.no_grad():
+        assert torch.equal(spectral_mixer(**given), expected)
+        with pytest.raises(ValueError, match="base must have shape"):
+            spectral_mixer(**given | {"base": given["base"][:1]})
 
 
 OTHERS = [
