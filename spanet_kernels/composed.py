@@ -9,7 +9,7 @@ product and its last stays in the cache, in memory that is used again and not ma
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -218,28 +218,14 @@ def spectral_mixer(
     return y, nothing if t is None else t, nothing if context is None else context, base.new_empty(0)
 
 
-def mixer_unchecked(
-    x: Tensor,
-    in_weight: Tensor,
-    in_bias: Tensor,
-    row_weight: Tensor,
-    row_bias: Tensor,
-    column_weight: Tensor,
-    column_bias: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    base: Tensor,
-    gain: Tensor,
-    out_weight: Tensor,
-    out_bias: Tensor,
-    radius_squared: int,
-    branch: Branch,
-) -> Tensor | None:
-    """The mixer of eager inference on a CPU, of arguments that nobody has looked at, by the operator that refuses what does not fit it.
-    None where it is not the way.
+def mixer_unchecked(x: Tensor, args: Sequence[Any], radius_squared: int, branch: Branch) -> Tensor | None:
+    """The mixer of eager inference on a CPU, of the tensors of `spectral_mixer` that nobody has looked at, by the operator that refuses
+    what does not fit it. None where it is not the way.
 
     Between the products of a network, which leave nothing of Python in the cache, to look at twenty arguments takes 2 to 3 % of it.
     """
+    *before, weight, bias, base, gain, out_weight, out_bias = args
+    row_weight, column_weight = before[2], before[4]
     channels, taps = x.shape[1], row_weight.shape[-1]
     fits = row_weight.shape == (channels, 1, 1, taps) and column_weight.shape == (channels, 1, taps, 1) and base.dtype == torch.float32
     if radius_squared < 0:  # the operator does not see these
@@ -247,11 +233,9 @@ def mixer_unchecked(
     if not (fits and branch.has(x.dtype) and pair_serves(x, weight, out_weight)):
         return None
     y = torch.empty_like(x, memory_format=modes.memory_format(x))
-    residual = None if branch.residual is None else modes.like(branch.residual, y)
-    around = branch.norm_weight, branch.norm_bias, branch.eps, residual, branch.scale
-    before = in_weight, in_bias, row_weight, row_bias, column_weight, column_bias
+    branch = branch if branch.residual is None else branch._replace(residual=modes.like(branch.residual, y))
     after = _applied(weight, base, radius_squared), bias, base, gain, out_weight, out_bias
-    _ops.mixer_branch.default(y, None, None, modes.like(x, x), *around, *before, *after, radius_squared)
+    _ops.mixer_branch(y, None, None, modes.like(x, x), *branch[:5], *before, *after, radius_squared)
     return y
 
 

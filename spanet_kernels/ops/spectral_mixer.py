@@ -133,7 +133,7 @@ def _unchecked(x: Tensor, args: Any, radius: float | None, *around: Any) -> Tens
     with contextlib.suppress(*UNFIT), below_autograd():
         squared, branch = -1 if radius is None else modes.squared_radius(check_radius("spectral_mixer", radius)), unchecked_branch(*around)
         if branch is not None and squared <= _FEW:
-            return composed.mixer_unchecked(x, *(*args, squared, branch))
+            return composed.mixer_unchecked(x, args, squared, branch)
     return None
 
 
