@@ -30,7 +30,15 @@ if X86:
     SIMD["avx512"] = f"-DSIMD_BYTES=64 {avx512} -Wno-uninitialized -Wno-maybe-uninitialized"
 # What GCC's -O3 inlines beyond -O2 costs the gradients of axial_conv 18 % and every file time to compile; the filter's wide radii need it.
 O2 = "-O2 -fvect-cost-model=dynamic -fpeel-loops -funswitch-loops -fsplit-loops"
-CPU_KERNELS = {"radial_filter": "-O3", "axial_conv": O2, "pointwise_pair": O2, "outer_sum": O2, "gelu": O2, "branch_norm": O2}
+CPU_KERNELS = {
+    "radial_filter": "-O3",
+    "spectrum": O2,
+    "axial_conv": O2,
+    "pointwise_pair": O2,
+    "outer_sum": O2,
+    "gelu": O2,
+    "branch_norm": O2,
+}
 CUDA_KERNELS = ("radial_filter", "mode_coefficients", "axial_conv")
 ARCHITECTURES = "8.0;9.0+PTX"  # 8.6 and 8.9 run the code for 8.0, the driver compiles the PTX for 10.x, 12.x and later ones
 

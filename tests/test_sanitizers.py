@@ -32,6 +32,11 @@ for ((shape, setting), dtype, layout) in itertools.product(CASES["axial_conv"].t
     outputs = torch.ops.spanet_kernels.axial_conv(x, row, row_bias, column, column_bias, squared)
     grads = torch.ops.spanet_kernels.axial_conv_backward(make_input(shape, dtype, layout, seed=1), x, row, row_bias, column)
     assert all(t.isfinite().all() for t in (*outputs, *grads))
+for (shape, dtype, layout) in itertools.product(((2, 3, 33, 130), (1, 17, 131, 70), (1, 2, 3, 400)), DTYPES, LAYOUTS):  # by FFT
+    x, wide = make_input(shape, dtype, layout), modes.profile_dtype(dtype)
+    base, gain = torch.ones(shape[1], dtype=wide), torch.ones(len(modes.shells(4900)), shape[1], dtype=wide)
+    y = torch.ops.spanet_kernels.radial_filter(x, base, gain, 4900)
+    assert all(t.isfinite().all() for t in (y, *torch.ops.spanet_kernels.radial_filter_backward(y, x, 4900)))
 big = torch.randn(5, 48, 180, 180)  # large enough to be streamed past the caches
 for x in (big, big.contiguous(memory_format=torch.channels_last)):
     for dtype in (torch.float32, torch.bfloat16):
@@ -112,7 +117,7 @@ def sanitized(tmp_path_factory):
         simd["avx2"] = ["-DSIMD_BYTES=32", "-mavx2", "-mfma", "-mf16c"]
         simd["avx512"] = ["-DSIMD_BYTES=64", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"]
     jobs = [("library", "library.cpp", []), ("mixer_branch", "cpu/mixer_branch.cpp", [])]
-    for op in ("radial_filter", "axial_conv", "pointwise_pair", "outer_sum", "gelu", "branch_norm"):
+    for op in ("radial_filter", "spectrum", "axial_conv", "pointwise_pair", "outer_sum", "gelu", "branch_norm"):
         jobs.append((op, f"cpu/{op}.cpp", []))
         jobs += [(f"{op}_{name}", f"cpu/{op}_kernel.cpp", [f"-DSIMD_NAME={name}", *options]) for name, options in simd.items()]
 

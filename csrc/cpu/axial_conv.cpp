@@ -9,6 +9,7 @@
 #include "cpu/dispatch.h"
 #include "cpu/mode_table.h"
 #include "cpu/operators.h"
+#include "cpu/remembered.h"
 
 namespace spanet {
 namespace {
@@ -51,7 +52,7 @@ void convolve(const Tensor& x, const Tensor& row_weight, const Tensor& row_bias,
     std::shared_ptr<const ModeTable<T>> table;
     int64_t modes = 0;
     if (radius_squared >= 0) {
-      table = mode_table<T>(h, w, radius_squared, Extent::square, kernel.lanes);
+      table = remembered<ModeTable<T>>(h, w, radius_squared, Extent::square, kernel.lanes);
       op.modes = table->modes;
       modes = op.modes.inside;
     }

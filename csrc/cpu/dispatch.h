@@ -93,6 +93,15 @@ inline void check_like(const char* op, const char* name, const Tensor& given, co
   STD_TORCH_CHECK(same, op, ": ", name, " must have the shape and dtype of x");
 }
 
+// base and gain as radial_filter takes them for x.
+inline void check_profile(const Tensor& x, const Tensor& base, const Tensor& gain, int64_t shells) {
+  const int64_t channels = x.size(1);
+  const bool shapes = base.dim() == 1 && base.size(0) == channels && gain.dim() == 2 && gain.size(0) == shells && gain.size(1) == channels;
+  const ScalarType wide = accumulator_dtype(x);
+  STD_TORCH_CHECK(shapes && base.scalar_type() == wide && gain.scalar_type() == wide,
+                  "radial_filter: base must have shape (C,) and gain (S, C), in the dtype of the accumulators");
+}
+
 // So many images of the shape and dtype of those of x, channels_last.
 inline Tensor empty_channels_last(const Tensor& x, int64_t images) {
   const int64_t c = x.size(1), h = x.size(2), w = x.size(3);

@@ -1,11 +1,7 @@
 // The tables behind `Modes`: the functions of each axis and the list of modes, made once for a size, a radius and a vector.
 #pragma once
 
-#include <map>
-#include <memory>
-#include <mutex>
 #include <numbers>
-#include <tuple>
 #include <vector>
 
 #include "cpu/radial_filter_kernel.h"
@@ -95,18 +91,5 @@ template <class T> struct ModeTable {
     modes = {rows.axis, columns.axis, mode.data(), scales.data(), static_cast<int64_t>(mode.size()), shell_count(radius_squared)};
   }
 };
-
-template <class T>
-std::shared_ptr<const ModeTable<T>> mode_table(int64_t h, int64_t w, int64_t radius_squared, Extent extent, int64_t lanes) {
-  using Key = std::tuple<int64_t, int64_t, int64_t, Extent, int64_t>;
-  static std::mutex mutex;
-  static std::map<Key, std::shared_ptr<const ModeTable<T>>> tables;
-  const Key key{h, w, radius_squared, extent, lanes};
-  const std::lock_guard<std::mutex> lock(mutex);
-  const auto found = tables.find(key);
-  if (found != tables.end()) return found->second;
-  if (tables.size() >= 256) tables.clear();
-  return tables[key] = std::make_shared<const ModeTable<T>>(h, w, radius_squared, extent, lanes);
-}
 
 }  // namespace spanet

@@ -1,5 +1,5 @@
 // radial_filter, radial_filter_backward and mode_coefficients on the CPU: the way the work is cut, and the registration.
-// The arithmetic is in radial_filter_kernel.cpp, compiled once per instruction set.
+// The arithmetic is in radial_filter_kernel.cpp, compiled once per instruction set; of wide discs in spectrum.cpp.
 
 #include <algorithm>
 #include <tuple>
@@ -8,6 +8,8 @@
 #include "cpu/dispatch.h"
 #include "cpu/mode_table.h"
 #include "cpu/operators.h"
+#include "cpu/remembered.h"
+#include "cpu/spectrum.h"
 #include "modes.h"
 
 namespace spanet {
@@ -107,13 +109,14 @@ template <class F> void for_planes(const char* op, const Tensor& x, int64_t radi
   const Cut cut = cut_of(x, radius_squared);
   const int64_t lanes = adjacent(x, cut, radius_squared);
   for_dtype(op, compiled, x.scalar_type(), lanes, [&]<class T, class IO>(const RadialFilterKernels<T, IO>& kernel) {
-    const auto table = mode_table<T>(x.size(2), x.size(3), radius_squared, extent, kernel.lanes);
+    const auto table = remembered<ModeTable<T>>(x.size(2), x.size(3), radius_squared, extent, kernel.lanes);
     f(kernel, table->modes, Plan<T>(x, table->modes, cut, kernel.lanes));
   });
 }
 
 Tensor radial_filter(const Tensor& x, const Tensor& base, const Tensor& gain, int64_t radius_squared) {
   STD_TORCH_CHECK(x.dim() == 4 && x.size(2) > 0 && x.size(3) > 0, "radial_filter: x must have shape (B, C, H, W), H and W at least 1");
+  if (x.numel() > 0 && fft_pays(x, radius_squared, false)) return filter_by_fft(x, base, gain, radius_squared);
   Tensor y = empty_in_layout_of(x);
   radial_filter_into(y, x, base, gain, radius_squared);
   return y;
@@ -142,12 +145,16 @@ std::tuple<Tensor, Tensor> radial_filter_backward(const Tensor& grad, const Tens
   Tensor base_grad = zeros(x, {channels}), gain_grad = zeros(x, {shells, channels});
   if (x.numel() == 0) return {std::move(base_grad), std::move(gain_grad)};
   check_like("radial_filter_backward", "grad", grad, x);
+  if (fft_pays(x, radius_squared, true)) {
+    profile_gradients_by_fft(grad, x, radius_squared, base_grad, gain_grad);
+    return {std::move(base_grad), std::move(gain_grad)};
+  }
   const bool channels_last = grad.stride(1) == 1 && x.stride(1) == 1 && channels > 1;
   const bool gathered = are_gathered(grad, radius_squared) && are_gathered(x, radius_squared);
   const Cut cut = channels_last ? Cut::lanes : gathered ? Cut::gathered : Cut::columns;
   const int64_t lanes = adjacent(x, cut, radius_squared);
   for_dtype("radial_filter_backward", compiled, x.scalar_type(), lanes, [&]<class T, class IO>(const RadialFilterKernels<T, IO>& kernel) {
-    const auto table = mode_table<T>(h, w, radius_squared, Extent::disc, kernel.lanes);
+    const auto table = remembered<ModeTable<T>>(h, w, radius_squared, Extent::disc, kernel.lanes);
     const Modes<T>& modes = table->modes;
     int64_t chunk = 1, blocks = 1, units = channels, elements = images * h * w;
     if (cut != Cut::columns) {
@@ -188,17 +195,10 @@ template <class IO> const IO* data_of(const Tensor* t) { return t ? static_cast<
 
 void radial_filter_into(const Tensor& y, const Tensor& x, const Tensor& base, const Tensor& gain, int64_t radius_squared, const Tensor* a,
                         const Tensor* b) {
-  const int64_t channels = x.size(1);
-  const auto check_profile = [&](int64_t shells) {
-    const bool shapes = base.dim() == 1 && base.size(0) == channels && gain.dim() == 2 && gain.size(0) == shells && gain.size(1) == channels;
-    const ScalarType wide = accumulator_dtype(x);
-    STD_TORCH_CHECK(shapes && base.scalar_type() == wide && gain.scalar_type() == wide,
-                    "radial_filter: base must have shape (C,) and gain (S, C), in the dtype of the accumulators");
-  };
-  if (x.numel() == 0) return check_profile(shell_count(radius_squared));
+  if (x.numel() == 0) return check_profile(x, base, gain, shell_count(radius_squared));
   for_planes("radial_filter", x, radius_squared, Extent::disc,
              [&]<class T, class IO>(const RadialFilterKernels<T, IO>& kernel, const Modes<T>& modes, const Plan<T>& plan) {
-    check_profile(modes.shells);
+    check_profile(x, base, gain, modes.shells);
     const Profile<T> profile = profile_of<T>(base, gain);
     plan.over(x, modes, true, [&](const Work<T>& work, int64_t image, int64_t begin, int64_t end) {
       const int64_t at = image * x.stride(0);
@@ -209,7 +209,7 @@ void radial_filter_into(const Tensor& y, const Tensor& x, const Tensor& base, co
 }
 
 int64_t mode_count(const Tensor& x, int64_t radius_squared) {
-  return mode_table<float>(x.size(2), x.size(3), radius_squared, Extent::disc, 1)->modes.inside;
+  return remembered<ModeTable<float>>(x.size(2), x.size(3), radius_squared, Extent::disc, int64_t{1})->modes.inside;
 }
 
 Tensor mode_rows(const Tensor& x, const Tensor* factor, const Tensor* base, const Tensor* gain, int64_t radius_squared) {

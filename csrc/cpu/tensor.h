@@ -28,10 +28,21 @@ class Tensor {
   }
   Tensor(Tensor&& other) noexcept
       : handle_(other.release()), dim_(other.dim_), sizes_(other.sizes_), strides_(other.strides_) {}
+  Tensor& operator=(Tensor&& other) noexcept {
+    std::swap(handle_, other.handle_);
+    dim_ = other.dim_, sizes_ = other.sizes_, strides_ = other.strides_;
+    return *this;
+  }
   ~Tensor() {
     if (handle_) aoti_torch_delete_tensor_object(handle_);
   }
 
+  // The same tensor once more.
+  Tensor shared() const {
+    AtenTensorHandle handle;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(handle_, &handle));
+    return Tensor(handle);
+  }
   AtenTensorHandle release() { return std::exchange(handle_, nullptr); }
   int64_t dim() const { return dim_; }
   int64_t size(int64_t k) const { return sizes_[within(k)]; }

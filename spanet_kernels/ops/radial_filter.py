@@ -7,7 +7,6 @@ of the profile, whose own derivatives are `radial_filter` again.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +17,6 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import modes
-from .._native import cpu_is_intel
 from ..decompositions import call_in_graph
 from .autograd import call_below_autograd, is_eager, is_traced, register
 from .checks import PROFILE_DTYPE, check_boundary, check_input, check_radius, count_shells
@@ -32,7 +30,8 @@ def radial_filter(x: Tensor, base: Tensor, gain: Tensor, radius: float) -> Tenso
     """Scale every spatial frequency of x by a gain that depends on its distance from the constant mode.
 
     y = Re F^-1(M . F(x)),  M_c(u, v) = base_c + gain_{s,c} where u^2 + v^2 is the s-th of `modes.shells`
-    up to radius^2, and base_c outside the disc. Computed as base x plus a few Fourier modes; no FFT.
+    up to radius^2, and base_c outside the disc. Computed as base x plus a few Fourier modes, without an FFT; by real
+    FFTs where the disc is so wide that they cost less.
 
     Args:
         x: (B, C, H, W), float64, float32, float16 or bfloat16, any strides, B and C may be 0.
@@ -53,7 +52,7 @@ def radial_filter(x: Tensor, base: Tensor, gain: Tensor, radius: float) -> Tenso
     if (
         not _is_compiling()
         and type(radius) in _NUMBERS
-        and radius in _FEW
+        and radius in _SQUARED
         and type(x) in _TENSORS
         and type(base) in _TENSORS
         and type(gain) in _TENSORS
@@ -62,7 +61,7 @@ def radial_filter(x: Tensor, base: Tensor, gain: Tensor, radius: float) -> Tenso
         and gain.is_cpu
     ):
         try:
-            return _filter_eager(x, base, gain, _FEW[radius])
+            return _filter_eager(x, base, gain, _SQUARED[radius])
         except RuntimeError:  # the operator on the CPU takes nothing that does not fit, and finds out in less time
             _checked(x, base, gain, radius)  # says what does not
             raise
@@ -128,46 +127,30 @@ def apply_profile(x: Tensor, base: Tensor, gain: Tensor, radius_squared: int) ->
 
 
 def _fft_pays(x: Tensor, radius_squared: int) -> bool:
-    """Whether so many modes cost more than real FFTs, by multiply-adds per pixel: those of an FFT do not grow with the radius."""
+    """Whether so many modes cost more than PyTorch's FFTs, whose cost does not grow with the radius; on a CPU the operator itself decides.
+
+    Measured on an H200 from 14 x 14 to 200 x 334: in one pass over memory the modes win, in more never.
+    """
+    if x.is_cpu:
+        return False
     functions = 2 * math.isqrt(radius_squared) + 1
     if functions <= (5 if x.device.type == "cuda" and is_eager() and x.shape[2] * x.shape[3] > _LARGE else 9):
         return False  # whatever the size: no guard on it under torch.compile
-    if is_traced() or x.shape[0] == 0 or x.shape[1] == 0:
-        return False  # no size may decide; an FFT of nothing is an error
-    if x.device.type != "cpu":
-        return True  # measured on an H200 from 14 x 14 to 200 x 334: in one pass over memory the modes win, in more never
-    channels, height, width = x.shape[1:]
-    if channels >= 32 and height <= 64 and width <= 64:
-        return False
-    rows, columns = modes.functions(height, radius_squared), modes.functions(width, radius_squared)
-    work = rows + 2 * rows * columns / height
-    if channels < 16 and modes.channels_last(x):
-        work *= 16 / max(channels, 1)  # channels that do not fill a vector
-    return work > (_MOST_WORK if _is_compiling() or (_is_smooth(height) and _is_smooth(width)) else _MOST_WORK_ROUGH)
+    return not is_traced() and x.shape[0] > 0 and x.shape[1] > 0  # traced no size may decide; an FFT of nothing is an error
 
 
 _LARGE = 2**15  # pixels of planes that a GPU keeps in parts: 9 functions take 1054 us at 8 x 64 x 200 x 334 on an H200, FFTs 971
 
-# multiply-adds per pixel where the curves of cost against radius cross, measured on a Xeon and on an EPYC, both with AVX-512: MKL's FFTs
-# are slower on other processors than Intel's. An FFT takes three times as long where a size has a prime factor beyond 13
-_MOST_WORK, _MOST_WORK_ROUGH = (120, 300) if cpu_is_intel() else (180, 600)
-
-
-@functools.lru_cache(maxsize=1024)
-def _is_smooth(n: int) -> bool:
-    """Whether n has no prime factor beyond 13."""
-    while (common := math.gcd(n, 2 * 3 * 5 * 7 * 11 * 13)) > 1:
-        n //= common
-    return n == 1
-
 
 def _by_fft(x: Tensor, base: Tensor, gain: Tensor, radius_squared: int) -> Tensor:
-    """The filter by real FFTs; eager on a CPU, and where the profile does not learn, of few planes at a time."""
+    """The filter by real FFTs. The mask is over H W, what the inverse transform would take a pass of its own for."""
+    height, width = x.shape[2:]
+    shells = modes.half_spectrum_shells(height, width, radius_squared, x.device)
+    if base.stride(0) == 0 and gain.stride(1) == 0:  # all channels alike
+        base, gain = base[:1], gain[:, :1]
+    values = (torch.cat([gain + base, base[None]]) / (height * width)).T.contiguous()
     learns = torch.is_grad_enabled() and (base.requires_grad or gain.requires_grad)
-    if x.is_cpu and is_eager() and not learns:
-        return _InCache.apply(x, base, gain, radius_squared) if x.requires_grad else _in_cache(x, base, gain, radius_squared)
-    shells, values = _spectral_values(x, base, gain, radius_squared)
-    spectrum = torch.fft.rfft2(x.to(base.dtype))
+    spectrum = torch.fft.rfft2(x.to(values.dtype))
     if learns or not (is_eager() or _is_compiling()):  # under torch.func the mask can have dimensions that the spectrum does not show
         spectrum = spectrum * _spectral_mask(values, shells[..., 0])
     else:
@@ -175,71 +158,9 @@ def _by_fft(x: Tensor, base: Tensor, gain: Tensor, radius_squared: int) -> Tenso
     return modes.like(torch.fft.irfft2(spectrum, s=x.shape[2:], norm="forward").to(x.dtype), x)
 
 
-def _spectral_values(x: Tensor, base: Tensor, gain: Tensor, radius_squared: int) -> tuple[Tensor, Tensor]:
-    """`modes.half_spectrum_shells` and what to multiply the bins of each shell with: (C, S + 1), or (1, S + 1) for all channels alike.
-
-    The values are over H W, what the inverse transform would take a pass of its own for.
-    """
-    height, width = x.shape[2:]
-    if base.stride(0) == 0 and gain.stride(1) == 0:
-        base, gain = base[:1], gain[:, :1]
-    values = torch.cat([gain + base, base[None]]) / (height * width)
-    return modes.half_spectrum_shells(height, width, radius_squared, x.device), values.T.contiguous()
-
-
 def _spectral_mask(values: Tensor, shells: Tensor) -> Tensor:
     """Of real and imaginary parts if the shells are: to multiply with a complex copy of the mask takes twice as long."""
     return values.index_select(1, shells.flatten()).unflatten(1, shells.shape)
-
-
-_IN_CACHE = 9 * 2**18  # bytes of planes that are transformed at a time: with their spectra and copies in use they stay in the cache
-
-
-def _in_cache(x: Tensor, base: Tensor, gain: Tensor, radius_squared: int) -> Tensor:
-    """The filter by real FFTs of a few planes at a time, in memory that is used again and not mapped anew.
-
-    Its complex transform is along adjacent elements: along long strided axes MKL's writes beyond its memory (torch 2.14.1).
-    """
-    shells, values = _spectral_values(x, base, gain, radius_squared)
-    batch, channels, height, width = x.shape
-    planes = max(1, _IN_CACHE // (height * width * base.element_size()))
-    images, some = _even(batch, planes // channels), _even(channels, planes)
-    whole = images == batch and some == channels
-    y = x if whole else torch.empty_like(x, memory_format=modes.memory_format(x))
-    mask = None
-    for first in range(0, channels, some):
-        if mask is None or len(values) > 1:
-            mask = _spectral_mask(values[first : first + some], shells)
-        for image in range(0, batch, images):
-            part = slice(image, image + images), slice(first, first + some)
-            spectrum = torch.fft.rfft2(x[part].to(base.dtype))
-            torch.view_as_real(spectrum).mul_(mask)
-            along_columns = torch.fft.ifft(spectrum.mT.contiguous(), norm="forward")
-            found = torch.fft.irfft(along_columns.mT.contiguous(), n=width, norm="forward")
-            if whole:
-                return modes.like(found.to(x.dtype), x)
-            y[part].copy_(found)
-    return y
-
-
-def _even(count: int, most: int) -> int:
-    """Size of parts of about the same size, of at most `most` but at least 1 out of count."""
-    return -(-count // -(-count // max(most, 1)))
-
-
-class _InCache(torch.autograd.Function):
-    """`_in_cache`, differentiable in x."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, base: Tensor, gain: Tensor, radius_squared: int) -> Tensor:
-        ctx.save_for_backward(base, gain)
-        ctx.radius_squared = radius_squared
-        return _in_cache(x, base, gain, radius_squared)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        base, gain = ctx.saved_tensors
-        return apply_profile(grad, base, gain, ctx.radius_squared), None, None, None
 
 
 class _RadialFilter(torch.autograd.Function):
@@ -374,8 +295,8 @@ def _checked(x: Tensor, base: Tensor, gain: Tensor, radius: float) -> int:
             )
         if tensor.device != x.device:
             raise ValueError(f"radial_filter: {name} must be on {x.device} like x, got {tensor.device}")
-    if squared < 25 and len(_FEW) < 1024 and not _is_compiling():
-        _FEW[radius] = squared
+    if len(_SQUARED) < 1024 and not _is_compiling():
+        _SQUARED[radius] = squared
     return squared
 
 
@@ -390,4 +311,4 @@ def _check_lam(x: Tensor, lam: Tensor) -> None:
 
 _NUMBERS = int, float
 _TENSORS = (Tensor, torch.nn.Parameter)
-_FEW: dict[float, int] = {}  # squared radius of every radius that has been checked and has too few modes for `_fft_pays`
+_SQUARED: dict[float, int] = {}  # of radii that have been checked
