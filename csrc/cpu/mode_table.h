@@ -69,6 +69,7 @@ template <class T> struct ModeTable {
   AxisTable<T> rows, columns;
   std::vector<Mode> mode;
   std::vector<T> scales;
+  Lines<T> flat;
   Modes<T> modes;
 
   ModeTable(int64_t h, int64_t w, int64_t radius_squared, Extent extent, int64_t lanes)
@@ -88,7 +89,14 @@ template <class T> struct ModeTable {
         else if (squared <= radius_squared) mode.push_back({a, b, shell_of[squared], a * width, b * width, scale});
       }
     for (const Mode& one : mode) scales.push_back(static_cast<T>(one.scale));
-    modes = {rows.axis, columns.axis, mode.data(), scales.data(), static_cast<int64_t>(mode.size()), shell_count(radius_squared)};
+    modes = {rows.axis, columns.axis, mode.data(), scales.data(), static_cast<int64_t>(mode.size()), shell_count(radius_squared), nullptr};
+    if (radius_squared != 1 || !modes.on_axes() || h * w > flat_pixels) return;
+    flat = Lines<T>((h * w + lanes - 1) / lanes * lanes * (modes.inside - 1));
+    for (int64_t k = 1; k < modes.inside; ++k)
+      for (int64_t i = 0; i < h * w; ++i)
+        flat.data()[(i / lanes * (modes.inside - 1) + k - 1) * lanes + i % lanes] = static_cast<T>(
+            function_value(rows.axis, mode[k].row, i / w) * function_value(columns.axis, mode[k].column, i % w));
+    modes.flat = flat.data();
   }
 };
 

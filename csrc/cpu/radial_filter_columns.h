@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cpu/disc.h"
+#include "cpu/flat.h"
 #include "cpu/runs.h"
 
 namespace spanet {
@@ -211,6 +212,8 @@ void filter_columns(const Modes<T>& m, Planes<const IO> x, Planes<IO> y, const P
   const bool staged = widened<T, IO> || (std::is_same_v<T, IO> && pays);
   if constexpr (has_discs<T, IO>) {
     using X = Read<T, IO>;
+    if constexpr (has_flat<T>)
+      if (is_flat(m, x) && !stream) return filter_flat<T, X>(m, as_read<T>(x), y, p, channels, begin, end);
     const auto write = [](const T* from, X* to, int64_t n, bool stream) { write_run(from, static_cast<IO*>(to), n, stream); };
     const auto disc = [&](auto r2, auto nv) {
       const Planes<X> as_y{y.data, y.b, y.c, y.h, y.w};
@@ -296,6 +299,9 @@ template <class T, class IO>
 void backward_columns(const Modes<T>& m, Planes<const IO> grad, Planes<const IO> x, double* sums, int64_t images, int64_t channels,
                       int64_t begin, int64_t end) {
   if constexpr (has_discs<T, IO>) {
+    if constexpr (has_flat<T>)
+      if (is_flat(m, grad) && is_flat(m, x))
+        return backward_flat<T, Read<T, IO>>(m, as_read<T>(grad), as_read<T>(x), sums, images, channels, begin, end);
     const auto disc = [&](auto r2, auto nv) {
       backward_disc<r2(), nv(), T, Read<T, IO>>(m, as_read<T>(grad), as_read<T>(x), sums, images, channels, begin, end);
     };
