@@ -139,7 +139,9 @@ TwelveTensors mixer_branch_backward(const Tensor& x_grad, const Tensor& grad, co
   const int64_t images = x.size(0), c = x.size(1), image_bytes = images ? x.numel() / images * x.element_size() : 0;
   const int64_t most = std::max(backward_part_bytes, c * c * x.element_size());  // as many positions as channels are worth a sum of products
   const int64_t parts = std::max<int64_t>(1, std::min(images, (images * image_bytes + most - 1) / most)), step = (images + parts - 1) / parts;
-  const bool filters = radius_squared >= 0, by_modes = filters && x.size(2) * x.size(3) >= 8 * mode_count(x, radius_squared);
+  const bool filters = radius_squared >= 0;
+  const int64_t pixels = x.size(2) * x.size(3), modes = filters ? mode_count(x, radius_squared) : 0;
+  const bool by_modes = filters && pixels >= 8 * modes;
   const Tensor z = empty_channels_last(x, step), mixed = empty_channels_last(x, step), y_grad = empty_channels_last(x, step);
   std::optional<Tensor> in_transposed, transposed, out_transposed, in_grad[2], weight_grad[2], out_grad[2];
   const auto made = [](std::optional<Tensor>& kept, auto make) -> const Tensor& { return kept ? *kept : kept.emplace(make()); };
@@ -182,9 +184,12 @@ TwelveTensors mixer_branch_backward(const Tensor& x_grad, const Tensor& grad, co
     } else {
       outer(weight_grad, weight, {&d_rows, &z_rows}, {.data = &z_rows, .scale = by_modes ? &base : nullptr});
     }
+    std::optional<Tensor> of_c;
     if (by_modes) {
-      const Tensor of_c = mode_rows(ds, &zs, nullptr, nullptr, radius_squared), of_z = mode_rows(zs, nullptr, &base, &gain, radius_squared);
-      outer_sum_into(*weight_grad[0], nullptr, {&of_c}, {&of_z}, true);
+      const Tensor of_z = mode_rows(zs, nullptr, &base, &gain, radius_squared);
+      of_c.emplace(mode_rows(ds, &zs, nullptr, nullptr, radius_squared));
+      outer_sum_into(*weight_grad[0], nullptr, {&*of_c}, {&of_z}, true);
+      if (modes * c > 4 * pixels) of_c.reset();  // to mix them costs more than to sum up anew
     }
     if (profile_learns && filters) {
       auto [base_grad, gain_grad] = radial_filter_backward(ms, zs, radius_squared);
@@ -192,7 +197,8 @@ TwelveTensors mixer_branch_backward(const Tensor& x_grad, const Tensor& grad, co
       add_or_take(profile[1], std::move(gain_grad));
     }
     const Tensor &z_grad = ms, &t_grad = zs;  // where the others are that are no longer needed
-    if (filters) radial_filter_into(z_grad, ms, base, gain, radius_squared, &ds, &ctx);
+    if (filters)
+      radial_filter_into(z_grad, ms, base, gain, radius_squared, {.a = &ds, .b = &ctx, .modes = pointer_to(of_c), .weight = &weight});
     else add_product(z_grad, ds, ctx);
     auto [row_grad, row_sums, column_grad, column_sums] = axial_conv_backward_into(t_grad, z_grad, hidden, row_weight, row_bias, column_weight);
     add_or_take(row[0], std::move(row_grad));

@@ -5,10 +5,14 @@
 
 namespace spanet {
 
-// y and z have the shape, dtype and layout of x. y may be x. a and b, two or none: y = F(x) + a o b, all of them channels_last, float32
-// or bfloat16.
+// y = F(x) + a o b, F(x) where there are no a and b. Of x = W^T c the modes of c, as mode_rows gives them without a profile, and W, of the
+// dtype of x and contiguous, save the sums over x. With any of it all are channels_last, float32 or bfloat16.
+struct BesideFilter {
+  const Tensor *a = nullptr, *b = nullptr, *modes = nullptr, *weight = nullptr;
+};
+// y and z have the shape, dtype and layout of x. y may be x.
 void radial_filter_into(const Tensor& y, const Tensor& x, const Tensor& base, const Tensor& gain, int64_t radius_squared,
-                        const Tensor* a = nullptr, const Tensor* b = nullptr);
+                        const BesideFilter& of = {});
 void axial_conv_into(const Tensor& z, const Tensor& x, const Tensor& row_weight, const Tensor& row_bias, const Tensor& column_weight,
                      const Tensor& column_bias);
 

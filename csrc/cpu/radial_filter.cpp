@@ -82,7 +82,7 @@ template <class T> struct Plan : Work<T> {
   int64_t chunks() const { return chunks_of(this->channels, this->chunk); }
 
   // Calls run(work, image, begin, end) for units of all images from this one on.
-  template <class F> void over(const Tensor& x, const Modes<T>& m, bool writes, F run) const {
+  template <class F> void over(const Tensor& x, const Modes<T>& m, bool sums_up, bool writes, F run) const {
     if (!passes) return parallel(grain, units, elements, [&](int64_t begin, int64_t end) { run(*this, int64_t{0}, begin, end); });
     const int64_t lanes = std::max(this->channels, this->chunk);
     const Tensor sums = empty(std::array{m.rows.n * m.columns.count() * lanes}, accumulator_dtype(x));
@@ -90,7 +90,7 @@ template <class T> struct Plan : Work<T> {
     work.sums = static_cast<T*>(sums.data_ptr());
     for (int64_t image = 0; image < x.size(0); ++image)
       for (const Pass pass : {reduce_pass, mix_pass, expand_pass}) {
-        if (pass == expand_pass && !writes) break;
+        if ((pass == reduce_pass && !sums_up) || (pass == expand_pass && !writes)) continue;
         work.pass = pass;
         const int64_t rows = pass == mix_pass ? 1 : m.rows.n;
         parallel(grain, chunks() * rows, elements / rows, [&](int64_t begin, int64_t end) { run(work, image, begin, end); });
@@ -130,7 +130,7 @@ Tensor mode_coefficients(const Tensor& x, int64_t radius_squared) {
   for_planes("mode_coefficients", x, radius_squared, Extent::square,
              [&]<class T, class IO>(const RadialFilterKernels<T, IO>& kernel, const Modes<T>& modes, const Plan<T>& plan) {
     T* out = static_cast<T*>(coefficients.data_ptr());
-    plan.over(x, modes, false, [&](const Work<T>& work, int64_t image, int64_t begin, int64_t end) {
+    plan.over(x, modes, true, false, [&](const Work<T>& work, int64_t image, int64_t begin, int64_t end) {
       kernel.mode_coefficients(work, modes, planes<const IO>(x, image), out + image * channels * modes.inside, begin, end);
     });
   });
@@ -193,17 +193,19 @@ template <class IO> const IO* data_of(const Tensor* t) { return t ? static_cast<
 
 }  // namespace
 
-void radial_filter_into(const Tensor& y, const Tensor& x, const Tensor& base, const Tensor& gain, int64_t radius_squared, const Tensor* a,
-                        const Tensor* b) {
+void radial_filter_into(const Tensor& y, const Tensor& x, const Tensor& base, const Tensor& gain, int64_t radius_squared,
+                        const BesideFilter& of) {
   if (x.numel() == 0) return check_profile(x, base, gain, shell_count(radius_squared));
   for_planes("radial_filter", x, radius_squared, Extent::disc,
              [&]<class T, class IO>(const RadialFilterKernels<T, IO>& kernel, const Modes<T>& modes, const Plan<T>& plan) {
     check_profile(x, base, gain, modes.shells);
     const Profile<T> profile = profile_of<T>(base, gain);
-    plan.over(x, modes, true, [&](const Work<T>& work, int64_t image, int64_t begin, int64_t end) {
+    plan.over(x, modes, !of.modes, true, [&](const Work<T>& work, int64_t image, int64_t begin, int64_t end) {
       const int64_t at = image * x.stride(0);
-      const Product<IO> product = a ? Product<IO>{data_of<IO>(a) + at, data_of<IO>(b) + at} : Product<IO>{};
-      kernel.filter(work, modes, planes<const IO>(x, image), planes<IO>(y, image), profile, product, begin, end);
+      Beside<T, IO> beside;
+      if (of.a) beside.a = data_of<IO>(of.a) + at, beside.b = data_of<IO>(of.b) + at;
+      if (of.modes) beside.modes = data_of<T>(of.modes) + image * modes.inside * x.size(1), beside.weight = data_of<IO>(of.weight);
+      kernel.filter(work, modes, planes<const IO>(x, image), planes<IO>(y, image), profile, beside, begin, end);
     });
   });
 }
@@ -220,7 +222,7 @@ Tensor mode_rows(const Tensor& x, const Tensor* factor, const Tensor* base, cons
     rows.emplace(empty(std::array{x.size(0) * modes.inside, channels}, accumulator_dtype(x)));
     T* out = static_cast<T*>(rows->data_ptr());
     const Profile<T> profile = base ? profile_of<T>(*base, *gain) : Profile<T>{};
-    plan.over(x, modes, false, [&](const Work<T>& work, int64_t image, int64_t begin, int64_t end) {
+    plan.over(x, modes, true, false, [&](const Work<T>& work, int64_t image, int64_t begin, int64_t end) {
       const IO* of = factor ? data_of<IO>(factor) + image * x.stride(0) : nullptr;
       kernel.mode_rows(work, modes, planes<const IO>(x, image), of, base ? &profile : nullptr, out + image * modes.inside * channels, begin, end);
     });

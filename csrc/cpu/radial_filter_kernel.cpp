@@ -30,10 +30,10 @@ namespace SIMD_NAME {
 namespace {
 
 template <class T, class IO>
-void filter(const Work<T>& work, const Modes<T>& m, Planes<const IO> x, Planes<IO> y, const Profile<T>& p, Product<IO> product,
+void filter(const Work<T>& work, const Modes<T>& m, Planes<const IO> x, Planes<IO> y, const Profile<T>& p, const Beside<T, IO>& beside,
             int64_t begin, int64_t end) {
-  if (work.cut == Cut::lanes) filter_lanes<Lanes::here>(work, m, x, y, p, product, begin, end);
-  else if (work.cut == Cut::gathered) filter_lanes<Lanes::apart>(work, m, x, y, p, product, begin, end);
+  if (work.cut == Cut::lanes) filter_lanes<Lanes::here>(work, m, x, y, p, beside, begin, end);
+  else if (work.cut == Cut::gathered) filter_lanes<Lanes::apart>(work, m, x, y, p, beside, begin, end);
   else filter_columns(m, x, y, p, work.channels, work.stream, begin, end);
 }
 

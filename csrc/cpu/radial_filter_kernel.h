@@ -78,15 +78,18 @@ template <class T> struct Work {
   bool axes = false;   // lanes, gathered, not in passes: every mode is constant along an axis; sums along rows and columns hold them all
 };
 
-// a o b, or nothing.
-template <class IO> struct Product {
+// What stands beside x, or nullptr: two maps like it, whose product is added to its filter, and where x = W^T c the modes of c,
+// (B, inside, C), not normalised, and W (C, C), which save the sums over x.
+template <class T, class IO> struct Beside {
   const IO *a = nullptr, *b = nullptr;
+  const T* modes = nullptr;
+  const IO* weight = nullptr;
 };
 
 template <class T, class IO> struct RadialFilterKernels {
-  // forward over units [begin, end) of the work, plus, of fp32 and bf16 in lanes, the product of two maps that stand like x, if there are;
-  // y may be x
-  void (*filter)(const Work<T>&, const Modes<T>&, Planes<const IO> x, Planes<IO> y, const Profile<T>&, Product<IO>, int64_t begin, int64_t end);
+  // forward over units [begin, end) of the work, of fp32 and bf16 in lanes with what stands beside x; y may be x
+  void (*filter)(const Work<T>&, const Modes<T>&, Planes<const IO> x, Planes<IO> y, const Profile<T>&, const Beside<T, IO>&, int64_t begin,
+                 int64_t end);
   // over the same units; out is (B, C, inside)
   void (*mode_coefficients)(const Work<T>&, const Modes<T>&, Planes<const IO> x, T* out, int64_t begin, int64_t end);
   // the same of x, or x o factor, in lanes, not normalised, and times the gains if there is a profile; out is (B, inside, C)

@@ -128,13 +128,48 @@ ReadRows<HOW, T, IO> adjacent_lanes(const IO* x, [[maybe_unused]] const IO* fact
   }
 }
 
+// z (A_H, A_W, wide) of x = W^T c in a chunk, from the modes of c in image b.
+template <class T, class IO>
+void mix_modes(const Modes<T>& m, const Beside<T, IO>& beside, int64_t channels, int64_t b, Chunk part, int64_t wide, T* z) {
+  constexpr int64_t few = 4;  // modes whose sums are in registers
+  const T* modes = beside.modes + b * m.inside * channels;
+  const IO* weight = beside.weight + part.first;
+  std::memset(z, 0, m.rows.count() * m.columns.count() * wide * sizeof(T));
+  const auto place = [&](int64_t k) { return z + (m.mode[k].row * m.columns.count() + m.mode[k].column) * wide; };
+  for (int64_t first = 0; first < m.inside; first += few) {
+    const int64_t count = m.inside - first < few ? m.inside - first : few;
+    if constexpr (widened<T, IO>) {
+      for (int64_t k = first; k < first + count; ++k)
+        for (int64_t c = 0; c < channels; ++c)
+          for (int64_t l = 0; l < part.lanes; ++l) place(k)[l] += modes[k * channels + c] * T(widen(weight[c * channels + l]));
+      continue;
+    }
+    const T* of[few];  // the last one again for those beyond it
+    for (int64_t k = 0; k < few; ++k) of[k] = modes + (first + (k < count ? k : count - 1)) * channels;
+    for_lanes<T, max_vectors<T>>(part.lanes, [&](auto nv, int64_t l, int64_t last) {
+      const Step<nv(), T> step{last, false};
+      Vec<T> sum[few][step.vectors] = {};
+      for (int64_t c = 0; c < channels; ++c)
+        UNROLL
+        for (int v = 0; v < step.vectors; ++v) {
+          const Vec<T> w = step.read(weight + c * channels + l + step.at(v));
+          UNROLL
+          for (int64_t k = 0; k < few; ++k) sum[k][v] += of[k][c] * w;
+        }
+      for (int64_t k = 0; k < count; ++k)
+        UNROLL
+        for (int v = 0; v < step.vectors; ++v) step.write(place(first + k) + l + step.at(v), sum[k][v], 0);
+    });
+  }
+}
+
 // Units [begin, end) of the work, or one pass over them. between and WRITE as in over_columns; here z is (A_H, A_W, wide).
-// product is what is added to y, or its first map what x is multiplied by (Lanes::times).
+// beside x its first map is what x is multiplied by (Lanes::times).
 // prepare(part, wide, base, gains) fills base (wide) and gains (like z), which are zeros before, or null in the pass that expands. It is
 // called whenever the chunk is another one; if all channels have the same profile, whenever it has another number of lanes.
 template <Lanes HOW, bool WRITE, class T, class IO, class Prepare, class Between>
-void over_lanes(const Work<T>& work, const Modes<T>& m, Planes<const IO> x, Planes<IO> y, Product<IO> product, int64_t begin, int64_t end,
-                bool same, Prepare prepare, Between between) {
+void over_lanes(const Work<T>& work, const Modes<T>& m, Planes<const IO> x, Planes<IO> y, const Beside<T, IO>& beside, int64_t begin,
+                int64_t end, bool same, Prepare prepare, Between between) {
   const int64_t h = m.rows.n, w = m.columns.n, columns = m.columns.count(), chunks = chunks_of(work.channels, work.chunk);
   const bool by_rows = work.pass == reduce_pass || work.pass == expand_pass;
   constexpr bool copies = HOW != Lanes::here || widened<T, IO>;
@@ -160,19 +195,23 @@ void over_lanes(const Work<T>& work, const Modes<T>& m, Planes<const IO> x, Plan
       for (int64_t i = first_row; i < end_row; i += s.few_rows) {
         const int64_t rows = end_row - i < s.few_rows ? end_row - i : s.few_rows;
         const int64_t at = start + i * x.h;
-        f(adjacent_lanes<HOW>(x.data + at, product.a + at, x, rows, w, part.lanes, s.copies[0]), i, rows);
+        f(adjacent_lanes<HOW>(x.data + at, beside.a + at, x, rows, w, part.lanes, s.copies[0]), i, rows);
       }
     };
     if (axes) std::memset(t, 0, w * wide * sizeof(T));
-    if (work.pass & reduce_pass)
+    if (work.pass & reduce_pass && !beside.modes)
       for_rows([&](auto in, int64_t first, int64_t rows) {
         for (int64_t i = 0; i < rows; ++i)
           if (axes) sum_row(in.data + i * in.h, in.w, w, wide, u + (first + i) * u_row, t);
           else reduce(m.columns, in.data + i * in.h, in.w, part.lanes, false, u + (first + i) * u_row, wide);
       });
     if (work.pass & mix_pass) {
-      if (axes) reduce(m.columns, t, wide, wide, false, s.z[0], wide);
-      reduce(m.rows, u, u_row, u_row, false, s.z[0], row);
+      if (beside.modes) {
+        mix_modes(m, beside, work.channels, b, part, wide, s.z[0]);
+      } else {
+        if (axes) reduce(m.columns, t, wide, wide, false, s.z[0], wide);
+        reduce(m.rows, u, u_row, u_row, false, s.z[0], row);
+      }
       between(b, part, wide, s.z[0], s.gains);
       if constexpr (WRITE) {
         expand<Out::sum>(m.rows, s.z[0], row, u_row, false, Rows<T, T, T>{s.base, u, 0, u, u_row});
@@ -195,17 +234,17 @@ void over_lanes(const Work<T>& work, const Modes<T>& m, Planes<const IO> x, Plan
           };
           Rows rows{s.base, in.data + i * in.h, in.w, out, stride};
           if constexpr (!copies)
-            if (product.a) {
-              rows.a = product.a + at;
-              rows.b = product.b + at;
+            if (beside.a) {
+              rows.a = beside.a + at;
+              rows.b = beside.b + at;
               return expanded(std::integral_constant<Out, Out::added>(), rows);
             }
           expanded(std::integral_constant<Out, Out::scaled>(), rows);
           if constexpr (copies)
-            for (int64_t j = 0; product.a && j < w; ++j)
+            for (int64_t j = 0; beside.a && j < w; ++j)
               for (int64_t l = 0; l < part.lanes; ++l) {
                 const int64_t place = at + j * x.w + l;
-                out[j * stride + l] += T(widen(product.a[place])) * T(widen(product.b[place]));
+                out[j * stride + l] += T(widen(beside.a[place])) * T(widen(beside.b[place]));
               }
         };
         for (int64_t i = 0; i < rows; ++i) {
@@ -236,10 +275,10 @@ template <class T> void prepare_profile(const Modes<T>& m, const Profile<T>& p, 
 }
 
 template <Lanes HOW, class T, class IO>
-void filter_lanes(const Work<T>& work, const Modes<T>& m, Planes<const IO> x, Planes<IO> y, const Profile<T>& p, Product<IO> product,
-                  int64_t begin, int64_t end) {
+void filter_lanes(const Work<T>& work, const Modes<T>& m, Planes<const IO> x, Planes<IO> y, const Profile<T>& p,
+                  const Beside<T, IO>& beside, int64_t begin, int64_t end) {
   over_lanes<HOW, true>(
-      work, m, x, y, product, begin, end, p.base_stride == 0 && p.gain_channel == 0,
+      work, m, x, y, beside, begin, end, p.base_stride == 0 && p.gain_channel == 0,
       [&](Chunk part, int64_t wide, T* base, T* gains) { prepare_profile(m, p, part, wide, base, gains); },
       [&](int64_t, Chunk, int64_t wide, T* z, const T* gains) {
         for (int64_t i = 0; i < m.rows.count() * m.columns.count() * wide; ++i) z[i] *= gains[i];
@@ -251,7 +290,7 @@ void mode_rows(const Work<T>& work, const Modes<T>& m, Planes<const IO> x, const
                int64_t end) {
   const auto over = [&](auto how) {
     over_lanes<how(), false>(
-        work, m, x, Planes<IO>{}, Product<IO>{factor, nullptr}, begin, end, p == nullptr,
+        work, m, x, Planes<IO>{}, Beside<T, IO>{.a = factor}, begin, end, p == nullptr,
         [&](Chunk part, int64_t wide, T* base, T* gains) {
           if (p) prepare_profile(m, *p, part, wide, base, gains);
         },
@@ -270,7 +309,7 @@ void mode_rows(const Work<T>& work, const Modes<T>& m, Planes<const IO> x, const
 template <Lanes HOW, class T, class IO>
 void mode_coefficients_lanes(const Work<T>& work, const Modes<T>& m, Planes<const IO> x, T* out, int64_t begin, int64_t end) {
   over_lanes<HOW, false>(
-      work, m, x, Planes<IO>{}, Product<IO>{}, begin, end, true, [](Chunk, int64_t, T*, T*) {},
+      work, m, x, Planes<IO>{}, Beside<T, IO>{}, begin, end, true, [](Chunk, int64_t, T*, T*) {},
       [&](int64_t b, Chunk part, int64_t wide, T* z, const T*) {
         for (int64_t k = 0; k < m.inside; ++k) {
           const T* from = z + (m.mode[k].row * m.columns.count() + m.mode[k].column) * wide;
