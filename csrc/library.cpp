@@ -45,9 +45,9 @@ STABLE_TORCH_LIBRARY(spanet_kernels, m) {
       "mixer_branch(Tensor(a!) y, Tensor(b!)? t, Tensor(c!)? context, Tensor x, Tensor? norm_weight, Tensor? norm_bias, float eps, Tensor? residual,"
       " Tensor? residual_scale, Tensor in_weight, Tensor in_bias, Tensor row_weight, Tensor row_bias, Tensor column_weight,"
       " Tensor column_bias, Tensor weight, Tensor bias, Tensor base, Tensor gain, Tensor out_weight, Tensor out_bias,"
-      " int radius_squared) -> ()");
+      " int radius_squared) -> Tensor");
   m.def(
-      "mixer_branch_backward(Tensor(a!) x_grad, Tensor grad, Tensor x, Tensor t, Tensor context, Tensor in_weight, Tensor row_weight,"
+      "mixer_branch_backward(Tensor(a!) x_grad, Tensor grad, Tensor x, Tensor t, Tensor context, Tensor added, Tensor in_weight, Tensor row_weight,"
       " Tensor row_bias, Tensor column_weight, Tensor column_bias, Tensor weight, Tensor bias, Tensor base, Tensor gain, Tensor out_weight,"
       " int radius_squared, bool profile_learns) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("gelu(Tensor x, Tensor? bias, Tensor(a!)? grad) -> (Tensor, Tensor)");

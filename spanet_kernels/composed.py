@@ -195,9 +195,11 @@ def spectral_mixer(
     radius_squared: int,
     keep: bool,
     branch: Branch = Branch(),  # noqa: B008  an immutable value
+    keep_added: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`reference.spectral_mixer`; keep returns for the gradients t and, on GPUs, z and its coefficients, elsewhere W F(z) + b in place of
-    z, which costs less to compute again; what it does not keep is empty. The weights may be of any dtype.
+    z, which costs less to compute again, and with keep_added in place of the coefficients what `reference.mixer_branch` returns; what it
+    does not keep is empty. The weights may be of any dtype.
 
     With a branch, the residual branch that the mixer makes; x and its residual are then in one dtype with all the weights, and on a GPU
     `pair_serves` them.
@@ -213,9 +215,10 @@ def spectral_mixer(
     t, context = (torch.empty_like(x, memory_format=torch.channels_last) if keep else None for _ in range(2))
     branch = branch if branch.residual is None else branch._replace(residual=modes.like(branch.residual, y))
     dense = (value.contiguous() for value in (*before, _applied(weight, base, radius_squared), *after))
-    _ops.mixer_branch(y, t, context, modes.like(x, x), *branch[:5], *dense, radius_squared)
-    nothing = x.new_empty(0)
-    return y, nothing if t is None else t, nothing if context is None else context, base.new_empty(0)
+    added = _ops.mixer_branch(y, t, context, modes.like(x, x), *branch[:5], *dense, radius_squared)
+    if t is None or context is None:
+        return y, x.new_empty(0), x.new_empty(0), base.new_empty(0)
+    return y, t, context, added if keep_added else base.new_empty(0)
 
 
 def mixer_unchecked(x: Tensor, args: Sequence[Any], radius_squared: int, branch: Branch) -> Tensor | None:
@@ -300,7 +303,7 @@ def spectral_mixer_backward(grad: Tensor, x: Tensor, t: Tensor, z: Tensor, coeff
     if x.numel() and outer_sum_serves(x) and pair_serves(x, weight, out_weight):
         x_grad = torch.empty_like(x, memory_format=modes.memory_format(x))
         dense = (value.contiguous() for value in (*weights[:5], _applied(weight, base, radius_squared), *weights[6:]))
-        maps = modes.like(grad, grad), modes.like(x, x), t, z
+        maps = modes.like(grad, grad), modes.like(x, x), t, z, coefficients
         found = list(_ops.mixer_branch_backward(x_grad, *maps, *dense, radius_squared, learns and radius_squared >= 0))
         if radius_squared < 0:
             found[6], found[8], found[9] = _of_applied(found[6], weight, base, gain, learns)

@@ -29,7 +29,7 @@ def flop_formulas() -> dict[Any, Callable[..., int]]:
         ops.spectral_mixer: lambda x, weight, bias, row_weight, *_, **__: _mixer(x, weight, row_weight),
         ops.spectral_mixer_backward: _mixer_backward,
         ops.mixer_branch: lambda y, t, context, x, *args, **__: _mixer(x, args[5], args[7]),
-        ops.mixer_branch_backward: lambda x_grad, grad, x, t, context, *args, **__: 2 * _mixer(x, args[0], args[1]),
+        ops.mixer_branch_backward: lambda x_grad, grad, x, t, context, added, *args, **__: 2 * _mixer(x, args[0], args[1]),
         ops.outer_sum: lambda left, left_factor, right, *_, **__: 2 * prod(left) * right[1],
         ops.pointwise_mlp_backward: lambda x_grad, h_grad, grad, h, weight_in, weight_out, **__: (
             _product(grad, weight_out[::-1]) + _product(h, weight_in[::-1])

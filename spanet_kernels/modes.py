@@ -155,6 +155,11 @@ def shell_map(height: int, width: int, radius_squared: int, device: torch.device
     return found.to(device)
 
 
+def count(height: int, width: int, radius_squared: int) -> int:
+    """K: how many modes a plane of this size has in the disc."""
+    return sum(functions(width, radius_squared - ((a + 1) // 2) ** 2) for a in range(functions(height, radius_squared)))
+
+
 def pooling_profile(lam: Tensor, radius: float, boundary: float | None, height: int, width: int) -> tuple[Tensor, Tensor, int]:
     """Profile of the spectral pooling filter: lam where d < radius, boundary where d == radius, 1 - lam elsewhere.
 

@@ -235,11 +235,14 @@ def mixer_branch(
     residual_scale: Tensor | None,
     *args: Any,
     mixer: Callable[..., tuple[Tensor, ...]] = spectral_mixer,
-) -> None:
+) -> Tensor:
     """y = residual_scale o residual + spectral_mixer(norm(x), ...), its t and its context, by a mixer; what is None is left out.
 
     norm is a GroupNorm with one group; the last of the other arguments, those of `spectral_mixer`, is radius_squared. Weights and biases of
     the axial convolution may be those of convolutions, (C, 1, 1, k) and (C, 1, k, 1), and in the dtype of x.
+
+    Returns, where t is wanted and modes are few, what F adds of each mode, gain_k <z, phi_k> / |phi_k|^2 with phi_k not normalised,
+    (B K, C), for the gradients to take; or nothing, as here.
     """
     args = *args[:2], *((taps.flatten(1) if taps.dim() > 2 else taps).to(args[8].dtype) for taps in args[2:6]), *args[6:]
     n = x if norm_weight is None else functional.group_norm(x, 1, norm_weight, norm_bias, eps)
@@ -250,6 +253,7 @@ def mixer_branch(
     for to, value in zip((t, context), kept, strict=False):
         if to is not None:
             to.copy_(value)
+    return args[8].new_empty(0, 0)
 
 
 def spectral_mixer_backward(grad: Tensor, x: Tensor, t: Tensor, z: Tensor, coefficients: Tensor, *args: Any) -> tuple[Tensor, ...]:
@@ -276,11 +280,12 @@ def mixer_branch_backward(
     x: Tensor,
     t: Tensor,
     context: Tensor,
+    added: Tensor,
     *args: Any,
     gradients: Callable[..., tuple[Tensor, ...]] = spectral_mixer_backward,
 ) -> tuple[Tensor, ...]:
     """The gradients of `spectral_mixer` by a function like `spectral_mixer_backward`, that to x written, the others in fp32 at least, from
-    what `spectral_mixer` keeps on a CPU: t and the context."""
+    what `spectral_mixer` keeps on a CPU: t and the context; added, what `mixer_branch` returned, is not looked at here."""
     wide = args[-5].dtype
     found = gradients(grad, x, t, context, x.new_empty(0), *args)
     x_grad.copy_(found[0])

@@ -93,25 +93,29 @@ def gradients(function, maps, args, learns):
 @pytest.mark.parametrize("learns", [False, True])
 @pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("shape", "radius"), SHAPES, ids=str)
+@pytest.mark.parametrize(("shape", "radius"), [*SHAPES, ((5, 64, 40, 36), 2), ((3, 96, 15, 21), 1)], ids=str)
 def test_gradients_as_accurate_as_the_reference(shape, radius, dtype, layout, learns):
     (x, _, _, _, _, _, *mixer), squared = sample(shape, radius, dtype, layout)
     if radius is None:  # the weight has taken in the base
         learns, squared, mixer[8] = False, -1, torch.ones_like(mixer[8])
     in_weight, _, *between, out_weight, _ = mixer
     args = [in_weight, *between, out_weight, squared]
-    kept = (value.contiguous(memory_format=torch.channels_last) for value in reference.spectral_mixer(x, *mixer, squared, True)[1:3])
-    maps = make_input(shape, dtype, layout, seed=7), x, *kept
+    kept = [value.contiguous(memory_format=torch.channels_last) for value in reference.spectral_mixer(x, *mixer, squared, True)[1:3]]
+    maps = make_input(shape, dtype, layout, seed=7), x, *kept, mixer[8].new_empty(0, 0)
     found, plain = (gradients(function, maps, args, learns) for function in (operator_backward, reference.mixer_branch_backward))
     truth = gradients(reference.mixer_branch_backward, widened(maps), widened(args), learns)
-    for index, (ours, theirs, exact) in enumerate(zip(found, plain, truth, strict=True)):
-        if not learns and index in (9, 10):
-            assert ours.numel() == 0
-            continue
-        assert ours.dtype == (x.dtype if index == 0 else torch.float32)
-        # sums over one pixel are its own rounding: a unit of bf16
-        units = 2**15 if dtype == torch.bfloat16 and shape[2] * shape[3] == 1 else 16
-        assert_as_accurate(ours, theirs, exact, units=units, alike=True)
+    added = operator(torch.empty_like(x), *map(torch.empty_like, kept), x, None, None, 0.0, None, None, *mixer, squared)
+    few = modes.count(*shape[2:], squared) if squared >= 0 else 0
+    assert added.shape == ((shape[0] * few, shape[1]) if 0 < 8 * few <= shape[2] * shape[3] else (0, 0))
+    for given in (found, gradients(operator_backward, (*maps[:-1], added), args, learns)):
+        for index, (ours, theirs, exact) in enumerate(zip(given, plain, truth, strict=True)):
+            if not learns and index in (9, 10):
+                assert ours.numel() == 0
+                continue
+            assert ours.dtype == (x.dtype if index == 0 else torch.float32)
+            # sums over one pixel are its own rounding: a unit of bf16
+            units = 2**15 if dtype == torch.bfloat16 and shape[2] * shape[3] == 1 else 16
+            assert_as_accurate(ours, theirs, exact, units=units, alike=True)
     for ours, again in zip(found, gradients(operator_backward, maps, args, learns), strict=True):
         assert torch.equal(ours, again)
 
@@ -141,15 +145,16 @@ def test_no_images():
 
 def test_contract_of_the_gradients():
     (x, _, _, _, _, _, in_weight, _, *between, out_weight, _), squared = sample((2, 32, 5, 6), 1, torch.float32)
-    maps = torch.zeros_like(x), x, x, *(x.clone(memory_format=torch.channels_last) for _ in range(2))
+    maps = torch.zeros_like(x), x, x, *(x.clone(memory_format=torch.channels_last) for _ in range(2)), torch.empty(0, 0)
     weights = in_weight, *between, out_weight
     for learns in (False, True):
         torch.library.opcheck(operator_backward, (*maps, *weights, squared, learns))
     torch.library.opcheck(operator_backward, (*maps, *weights, -1, False))
     for message, given, radius in (
-        ("t and context must be channels_last", (*maps[:4], x), squared),
+        ("t and context must be channels_last", (*maps[:4], x, maps[5]), squared),
+        ("added must be empty, or what mixer_branch returned for x", (*maps[:5], torch.zeros(3, 32)), squared),
         ("grad must have the shape and dtype of x", (maps[0], x.double(), *maps[2:]), squared),
-        (r"x must have shape \(B, C, H, W\) and elements", tuple(value[:0] for value in maps), squared),
+        (r"x must have shape \(B, C, H, W\) and elements", (*(value[:0] for value in maps[:5]), maps[5]), squared),
     ):
         with pytest.raises(RuntimeError, match=f"mixer_branch_backward: {message}"):
             operator_backward(*given, *weights, radius, False)

@@ -66,10 +66,10 @@ for dtype, layout in itertools.product((torch.float32, torch.bfloat16), LAYOUTS[
         for kept in ((None, None), [torch.empty_like(x, memory_format=torch.channels_last) for _ in range(2)]):
             y, profile = torch.empty_like(x), (torch.ones(c), torch.ones(4, c))
             weights = square, vector, *taps, square, vector, *profile, square, vector
-            torch.ops.spanet_kernels.mixer_branch(y, *kept, x, *norm, x, vector, *weights, 4)
+            added = torch.ops.spanet_kernels.mixer_branch(y, *kept, x, *norm, x, vector, *weights, 4)
             assert y.isfinite().all()
         weights = square, *taps, square, vector, *profile, square
-        grads = torch.ops.spanet_kernels.mixer_branch_backward(y, x, x, *kept, *weights, 4, True)
+        grads = torch.ops.spanet_kernels.mixer_branch_backward(y, x, x, *kept, added, *weights, 4, True)
         assert all(g.isfinite().all() for g in (y, *grads))
 for (of_x, of_n), layout in itertools.product(((torch.float32,) * 2, (torch.bfloat16,) * 2, (torch.float32, torch.bfloat16)), LAYOUTS[:2]):
     for shape in ((2, 3, 1, 1), (2, 37, 9, 11), (1, 64, 17, 16)):

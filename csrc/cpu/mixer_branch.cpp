@@ -33,6 +33,13 @@ Tensor images_of(const Tensor& x, int64_t first, int64_t images) {
               x.scalar_type());
 }
 
+// So many rows of a contiguous matrix from one on.
+Tensor some_rows(const Tensor& matrix, int64_t first, int64_t rows) {
+  const int64_t columns = matrix.size(1);
+  char* data = static_cast<char*>(matrix.data_ptr()) + first * columns * matrix.element_size();
+  return over(data, std::array{rows, columns}, std::array{columns, int64_t{1}}, matrix.scalar_type());
+}
+
 // A weight of the axial convolution as (C, k), without the axes of length 1 that a convolution's has, or a bias; bfloat16 in float32.
 Tensor taps_of(const Tensor& value) {
   STD_TORCH_CHECK(value.dim() > 0 && value.is_contiguous(), "mixer_branch: weights and biases of the axial convolution must be contiguous");
@@ -49,7 +56,14 @@ Tensor taps_of(const Tensor& value) {
                           : shaped(std::array{channels, taps}, std::array{taps, int64_t{1}});
 }
 
-void mixer_branch(const Tensor& y, const std::optional<Tensor>& t, const std::optional<Tensor>& context, const Tensor& x,
+// K, the modes of F, or 0 where they are not few beside pixels.
+int64_t few_modes_of(const Tensor& x, int64_t radius_squared) {
+  const int64_t modes = radius_squared < 0 ? 0 : mode_count(x, radius_squared);
+  return 8 * modes <= x.size(2) * x.size(3) ? modes : 0;
+}
+
+// Returns, where t is wanted, what F adds of the few modes of z, (B K, C), which the gradients take.
+Tensor mixer_branch(const Tensor& y, const std::optional<Tensor>& t, const std::optional<Tensor>& context, const Tensor& x,
                   const std::optional<Tensor>& norm_weight, const std::optional<Tensor>& norm_bias, double eps,
                   const std::optional<Tensor>& residual, const std::optional<Tensor>& residual_scale, const Tensor& in_weight,
                   const Tensor& in_bias, const Tensor& row_taps, const Tensor& row_addend, const Tensor& column_taps,
@@ -60,10 +74,12 @@ void mixer_branch(const Tensor& y, const std::optional<Tensor>& t, const std::op
   if (t) check_like("mixer_branch", "t", *t, x);
   if (context) check_like("mixer_branch", "context", *context, x);
   if (residual) check_like("mixer_branch", "residual", *residual, x);
-  if (x.numel() == 0) return;
+  const int64_t images = x.size(0), modes = x.numel() && t ? few_modes_of(x, radius_squared) : 0;
+  Tensor added = empty(std::array{modes ? images * modes : 0, modes ? x.size(1) : 0}, ScalarType::Float);
+  if (x.numel() == 0) return added;
   const Tensor row_weight = taps_of(row_taps), row_bias = taps_of(row_addend);
   const Tensor column_weight = taps_of(column_taps), column_bias = taps_of(column_addend);
-  const int64_t images = x.size(0), image_bytes = x.numel() / images * x.element_size();
+  const int64_t image_bytes = x.numel() / images * x.element_size();
   const int64_t parts = std::min(images, (images * image_bytes + part_bytes - 1) / part_bytes), step = (images + parts - 1) / parts;
   const Tensor t_map = empty_channels_last(x, t && radius_squared < 0 ? 0 : step), z_map = empty_channels_last(x, step);
   std::optional<Tensor> moments;
@@ -72,8 +88,8 @@ void mixer_branch(const Tensor& y, const std::optional<Tensor>& t, const std::op
     const int64_t count = std::min(step, images - first);
     const Tensor from = images_of(x, first, count), to = images_of(y, first, count);
     const Tensor projected = images_of(t ? *t : t_map, t ? first : 0, count), z = images_of(z_map, 0, count);
-    std::optional<Tensor> added, gated;
-    if (residual) added.emplace(images_of(*residual, first, count));
+    std::optional<Tensor> rest, gated;
+    if (residual) rest.emplace(images_of(*residual, first, count));
     if (context) gated.emplace(images_of(*context, first, count));
     if (moments && count < step) moments.emplace(empty(std::array{count, int64_t{2}}, ScalarType::Float));
     if (moments) image_moments_into(*moments, from, eps);
@@ -83,12 +99,15 @@ void mixer_branch(const Tensor& y, const std::optional<Tensor>& t, const std::op
     std::optional<Tensor> filtered;  // where t was, unless that is wanted
     if (radius_squared >= 0) {
       filtered.emplace(images_of(t_map, 0, count));
-      radial_filter_into(*filtered, z, base, gain, radius_squared);
+      std::optional<Tensor> of_z;
+      if (modes) of_z.emplace(some_rows(added, first * modes, count * modes));
+      radial_filter_into(*filtered, z, base, gain, radius_squared, {.added = pointer_to(of_z)});
     }
-    pointwise_pair_into(to, {.x = filtered ? &*filtered : &z, .factor = &z, .residual = pointer_to(added),
+    pointwise_pair_into(to, {.x = filtered ? &*filtered : &z, .factor = &z, .residual = pointer_to(rest),
                              .residual_scale = pointer_to(residual_scale), .weight_in = &weight, .bias_in = &bias,
                              .weight_out = &out_weight, .bias_out = &out_bias, .before = pointer_to(gated)});
   }
+  return added;
 }
 
 // (B H W, C) of a channels_last map.
@@ -120,8 +139,8 @@ using TwelveTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
 // over the modes of every image.
 // With a negative radius_squared F is the identity: weight has taken base in. Where all images are taken at once nothing lives longer than
 // it is needed.
-TwelveTensors mixer_branch_backward(const Tensor& x_grad, const Tensor& grad, const Tensor& x, const Tensor& t,
-                                    const Tensor& context, const Tensor& in_weight, const Tensor& row_weight, const Tensor& row_bias,
+TwelveTensors mixer_branch_backward(const Tensor& x_grad, const Tensor& grad, const Tensor& x, const Tensor& t, const Tensor& context,
+                                    const Tensor& added, const Tensor& in_weight, const Tensor& row_weight, const Tensor& row_bias,
                                     const Tensor& column_weight, const Tensor& column_bias, const Tensor& weight, const Tensor& bias,
                                     const Tensor& base, const Tensor& gain, const Tensor& out_weight, int64_t radius_squared,
                                     bool profile_learns) {
@@ -140,8 +159,10 @@ TwelveTensors mixer_branch_backward(const Tensor& x_grad, const Tensor& grad, co
   const int64_t most = std::max(backward_part_bytes, c * c * x.element_size());  // as many positions as channels are worth a sum of products
   const int64_t parts = std::max<int64_t>(1, std::min(images, (images * image_bytes + most - 1) / most)), step = (images + parts - 1) / parts;
   const bool filters = radius_squared >= 0;
-  const int64_t pixels = x.size(2) * x.size(3), modes = filters ? mode_count(x, radius_squared) : 0;
-  const bool by_modes = filters && pixels >= 8 * modes;
+  const int64_t pixels = x.size(2) * x.size(3), modes = few_modes_of(x, radius_squared);
+  STD_TORCH_CHECK(added.numel() == 0 || (added.dim() == 2 && added.size(0) == images * modes && added.size(1) == c && added.is_contiguous() &&
+                                         added.scalar_type() == ScalarType::Float),
+                  "mixer_branch_backward: added must be empty, or what mixer_branch returned for x");
   const Tensor z = empty_channels_last(x, step), mixed = empty_channels_last(x, step), y_grad = empty_channels_last(x, step);
   std::optional<Tensor> in_transposed, transposed, out_transposed, in_grad[2], weight_grad[2], out_grad[2];
   const auto made = [](std::optional<Tensor>& kept, auto make) -> const Tensor& { return kept ? *kept : kept.emplace(make()); };
@@ -152,6 +173,9 @@ TwelveTensors mixer_branch_backward(const Tensor& x_grad, const Tensor& grad, co
     if (parts == 1) kept.reset();
   };
   std::optional<Tensor> row[2], column[2], profile[2];
+  const Tensor modes_of_c = empty(std::array{images * modes, c}, ScalarType::Float);
+  const Tensor modes_of_z = added.numel() ? added.shared() : empty(std::array{images * modes, c}, ScalarType::Float);
+  const bool mixes_modes = modes > 0 && modes * c <= 4 * pixels;  // to mix more of them costs more than to sum up anew
   for (int64_t first = 0; first < images; first += step) {
     const int64_t count = std::min(step, images - first);
     const bool add = first > 0;
@@ -177,19 +201,17 @@ TwelveTensors mixer_branch_backward(const Tensor& x_grad, const Tensor& grad, co
                              .weight_out = &transpose(transposed, weight), .before = &ds});
     done(out_transposed);
     done(transposed);
-    if (filters && !by_modes) {
+    if (filters && modes == 0) {
       const Tensor fs = empty_channels_last(x, count), f_rows = rows_of(fs);
       radial_filter_into(fs, zs, base, gain, radius_squared);
       outer(weight_grad, weight, {&d_rows, &z_rows}, {&f_rows});
     } else {
-      outer(weight_grad, weight, {&d_rows, &z_rows}, {.data = &z_rows, .scale = by_modes ? &base : nullptr});
+      outer(weight_grad, weight, {&d_rows, &z_rows}, {.data = &z_rows, .scale = modes ? &base : nullptr});
     }
-    std::optional<Tensor> of_c;
-    if (by_modes) {
-      const Tensor of_z = mode_rows(zs, nullptr, &base, &gain, radius_squared);
-      of_c.emplace(mode_rows(ds, &zs, nullptr, nullptr, radius_squared));
-      outer_sum_into(*weight_grad[0], nullptr, {&*of_c}, {&of_z}, true);
-      if (modes * c > 4 * pixels) of_c.reset();  // to mix them costs more than to sum up anew
+    const Tensor modes_here = some_rows(modes_of_c, first * modes, count * modes);
+    if (modes) {
+      mode_rows_into(modes_here, ds, &zs, nullptr, nullptr, radius_squared);
+      if (!added.numel()) mode_rows_into(some_rows(modes_of_z, first * modes, count * modes), zs, nullptr, &base, &gain, radius_squared);
     }
     if (profile_learns && filters) {
       auto [base_grad, gain_grad] = radial_filter_backward(ms, zs, radius_squared);
@@ -198,7 +220,8 @@ TwelveTensors mixer_branch_backward(const Tensor& x_grad, const Tensor& grad, co
     }
     const Tensor &z_grad = ms, &t_grad = zs;  // where the others are that are no longer needed
     if (filters)
-      radial_filter_into(z_grad, ms, base, gain, radius_squared, {.a = &ds, .b = &ctx, .modes = pointer_to(of_c), .weight = &weight});
+      radial_filter_into(z_grad, ms, base, gain, radius_squared,
+                         {.a = &ds, .b = &ctx, .modes = mixes_modes ? &modes_here : nullptr, .weight = &weight});
     else add_product(z_grad, ds, ctx);
     auto [row_grad, row_sums, column_grad, column_sums] = axial_conv_backward_into(t_grad, z_grad, hidden, row_weight, row_bias, column_weight);
     add_or_take(row[0], std::move(row_grad));
@@ -210,6 +233,7 @@ TwelveTensors mixer_branch_backward(const Tensor& x_grad, const Tensor& grad, co
     const Tensor from = as_rows(x, y_grad), t_rows = rows_of(t_grad), x_rows = rows_of(from);
     outer(in_grad, in_weight, {&t_rows}, {&x_rows});
   }
+  if (modes) outer_sum_into(*weight_grad[0], nullptr, {&modes_of_c}, {&modes_of_z}, true);
   for (std::optional<Tensor>& sum : profile)
     if (!sum) sum.emplace(empty(std::array{int64_t{0}}, ScalarType::Float));
   return {std::move(*in_grad[0]),     std::move(*in_grad[1]),     std::move(*row[0]),     std::move(*row[1]),

@@ -5,10 +5,11 @@
 
 namespace spanet {
 
-// y = F(x) + a o b, F(x) where there are no a and b. Of x = W^T c the modes of c, as mode_rows gives them without a profile, and W, of the
-// dtype of x and contiguous, save the sums over x. With any of it all are channels_last, float32 or bfloat16.
+// y = F(x) + a o b, F(x) where there are no a and b. Of x = W^T c the modes of c, as mode_rows_into gives them without a profile, and W, of the
+// dtype of x and contiguous, save the sums over x. added is written, what mode_rows_into gives with the profile. With any of it all are
+// channels_last, float32 or bfloat16.
 struct BesideFilter {
-  const Tensor *a = nullptr, *b = nullptr, *modes = nullptr, *weight = nullptr;
+  const Tensor *a = nullptr, *b = nullptr, *modes = nullptr, *weight = nullptr, *added = nullptr;
 };
 // y and z have the shape, dtype and layout of x. y may be x.
 void radial_filter_into(const Tensor& y, const Tensor& x, const Tensor& base, const Tensor& gain, int64_t radius_squared,
@@ -19,9 +20,9 @@ void axial_conv_into(const Tensor& z, const Tensor& x, const Tensor& row_weight,
 // How many modes K the disc has on planes like those of x.
 int64_t mode_count(const Tensor& x, int64_t radius_squared);
 
-// (B K, C): <x, phi_k>, or <x o factor, phi_k>, of the modes inside the disc, none of them normalised, and with a profile what F adds of
-// each, gain_k <x, phi_k> / |phi_k|^2; x and factor are channels_last, float32 or bfloat16.
-Tensor mode_rows(const Tensor& x, const Tensor* factor, const Tensor* base, const Tensor* gain, int64_t radius_squared);
+// rows (B K, C), contiguous: <x, phi_k>, or <x o factor, phi_k>, of the modes inside the disc, none of them normalised, and with a profile
+// what F adds of each, gain_k <x, phi_k> / |phi_k|^2; x and factor are channels_last, float32 or bfloat16.
+void mode_rows_into(const Tensor& rows, const Tensor& x, const Tensor* factor, const Tensor* base, const Tensor* gain, int64_t radius_squared);
 
 // The gradients of radial_filter to base and gain.
 std::tuple<Tensor, Tensor> radial_filter_backward(const Tensor& grad, const Tensor& x, int64_t radius_squared);

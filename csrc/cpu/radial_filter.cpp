@@ -205,6 +205,7 @@ void radial_filter_into(const Tensor& y, const Tensor& x, const Tensor& base, co
       Beside<T, IO> beside;
       if (of.a) beside.a = data_of<IO>(of.a) + at, beside.b = data_of<IO>(of.b) + at;
       if (of.modes) beside.modes = data_of<T>(of.modes) + image * modes.inside * x.size(1), beside.weight = data_of<IO>(of.weight);
+      if (of.added) beside.added = static_cast<T*>(of.added->data_ptr()) + image * modes.inside * x.size(1);
       kernel.filter(work, modes, planes<const IO>(x, image), planes<IO>(y, image), profile, beside, begin, end);
     });
   });
@@ -214,20 +215,17 @@ int64_t mode_count(const Tensor& x, int64_t radius_squared) {
   return remembered<ModeTable<float>>(x.size(2), x.size(3), radius_squared, Extent::disc, int64_t{1})->modes.inside;
 }
 
-Tensor mode_rows(const Tensor& x, const Tensor* factor, const Tensor* base, const Tensor* gain, int64_t radius_squared) {
+void mode_rows_into(const Tensor& rows, const Tensor& x, const Tensor* factor, const Tensor* base, const Tensor* gain, int64_t radius_squared) {
   const int64_t channels = x.size(1);
-  std::optional<Tensor> rows;
   for_planes("mode_rows", x, radius_squared, Extent::disc,
              [&]<class T, class IO>(const RadialFilterKernels<T, IO>& kernel, const Modes<T>& modes, const Plan<T>& plan) {
-    rows.emplace(empty(std::array{x.size(0) * modes.inside, channels}, accumulator_dtype(x)));
-    T* out = static_cast<T*>(rows->data_ptr());
+    T* out = static_cast<T*>(rows.data_ptr());
     const Profile<T> profile = base ? profile_of<T>(*base, *gain) : Profile<T>{};
     plan.over(x, modes, true, false, [&](const Work<T>& work, int64_t image, int64_t begin, int64_t end) {
       const IO* of = factor ? data_of<IO>(factor) + image * x.stride(0) : nullptr;
       kernel.mode_rows(work, modes, planes<const IO>(x, image), of, base ? &profile : nullptr, out + image * modes.inside * channels, begin, end);
     });
   });
-  return std::move(*rows);
 }
 
 }  // namespace spanet

@@ -78,12 +78,14 @@ template <class T> struct Work {
   bool axes = false;   // lanes, gathered, not in passes: every mode is constant along an axis; sums along rows and columns hold them all
 };
 
-// What stands beside x, or nullptr: two maps like it, whose product is added to its filter, and where x = W^T c the modes of c,
-// (B, inside, C), not normalised, and W (C, C), which save the sums over x.
+// What stands beside x, or nullptr: two maps like it, whose product is added to its filter; where x = W^T c the modes of c,
+// (B, inside, C), not normalised, and W (C, C), which save the sums over x; and where to write what the filter adds of each mode, in lanes,
+// (B, inside, C).
 template <class T, class IO> struct Beside {
   const IO *a = nullptr, *b = nullptr;
   const T* modes = nullptr;
   const IO* weight = nullptr;
+  T* added = nullptr;
 };
 
 template <class T, class IO> struct RadialFilterKernels {

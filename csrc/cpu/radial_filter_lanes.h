@@ -163,6 +163,14 @@ void mix_modes(const Modes<T>& m, const Beside<T, IO>& beside, int64_t channels,
   }
 }
 
+// The modes of a chunk of image b, in z (A_H, A_W, wide), to (B, inside, C).
+template <class T> void store_modes(const Modes<T>& m, const T* z, int64_t channels, int64_t b, Chunk part, int64_t wide, T* to) {
+  for (int64_t k = 0; k < m.inside; ++k) {
+    const T* from = z + (m.mode[k].row * m.columns.count() + m.mode[k].column) * wide;
+    std::memcpy(to + (b * m.inside + k) * channels + part.first, from, part.lanes * sizeof(T));
+  }
+}
+
 // Units [begin, end) of the work, or one pass over them. between and WRITE as in over_columns; here z is (A_H, A_W, wide).
 // beside x its first map is what x is multiplied by (Lanes::times).
 // prepare(part, wide, base, gains) fills base (wide) and gains (like z), which are zeros before, or null in the pass that expands. It is
@@ -280,8 +288,9 @@ void filter_lanes(const Work<T>& work, const Modes<T>& m, Planes<const IO> x, Pl
   over_lanes<HOW, true>(
       work, m, x, y, beside, begin, end, p.base_stride == 0 && p.gain_channel == 0,
       [&](Chunk part, int64_t wide, T* base, T* gains) { prepare_profile(m, p, part, wide, base, gains); },
-      [&](int64_t, Chunk, int64_t wide, T* z, const T* gains) {
+      [&](int64_t b, Chunk part, int64_t wide, T* z, const T* gains) {
         for (int64_t i = 0; i < m.rows.count() * m.columns.count() * wide; ++i) z[i] *= gains[i];
+        if (beside.added) store_modes(m, z, work.channels, b, part, wide, beside.added);
       });
 }
 
@@ -294,12 +303,9 @@ void mode_rows(const Work<T>& work, const Modes<T>& m, Planes<const IO> x, const
         [&](Chunk part, int64_t wide, T* base, T* gains) {
           if (p) prepare_profile(m, *p, part, wide, base, gains);
         },
-        [&](int64_t b, Chunk part, int64_t wide, const T* z, const T* gains) {
-          for (int64_t k = 0; k < m.inside; ++k) {
-            const int64_t at = (m.mode[k].row * m.columns.count() + m.mode[k].column) * wide;
-            T* to = out + (b * m.inside + k) * work.channels + part.first;
-            for (int64_t l = 0; l < part.lanes; ++l) to[l] = p ? z[at + l] * gains[at + l] : z[at + l];
-          }
+        [&](int64_t b, Chunk part, int64_t wide, T* z, const T* gains) {
+          for (int64_t i = 0; p && i < m.rows.count() * m.columns.count() * wide; ++i) z[i] *= gains[i];
+          store_modes(m, z, work.channels, b, part, wide, out);
         });
   };
   if (factor) over(std::integral_constant<Lanes, Lanes::times>());

@@ -9,8 +9,8 @@
 #include <vector>
 
 #include "cpu/dispatch.h"
-#include "cpu/spectrum_kernel.h"
 #include "cpu/remembered.h"
+#include "cpu/spectrum_kernel.h"
 #include "modes.h"
 
 namespace spanet {
@@ -176,8 +176,8 @@ bool fft_pays(const Tensor& x, int64_t radius_squared, bool gradients) {
   double work = rows + 2 * rows * columns / static_cast<double>(h);  // multiply-adds per pixel
   if (channels < 16 && is_channels_last(x)) work *= 16.0 / static_cast<double>(channels);  // channels that do not fill a vector
   if (gradients) work *= 1.5;
-  // Where the curves of cost against radius cross, measured on a Xeon and on an EPYC, both with AVX-512: MKL's FFTs are slower on other
-  // processors than Intel's. An FFT takes three times as long where a size has a prime factor beyond 13.
+  // Where the curves of cost against radius cross, measured on an EPYC and, with an earlier code, on a Xeon, both with AVX-512: MKL's FFTs
+  // are slower on other processors than Intel's. An FFT takes three times as long where a size has a prime factor beyond 13.
   static const bool intel = cpu_is_intel();
   return work > (is_smooth(h) && is_smooth(w) ? (intel ? 120 : 160) : (intel ? 300 : 600));
 }

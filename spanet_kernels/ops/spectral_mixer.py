@@ -192,7 +192,7 @@ def _fuses_body(x: Tensor, *args: Any) -> bool:
 
 
 def _fused_body(branch: Branch, x: Tensor, *args: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
-    y, *kept = composed.spectral_mixer(x, *(*_as_matrices(args), True, branch))
+    y, *kept = composed.spectral_mixer(x, *(*_as_matrices(args), True, branch, True))
     return y, tuple(kept)
 
 
@@ -218,7 +218,9 @@ def _mixer_fake(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 @torch.library.register_fake("spanet_kernels::mixer_branch_backward")
-def _branch_backward_fake(x_grad: Tensor, grad: Tensor, x: Tensor, t: Tensor, context: Tensor, *args: Any) -> tuple[Tensor, ...]:
+def _branch_backward_fake(
+    x_grad: Tensor, grad: Tensor, x: Tensor, t: Tensor, context: Tensor, added: Tensor, *args: Any
+) -> tuple[Tensor, ...]:
     in_weight, *convs, weight, bias, base, gain, out_weight, _, learns = args
     shapes = [in_weight, bias, *convs, weight, bias, *((base, gain) if learns else (None, None)), out_weight, bias]
     return tuple(x.new_empty(0 if like is None else like.shape, dtype=torch.float32) for like in shapes)
@@ -239,5 +241,8 @@ def _gradient_fake(grad: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
 
 
 @torch.library.register_fake("spanet_kernels::mixer_branch")
-def _branch_fake(y: Tensor, t: Tensor | None, context: Tensor | None, x: Tensor, *args: Any) -> None:
-    pass
+def _branch_fake(y: Tensor, t: Tensor | None, context: Tensor | None, x: Tensor, *args: Any) -> Tensor:
+    images, channels, height, width = x.shape
+    count = 0 if t is None or args[-1] < 0 else modes.count(height, width, args[-1])
+    keeps = 0 < 8 * count <= height * width
+    return x.new_empty(images * count if keeps else 0, channels if keeps else 0, dtype=torch.float32)
