@@ -18,14 +18,6 @@ namespace {
 constexpr int64_t part_bytes = int64_t{2} << 20;
 constexpr int64_t backward_part_bytes = int64_t{3} << 18;  // of more maps that are in use
 
-// A tensor of memory that stays the caller's.
-template <size_t N> Tensor over(void* data, const std::array<int64_t, N>& sizes, const std::array<int64_t, N>& strides, ScalarType type) {
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob(data, N, sizes.data(), strides.data(), 0, code_of(type),
-                                                                   aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
-}
-
 // So many images of x from one on.
 Tensor images_of(const Tensor& x, int64_t first, int64_t images) {
   char* data = static_cast<char*>(x.data_ptr()) + first * x.stride(0) * x.element_size();

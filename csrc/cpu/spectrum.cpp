@@ -91,13 +91,8 @@ template <class T, class IO> struct Spectra {
   Tensor planes_of(const Tensor& x, int64_t image, int64_t c, Part part) const {
     const std::array sizes{part.images, part.channels, bins.h, bins.w};
     const IO* from = static_cast<const IO*>(x.data_ptr()) + image * x.stride(0) + c * x.stride(1);
-    if (std::is_same_v<T, IO> && x.is_contiguous()) {
-      const std::array strides{part.channels * pixels(), pixels(), bins.w, int64_t{1}};
-      AtenTensorHandle handle;
-      STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob(const_cast<IO*>(from), 4, sizes.data(), strides.data(), 0,
-                                                                       code_of(x.scalar_type()), aoti_torch_device_type_cpu(), 0, &handle));
-      return Tensor(handle);
-    }
+    if (std::is_same_v<T, IO> && x.is_contiguous())
+      return over(const_cast<IO*>(from), sizes, std::array{part.channels * pixels(), pixels(), bins.w, int64_t{1}}, x.scalar_type());
     Tensor planes = empty(sizes, accumulator_dtype(x));
     part.group = group_of(x);
     parallel(grain, part.images * part.groups(), part.group * pixels(), [&](int64_t begin, int64_t end) {

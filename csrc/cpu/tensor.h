@@ -128,6 +128,14 @@ template <size_t N> Tensor empty(const std::array<int64_t, N>& sizes, ScalarType
   return empty(sizes, strides, type);
 }
 
+// A tensor of memory that stays the caller's.
+template <size_t N> Tensor over(void* data, const std::array<int64_t, N>& sizes, const std::array<int64_t, N>& strides, ScalarType type) {
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob(data, N, sizes.data(), strides.data(), 0, code_of(type),
+                                                                   aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
 template <class A> A unboxed(StableIValue value) {
   namespace stable = torch::stable::detail;
   if constexpr (std::is_same_v<A, Tensor>) {
