@@ -376,8 +376,7 @@ template <class T, class IO> constexpr AxialConvKernels<T, IO> kernels{forward<T
 
 }  // namespace
 
-extern const KernelSet<AxialConvKernels> axial_conv_kernels{kernels<float, float>, kernels<float, Bf16>, kernels<float, Half>,
-                                                            kernels<double, double>};
+SPANET_DEFINE_KERNELS(axial_conv_kernels, AxialConvKernels)
 
 }  // namespace SIMD_NAME
 }  // namespace spanet

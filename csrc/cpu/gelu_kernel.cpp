@@ -69,12 +69,7 @@ template <class T, class IO> constexpr GeluKernels<T, IO> kernels{run<T, IO>, la
 
 }  // namespace
 
-extern const KernelSet<GeluKernels> gelu_kernels{kernels<float, float>, kernels<float, Bf16>, kernels<float, Half>, kernels<double, double>
-#if SIMD_BYTES == 64
-                                                 ,
-                                                 kernels<float, NativeBf16>
-#endif
-};
+SPANET_DEFINE_KERNELS(gelu_kernels, GeluKernels, SPANET_NATIVE_KERNELS)
 
 }  // namespace SIMD_NAME
 }  // namespace spanet

@@ -57,12 +57,7 @@ constexpr RadialFilterKernels<T, IO> kernels{filter<T, IO>, mode_coefficients<T,
 
 }  // namespace
 
-extern const KernelSet<RadialFilterKernels> radial_filter_kernels{
-    kernels<float, float>, kernels<float, Bf16>, kernels<float, Half>, kernels<double, double>,
-#if SIMD_BYTES == 64
-    kernels<float, NativeBf16>,
-#endif
-};
+SPANET_DEFINE_KERNELS(radial_filter_kernels, RadialFilterKernels, SPANET_NATIVE_KERNELS)
 
 }  // namespace SIMD_NAME
 }  // namespace spanet

@@ -122,6 +122,16 @@ template <template <class, class> class Kernels> struct KernelSet {
   namespace avx2 { extern const KernelSet<KERNELS> NAME; }   \
   namespace avx512 { extern const KernelSet<KERNELS> NAME; }
 
+// Defines the set of one compilation: the `kernels` of its file, and those for NativeBf16 if they are given.
+#define SPANET_DEFINE_KERNELS(NAME, KERNELS, ...)                                                                     \
+  extern const KernelSet<KERNELS> NAME{kernels<float, float>, kernels<float, Bf16>, kernels<float, Half>,           \
+                                       kernels<double, double>, __VA_ARGS__};
+#if SIMD_BYTES == 64
+#define SPANET_NATIVE_KERNELS kernels<float, NativeBf16>
+#else
+#define SPANET_NATIVE_KERNELS
+#endif
+
 SPANET_DECLARE_KERNELS(radial_filter_kernels, RadialFilterKernels)
 
 }  // namespace spanet

@@ -128,6 +128,11 @@ ReadRows<HOW, T, IO> adjacent_lanes(const IO* x, [[maybe_unused]] const IO* fact
   }
 }
 
+// Where mode k stands in (A_H, A_W, wide).
+template <class T> int64_t place_of(const Modes<T>& m, int64_t k, int64_t wide) {
+  return (m.mode[k].row * m.columns.count() + m.mode[k].column) * wide;
+}
+
 // z (A_H, A_W, wide) of x = W^T c in a chunk, from the modes of c in image b.
 template <class T, class IO>
 void mix_modes(const Modes<T>& m, const Beside<T, IO>& beside, int64_t channels, int64_t b, Chunk part, int64_t wide, T* z) {
@@ -135,13 +140,12 @@ void mix_modes(const Modes<T>& m, const Beside<T, IO>& beside, int64_t channels,
   const T* modes = beside.modes + b * m.inside * channels;
   const IO* weight = beside.weight + part.first;
   std::memset(z, 0, m.rows.count() * m.columns.count() * wide * sizeof(T));
-  const auto place = [&](int64_t k) { return z + (m.mode[k].row * m.columns.count() + m.mode[k].column) * wide; };
   for (int64_t first = 0; first < m.inside; first += few) {
     const int64_t count = m.inside - first < few ? m.inside - first : few;
     if constexpr (widened<T, IO>) {
       for (int64_t k = first; k < first + count; ++k)
         for (int64_t c = 0; c < channels; ++c)
-          for (int64_t l = 0; l < part.lanes; ++l) place(k)[l] += modes[k * channels + c] * T(widen(weight[c * channels + l]));
+          for (int64_t l = 0; l < part.lanes; ++l) z[place_of(m, k, wide) + l] += modes[k * channels + c] * T(widen(weight[c * channels + l]));
       continue;
     }
     const T* of[few];  // the last one again for those beyond it
@@ -158,17 +162,15 @@ void mix_modes(const Modes<T>& m, const Beside<T, IO>& beside, int64_t channels,
         }
       for (int64_t k = 0; k < count; ++k)
         UNROLL
-        for (int v = 0; v < step.vectors; ++v) step.write(place(first + k) + l + step.at(v), sum[k][v], 0);
+        for (int v = 0; v < step.vectors; ++v) step.write(z + place_of(m, first + k, wide) + l + step.at(v), sum[k][v], 0);
     });
   }
 }
 
 // The modes of a chunk of image b, in z (A_H, A_W, wide), to (B, inside, C).
 template <class T> void store_modes(const Modes<T>& m, const T* z, int64_t channels, int64_t b, Chunk part, int64_t wide, T* to) {
-  for (int64_t k = 0; k < m.inside; ++k) {
-    const T* from = z + (m.mode[k].row * m.columns.count() + m.mode[k].column) * wide;
-    std::memcpy(to + (b * m.inside + k) * channels + part.first, from, part.lanes * sizeof(T));
-  }
+  for (int64_t k = 0; k < m.inside; ++k)
+    std::memcpy(to + (b * m.inside + k) * channels + part.first, z + place_of(m, k, wide), part.lanes * sizeof(T));
 }
 
 // Units [begin, end) of the work, or one pass over them. between and WRITE as in over_columns; here z is (A_H, A_W, wide).
@@ -276,7 +278,7 @@ template <class T> void prepare_profile(const Modes<T>& m, const Profile<T>& p, 
   for (int64_t l = 0; l < part.lanes; ++l) base[l] = p.base[(part.first + l) * p.base_stride];
   for (int64_t k = 0; gains && k < m.inside; ++k) {
     const Mode& mode = m.mode[k];
-    T* to = gains + (mode.row * m.columns.count() + mode.column) * wide;
+    T* to = gains + place_of(m, k, wide);
     const T* gain = p.gain + mode.index * p.gain_shell + part.first * p.gain_channel;
     for (int64_t l = 0; l < part.lanes; ++l) to[l] = T(mode.scale * gain[l * p.gain_channel]);
   }
@@ -318,7 +320,7 @@ void mode_coefficients_lanes(const Work<T>& work, const Modes<T>& m, Planes<cons
       work, m, x, Planes<IO>{}, Beside<T, IO>{}, begin, end, true, [](Chunk, int64_t, T*, T*) {},
       [&](int64_t b, Chunk part, int64_t wide, T* z, const T*) {
         for (int64_t k = 0; k < m.inside; ++k) {
-          const T* from = z + (m.mode[k].row * m.columns.count() + m.mode[k].column) * wide;
+          const T* from = z + place_of(m, k, wide);
           T* to = out + (b * work.channels + part.first) * m.inside + m.mode[k].index;
           for (int64_t l = 0; l < part.lanes; ++l) to[l * m.inside] = T(from[l] * m.mode[k].scale);
         }

@@ -135,12 +135,7 @@ constexpr SpectrumKernels<T, IO> kernels{read<T, IO>, write<T, IO>, turn<T>, tur
 
 }  // namespace
 
-extern const KernelSet<SpectrumKernels> spectrum_kernels{
-    kernels<float, float>, kernels<float, Bf16>, kernels<float, Half>, kernels<double, double>,
-#if SIMD_BYTES == 64
-    kernels<float, NativeBf16>,
-#endif
-};
+SPANET_DEFINE_KERNELS(spectrum_kernels, SpectrumKernels, SPANET_NATIVE_KERNELS)
 
 }  // namespace SIMD_NAME
 }  // namespace spanet
