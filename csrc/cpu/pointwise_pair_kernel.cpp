@@ -524,21 +524,24 @@ template <class IO> void add_product(const IO* a, const IO* b, IO* y, int64_t n)
   }
 }
 
-// Columns [begin, end) of to = those rows of from, in blocks of a vector by a vector, of which the last may have fewer columns of from.
+// Columns [begin, end) of to = those rows of from, in squares of a vector of columns by the rows of a vector, adjacent pairs of which are lanes
+// in bf16; the last of a row may have fewer columns.
 template <class IO> void transposed(const IO* from, int64_t rows, int64_t columns, int64_t begin, int64_t end, IO* to) {
-  for (int64_t row = begin; row < end; row += VL)
+  constexpr int64_t of_lane = 4 / sizeof(IO);
+  for (int64_t row = begin; row < end; row += of_lane * VL)
     for (int64_t column = 0; column < columns; column += VL) {
       const int64_t n = columns - column < VL ? columns - column : VL;
+      const auto bits = [&](int64_t r) __attribute__((always_inline)) {  // of bf16 in the upper halves
+        const IO* at = from + (row + r) * columns + column;
+        return (U)(n == VL ? load<float>(at) : load_part<float>(at, n));
+      };
       V square[VL];
       UNROLL
-      for (int i = 0; i < VL; ++i) {
-        const IO* at = from + (row + i) * columns + column;
-        square[i] = n == VL ? load<float>(at) : load_part<float>(at, n);
-      }
+      for (int i = 0; i < VL; ++i) square[i] = (V)(of_lane == 1 ? bits(i) : bits(2 * i) >> 16 | bits(2 * i + 1));
       transpose<float>(square);
       UNROLL
       for (int i = 0; i < VL; ++i)
-        if (i < n) store<float>(to + (column + i) * rows + row, square[i]);
+        if (i < n) std::memcpy(to + (column + i) * rows + row, &square[i], sizeof(V));
     }
 }
 
