@@ -328,14 +328,20 @@ template <class T, int PARTS = 1> SIMD_INLINE Vec<T> sum_lanes(Vec<T>* v) {
   return v[0];
 }
 
-// v[i] lane l becomes v[l] lane i: square blocks of S lanes change places, S = 1, 2, 4, ...
+// v[i] lane l becomes v[l] lane i, by instructions that keep within 16 bytes or move these: others cost more.
 template <class T, int S = 1> SIMD_INLINE void transpose(Vec<T>* v) {
-  constexpr int64_t vl = lanes_of<T>;
+  constexpr int64_t vl = lanes_of<T>, inner = 16 / sizeof(T);
   if constexpr (S < vl) {
     LaneIndex<T> low, high;
     for (int64_t l = 0; l < vl; ++l) {
-      low[l] = l & S ? vl + l - S : l;
-      high[l] = l & S ? vl + l : l + S;
+      if (S < inner) {  // blocks of S in turn, of the halves of 16 bytes
+        const int64_t at = l % inner;
+        low[l] = l - at + at / (2 * S) * S + at % S + at / S % 2 * vl;
+        high[l] = low[l] + inner / 2;
+      } else {  // of 16 bytes the even ones and the odd ones
+        low[l] = l % (vl / 2) / inner * 2 * inner + l % inner + l / (vl / 2) * vl;
+        high[l] = low[l] + inner;
+      }
     }
 #pragma GCC unroll 16
     for (int64_t i = 0; i < vl; ++i)
@@ -345,6 +351,13 @@ template <class T, int S = 1> SIMD_INLINE void transpose(Vec<T>* v) {
         v[i + S] = __builtin_shuffle(a, b, high);
       }
     transpose<T, 2 * S>(v);
+  } else if constexpr (inner == 4) {  // what changed places within 16 bytes did so in the order 0, 2, 1, 3
+#pragma GCC unroll 4
+    for (int64_t i = 0; i < vl; i += 4) {
+      const Vec<T> one = v[i + 1];
+      v[i + 1] = v[i + 2];
+      v[i + 2] = one;
+    }
   }
 }
 
