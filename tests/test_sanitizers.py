@@ -112,18 +112,19 @@ def sanitized(tmp_path_factory):
         "-DTORCH_TARGET_VERSION=0x020a000000000000",
         "-DTORCH_STABLE_ONLY",
     ]
-    simd = {"plain": ["-DSIMD_BYTES=16"]}
+    simd = {"plain": ["-DSIMD_NAME=plain", "-DSIMD_BYTES=16"]}
     if platform.machine() == "x86_64":
-        simd["avx2"] = ["-DSIMD_BYTES=32", "-mavx2", "-mfma", "-mf16c"]
-        simd["avx512"] = ["-DSIMD_BYTES=64", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"]
-    jobs = [("library", "library.cpp", []), ("mixer_branch", "cpu/mixer_branch.cpp", [])]
-    for op in ("radial_filter", "spectrum", "axial_conv", "pointwise_pair", "outer_sum", "gelu", "branch_norm"):
-        jobs.append((op, f"cpu/{op}.cpp", []))
-        jobs += [(f"{op}_{name}", f"cpu/{op}_kernel.cpp", [f"-DSIMD_NAME={name}", *options]) for name, options in simd.items()]
+        simd["avx2"] = ["-DSIMD_NAME=avx2", "-DSIMD_BYTES=32", "-mavx2", "-mfma", "-mf16c"]
+        avx512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"]
+        simd["avx512"] = ["-DSIMD_NAME=avx512", "-DSIMD_BYTES=64", *avx512]
+    jobs = [("library", ROOT / "csrc/library.cpp", [])]
+    for source in sorted((ROOT / "csrc/cpu").glob("*.cpp")):  # kernels once per instruction set
+        sets = simd if source.stem.endswith("_kernel") else {"once": []}
+        jobs += [(f"{source.stem}_{name}", source, options) for name, options in sets.items()]
 
     def compile_job(job):
         name, source, options = job
-        command = [compiler, *flags, *include, *options, "-c", str(ROOT / "csrc" / source), "-o", str(folder / f"{name}.o")]
+        command = [compiler, *flags, *include, *options, "-c", str(source), "-o", str(folder / f"{name}.o")]
         subprocess.run(command, check=True)
 
     with ThreadPoolExecutor(2) as pool:
