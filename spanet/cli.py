@@ -81,11 +81,12 @@ def train(
 ) -> None:
     """Train by a recipe; several processes: `torchrun --nproc-per-node N -m spanet train ...`."""
     from . import train as training
+    from .processes import processes
     from .recipe import load_recipe
 
     _check_folder(out)
     recipe = load_recipe(config, override or ())
-    with training.processes(device) as place:
+    with processes(device) as place:
         best = training.train(recipe, data, out, place, workers, fsdp, compiled, resume)
     _say(f"{out / 'best.safetensors'}: top-1 {best.top1:.2%}, top-5 {best.top5:.2%} of {best.images} images")
 
@@ -101,10 +102,10 @@ def evaluate(
     workers: Workers = 4,
 ) -> None:
     """Accuracy of a checkpoint; several processes: `torchrun --nproc-per-node N -m spanet evaluate ...`."""
-    from . import train as training
     from .evaluate import evaluate_checkpoint
+    from .processes import processes
 
-    with training.processes(device) as place:
+    with processes(device) as place:
         found = evaluate_checkpoint(checkpoint, data, place, model, batch, amp, workers)
     _say(f"top-1 {found.top1:.2%}, top-5 {found.top5:.2%}, loss {found.loss:.4f} of {found.images} images, {found.broken} broken")
 
@@ -219,12 +220,12 @@ def train_task(
     device: Device = None,
     workers: Workers = 4,
 ) -> None:
-    """Train segmentation or detection by a recipe, and evaluate the result."""
+    """Train segmentation or detection by a recipe, and evaluate the result; several processes as for `spanet train`."""
     from dataclasses import replace
 
     from . import tasks
+    from .processes import processes
     from .pyramid import load_task
-    from .train import processes
 
     _check_folder(out)
     recipe = tasks.load_task_recipe(config)

@@ -33,9 +33,10 @@ import spanet_kernels
 from .data import Images
 from .images import save_picture
 from .model import SPANet
+from .processes import progress_bar
 from .recipe import Recipe, load_recipe, seed_all
 from .runs import write_json
-from .train import fit, progress_bar
+from .train import fit
 
 WANTED = 0.98  # accuracy of the first variant
 PAPER = {"lams": (0.7, 0.8, 0.9), "radius": 2, "boundary": 1 / 3}

@@ -9,6 +9,7 @@ from pathlib import Path
 import timm
 import torch
 import torch.distributed as dist
+from rich.progress import Progress
 from timm.models import load_checkpoint
 from torch import nn
 from torch.nn import functional as F
@@ -17,6 +18,7 @@ from torch.utils.data import DataLoader
 from .checkpoint import read_metadata, read_state
 from .data import Images, evaluation_transform, find_images
 from .errors import as_value_error
+from .processes import progress_bar, rank_and_world
 from .recipe import Recipe, build
 
 
@@ -32,19 +34,29 @@ class Accuracy:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, images: Images, batch_size: int, device: torch.device, amp: bool = False, workers: int = 0) -> Accuracy:
+def evaluate(
+    model: nn.Module,
+    images: Images,
+    batch_size: int,
+    device: torch.device,
+    amp: bool = False,
+    workers: int = 0,
+    bar: Progress | None = None,
+) -> Accuracy:
     """Evaluate model on all images; broken ones are counted and left out. The model is left in evaluation mode.
 
     Where processes are connected, each takes its share and all get the result. They run the same number of batches, of which
     the last may repeat images that do not count, because a sharded model needs all of them at every step.
     """
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world = rank_and_world()
     shares = range(rank, -(-len(images) // world) * world, world)
     batches = [shares[place : place + batch_size] for place in range(0, len(shares), batch_size)]
     keys = [[(0, place % len(images)) for place in batch] for batch in batches]
     loader = DataLoader(images, batch_sampler=keys, num_workers=workers, pin_memory=device.type == "cuda")
     totals = torch.zeros(5, dtype=torch.float64, device=device)
     model.eval()
+    bar = bar or progress_bar(False)
+    task = bar.add_task("validation", total=len(batches))
     for batch, (pixels, targets, broken) in zip(batches, loader, strict=True):
         mine = torch.tensor(batch) < len(images)
         counted = (mine & (broken < 0)).to(device)
@@ -56,6 +68,8 @@ def evaluate(model: nn.Module, images: Images, batch_size: int, device: torch.de
         rows = torch.stack([hits[:, 0], hits.any(1), losses, torch.ones_like(losses)]).double()
         totals[:4] += torch.where(counted, rows, 0).sum(1)
         totals[4] += (mine & (broken >= 0)).sum()
+        bar.advance(task)
+    bar.remove_task(task)
     if world > 1:
         dist.all_reduce(totals)
     top1, top5, loss, read, lost = totals.tolist()
@@ -82,7 +96,9 @@ def evaluate_checkpoint(
     if len(found) != network.num_classes:
         raise ValueError(f"data: {data} must hold {network.num_classes} classes, those of the model, got {len(found)}")
     images = Images(samples, evaluation_transform(size, network))
-    return evaluate(network.to(device, memory_format=torch.channels_last), images, batch_size, device, amp, workers)  # type: ignore[call-overload]
+    network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    with progress_bar() as bar:
+        return evaluate(network, images, batch_size, device, amp, workers, bar)
 
 
 def load_classifier(checkpoint: Path, model: str | None = None) -> tuple[nn.Module, list[str] | None, int | None]:

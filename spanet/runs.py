@@ -4,6 +4,10 @@ RUN/steps.csv            step, epoch, lr, loss
 RUN/epochs.csv           step, epoch, and the accuracy on the validation images
 RUN/last.pt              all that a resumed run needs
 RUN/best.safetensors     the weights of the best epoch; its metadata tells recipe, classes and accuracy as JSON
+
+A dense task, evaluated at its end alone, has in place of epochs.csv and best.safetensors:
+
+RUN/model.safetensors    the weights after the last step
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ import torch
 from torch import Tensor
 
 from .errors import as_value_error
+from .processes import rank_and_world
 
 State = dict[str, Any]
 
@@ -60,13 +65,13 @@ def write_json(path: Path, value: Any) -> None:
 
 
 class Run:
-    """The folder of a run, from its first step or, resumed, from the one after its last checkpoint.
+    """The folder of a run, from its first step or, resumed, from the one after its last checkpoint. The first process writes.
 
     Args:
         folder: made if it is not there.
         identity: what all parts of one run have in common: JSON values by name, those of dictionaries by their own names.
         resume: continue the run that is there; otherwise there must be none.
-        writes: whether this process is the one that writes.
+        evaluates: whether it has epochs.csv, too.
 
     Attributes:
         state: of the checkpoint, None for a new run; start: the step to go on with.
@@ -78,8 +83,8 @@ class Run:
     STEPS = ("step", "epoch", "lr", "loss")
     EPOCHS = ("step", "epoch", "top1", "top5", "loss", "images", "broken")
 
-    def __init__(self, folder: Path, identity: State, resume: bool, writes: bool = True) -> None:
-        self.folder, self.identity, self.writes = folder, identity, writes
+    def __init__(self, folder: Path, identity: State, resume: bool, evaluates: bool = True) -> None:
+        self.folder, self.identity, self.writes = folder, identity, rank_and_world()[0] == 0
         self.last = folder / "last.pt"
         self.state = self._load() if resume else None
         self.start: int = self.state["step"] if self.state else 0
@@ -87,13 +92,14 @@ class Run:
             raise FileExistsError(f"out: {folder} holds a run; resume it, or name another folder")
         if not resume and (best := folder / "best.safetensors").exists() and not self._wrote(best):
             raise FileExistsError(f"out: {folder} holds the best weights of another run; name another folder")
-        if writes:
+        if self.writes:
             folder.mkdir(parents=True, exist_ok=True)
-            for name in ("last.pt", "best.safetensors", "steps.csv", "epochs.csv"):
+            for name in ("last.pt", "best.safetensors", "model.safetensors", "steps.csv", "epochs.csv"):
                 for unfinished in folder.glob(f".{name}.*.tmp"):  # of a process that was killed while it wrote
                     unfinished.unlink()
             self._rewind(folder / "steps.csv", self.STEPS)
-            self._rewind(folder / "epochs.csv", self.EPOCHS)
+            if evaluates:
+                self._rewind(folder / "epochs.csv", self.EPOCHS)
 
     def _wrote(self, best: Path) -> bool:
         """Whether such a run wrote it, and was killed before its first checkpoint."""
@@ -142,10 +148,13 @@ class Run:
                 torch.save({"identity": self.identity, **state}, file)
 
     def save_best(self, weights: dict[str, Tensor], facts: State) -> None:
+        # one key: safetensors writes several in any order
+        self.save_weights("best.safetensors", weights, {"run": json.dumps(self.identity | facts)})
+
+    def save_weights(self, name: str, weights: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
         if self.writes:
-            metadata = {"run": json.dumps(self.identity | facts)}  # one key: safetensors writes several in any order
-            with replacing(self.folder / "best.safetensors") as file:
-                file.write(safetensors.torch.save({name: tensor.contiguous() for name, tensor in weights.items()}, metadata))
+            with replacing(self.folder / name) as file:
+                file.write(safetensors.torch.save({key: tensor.contiguous() for key, tensor in weights.items()}, metadata))
 
 
 def _difference(then: State, now: State) -> str | None:

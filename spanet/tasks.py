@@ -2,8 +2,9 @@
 
     lr(step) = lr min(1, ratio + (1 - ratio) step / warmup_steps) 0.1^(milestones passed) (1 - step / steps)^power
 
-All randomness is a function of the seed, the epoch and the image, or of the step. The last checkpoint is whole at any moment, and a
-run that finds one in its folder goes on from there as if it had not been interrupted.
+All randomness is a function of the seed, the epoch and the image, or of the step and the process. The last checkpoint is whole at any
+moment, and a run that finds one in its folder goes on from there as if it had not been interrupted. Several processes share the images of
+a batch, and those that are evaluated.
 """
 
 from __future__ import annotations
@@ -17,14 +18,15 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import safetensors.torch
 import torch
+import torch.distributed as dist
 import yaml
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from pycocotools.mask import encode
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
 from torchvision.datasets import CocoDetection, wrap_dataset_for_transforms_v2
@@ -36,10 +38,11 @@ from .checkpoint import load_checkpoint
 from .detection import detect, mask_rcnn, retinanet
 from .errors import as_value_error
 from .images import read_image
+from .processes import of_all, progress_bar, rank_and_world
 from .recipe import RECIPES, check_ranges, recipe_of, seed_all
-from .runs import replacing
+from .runs import Run
 from .segmentation import IGNORE, SemanticFPN, segment, segmentation_loss, semantic_fpn
-from .train import memory_kept, progress_bar, uncollected
+from .train import mean_over_processes, memory_kept, uncollected
 
 BUILDERS: dict[str, Callable[..., nn.Module]] = {"semantic_fpn": semantic_fpn, "retinanet": retinanet, "mask_rcnn": mask_rcnn}
 
@@ -203,7 +206,7 @@ def training_data(recipe: TaskRecipe, model: nn.Module, root: Path) -> Dataset[A
 def losses(model: nn.Module, batch: Sequence[tuple[Tensor, Any]], device: torch.device) -> Tensor:
     """The task's loss of one batch."""
     images, targets = zip(*batch, strict=True)
-    if isinstance(model, SemanticFPN):
+    if not isinstance(targets[0], dict):
         return segmentation_loss(model(torch.stack(images).to(device)), torch.stack(targets).long().to(device))
     found = model([image.to(device) for image in images], [{name: t.to(device) for name, t in target.items()} for target in targets])
     return torch.stack(list(found.values())).sum()
@@ -231,15 +234,21 @@ def keys(images: int, recipe: TaskRecipe, start: int, steps: int) -> Iterator[li
 
 
 def train_task(recipe: TaskRecipe, root: Path, out: Path, device: torch.device, workers: int = 4) -> list[float]:
-    """Train by a recipe; OUT/last.pt is the last checkpoint, from which a run goes on, OUT/model.safetensors the result.
+    """Train by a recipe in the folder of a run (`spanet.runs`); OUT/model.safetensors is the result.
+
+    Processes that are connected share the images of every batch; each computes the loss of its own, and gradients are means. On GPUs
+    BatchNorm sees all of them.
 
     Returns:
         the losses of the steps of this call.
 
     Raises:
-        FileNotFoundError: the data is not there; ValueError: fewer images than a batch, a checkpoint of another recipe;
-        FloatingPointError: a loss that is no number.
+        FileNotFoundError: the data is not there; ValueError: fewer images than a batch, batches that the processes cannot share, a
+        checkpoint of another recipe or other data; FloatingPointError: a loss that is no number.
     """
+    rank, world = rank_and_world()
+    if recipe.batch_size % world:
+        raise ValueError(f"recipe: batch_size must be a multiple of {world}, the processes, got {recipe.batch_size}")
     model = build_task(recipe).to(device)
     data = training_data(recipe, model, root)
     images = len(cast(Sized, data))
@@ -247,65 +256,87 @@ def train_task(recipe: TaskRecipe, root: Path, out: Path, device: torch.device, 
     if not per_epoch:
         raise ValueError(f"recipe: batch_size must be at most the {images} training images, got {recipe.batch_size}")
     steps = recipe.steps or recipe.epochs * per_epoch
+    trained = _copied(model, device)
     optimizer = torch.optim.AdamW(model.parameters(), recipe.lr, weight_decay=recipe.weight_decay, fused=True)
-    out.mkdir(parents=True, exist_ok=True)
-    last, start = out / "last.pt", 0
-    if last.exists():
-        with as_value_error(f"out: {last} is damaged, or of no such run"):
-            state = torch.load(last, map_location="cpu", weights_only=True)
-            then = state["recipe"], state["images"]
-        if then != (asdict(recipe), images):
-            raise ValueError(f"out: {out} holds a run of another recipe, or of other data than these {images} images; name another folder")
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        start = state["step"]
-    batches = list(keys(images, recipe, start, steps))
+    run = Run(out, {"recipe": asdict(recipe), "images": images}, (out / "last.pt").exists(), evaluates=False)
+    if run.state:
+        model.load_state_dict(run.state["model"])
+        optimizer.load_state_dict(run.state["optimizer"])
+    share = slice(rank * recipe.batch_size // world, (rank + 1) * recipe.batch_size // world)
+    batches = [batch[share] for batch in keys(images, recipe, run.start, steps)]
     loader = DataLoader(Seeded(data, recipe.seed), batch_sampler=batches, num_workers=workers, collate_fn=list)
     course: list[float] = []
     model.train()
     with progress_bar() as bar, uncollected(), memory_kept(device):
-        for step, batch in enumerate(bar.track(loader, total=steps, completed=start, description=recipe.task), start):
+        task = bar.add_task(recipe.task, total=steps, completed=run.start)
+        for step, batch in enumerate(loader, run.start):
             for group in optimizer.param_groups:
-                group["lr"] = recipe.rate(step, steps, per_epoch)
-            seed_all(recipe.seed, "step", step)
-            loss = losses(model, batch, device)
-            if not loss.isfinite():
-                raise FloatingPointError(f"the loss of step {step} is {loss.item()}; the last checkpoint is {last}")
+                group["lr"] = lr = recipe.rate(step, steps, per_epoch)
+            seed_all(recipe.seed, "step", step, rank)
+            loss = losses(trained, batch, device)
+            [mean] = mean_over_processes([loss.detach()])
+            if not math.isfinite(mean):
+                raise FloatingPointError(f"the loss of step {step} is {mean}; the last checkpoint is {run.last}")
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            course.append(loss.item())
+            course.append(mean)
+            run.log_step(step=step, epoch=step // per_epoch, lr=lr, loss=mean)
+            bar.update(task, advance=1, description=f"{recipe.task}, loss {mean:.4f}")
             if (step + 1) % recipe.checkpoint_steps == 0 or step + 1 == steps:
-                checkpoint = {"recipe": asdict(recipe), "images": images, "model": model.state_dict(), "step": step + 1}
-                with replacing(last) as file:
-                    torch.save(checkpoint | {"optimizer": optimizer.state_dict()}, file)
-    with replacing(out / "model.safetensors") as file:
-        file.write(safetensors.torch.save({name: tensor.contiguous() for name, tensor in model.state_dict().items()}))
+                run.save_last({"model": model.state_dict(), "step": step + 1, "optimizer": optimizer.state_dict()})
+    run.save_weights("model.safetensors", model.state_dict())
+    if dist.is_initialized():
+        dist.barrier()  # until it is written
     return course
 
 
+def _copied(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model whose gradients are means over the processes."""
+    if not dist.is_initialized():
+        return model
+    if device.type == "cuda":
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return DistributedDataParallel(model, [device] if device.type == "cuda" else None)
+
+
 def evaluate_task(recipe: TaskRecipe, model: nn.Module, root: Path) -> dict[str, float]:
-    """mIoU of segmentation on ROOT's validation images; AP of detection's boxes, and masks, as COCO defines it."""
+    """mIoU of segmentation on ROOT's validation images; AP of detection's boxes, and masks, as COCO defines it.
+
+    Processes that are connected share the images, and all get the result.
+    """
+    rank, world = rank_and_world()
     if isinstance(model, SemanticFPN):
         scenes = Scenes(root, "validation", recipe.num_classes, lambda *sample: sample)
         counts = torch.zeros(recipe.num_classes, recipe.num_classes, dtype=torch.long)
-        for index, path in enumerate(scenes.images):
-            counts += confusion(
-                segment(model, read_image(path, upright=False), recipe.size), scenes.target(index)[0].long(), recipe.num_classes
-            )
-        return {"mIoU": mean_iou(counts)}
+        with progress_bar() as bar:
+            for index in bar.track(range(rank, len(scenes), world), description="validation"):
+                classes = segment(model, read_image(scenes.images[index], upright=False), recipe.size)
+                counts += confusion(classes, scenes.target(index)[0].long(), recipe.num_classes)
+        return {"mIoU": mean_iou(torch.stack(of_all(counts)).sum(0))}
     objects = Objects(root, "val2017", recipe.num_classes, recipe.task == "mask_rcnn", lambda *sample: sample)
-    results: dict[str, list[dict[str, Any]]] = {kind: [] for kind in (("bbox", "segm") if recipe.task == "mask_rcnn" else ("bbox",))}
-    for image_id, image in objects.coco.coco.imgs.items():
-        found = detect(cast(MaskRCNN, model), read_image(Path(objects.coco.root) / image["file_name"], upright=False))
-        for index, (box, label, score) in enumerate(zip(found["boxes"], found["labels"].tolist(), found["scores"].tolist(), strict=True)):
-            common = {"image_id": image_id, "category_id": objects.categories[label - objects.first], "score": score}
-            x1, y1, x2, y2 = box.tolist()
-            results["bbox"].append(common | {"bbox": [x1, y1, x2 - x1, y2 - y1]})
-            if "segm" in results:
-                mask = (found["masks"][index, 0] >= 0.5).byte().numpy()
-                results["segm"].append(common | {"segmentation": encode(np.asfortranarray(mask))})
-    return {f"AP {kind}": _average_precision(objects.coco.coco, those, kind) for kind, those in results.items()}
+    mine = sorted(objects.coco.coco.imgs)[rank::world]
+    with progress_bar() as bar:
+        found = [_found(cast(MaskRCNN, model), objects, image) for image in bar.track(mine, description="validation")]
+    everywhere = [of_image for of_process in of_all(found) for of_image in of_process]
+    return {
+        f"AP {kind}": _average_precision(objects.coco.coco, [one for of_image in everywhere for one in of_image[kind]], kind)
+        for kind in ("bbox", "segm")[: 1 + (recipe.task == "mask_rcnn")]
+    }
+
+
+def _found(model: MaskRCNN, objects: Objects, image: int) -> dict[str, list[dict[str, Any]]]:
+    """The boxes in a photograph, and the masks of a model that has them, as COCO writes them."""
+    path = Path(objects.coco.root) / objects.coco.coco.imgs[image]["file_name"]
+    found, results = detect(model, read_image(path, upright=False)), {"bbox": list[dict[str, Any]](), "segm": list[dict[str, Any]]()}
+    for index, (box, label, score) in enumerate(zip(found["boxes"], found["labels"].tolist(), found["scores"].tolist(), strict=True)):
+        common = {"image_id": image, "category_id": objects.categories[label - objects.first], "score": score}
+        x1, y1, x2, y2 = box.tolist()
+        results["bbox"].append(common | {"bbox": [x1, y1, x2 - x1, y2 - y1]})
+        if "masks" in found:
+            mask = (found["masks"][index, 0] >= 0.5).byte().numpy()
+            results["segm"].append(common | {"segmentation": encode(np.asfortranarray(mask))})
+    return results
 
 
 def confusion(found: Tensor, target: Tensor, classes: int) -> Tensor:

@@ -15,12 +15,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.distributed as dist
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from timm.data.mixup import Mixup
 from timm.optim import create_optimizer_v2
 from timm.scheduler.scheduler_factory import create_scheduler_v2
@@ -42,6 +40,7 @@ from torch.utils.data import DataLoader
 from .data import Chunks, Images, evaluation_transform, find_images, training_transform
 from .errors import as_value_error
 from .evaluate import Accuracy, evaluate
+from .processes import of_all, progress_bar, rank_and_world
 from .recipe import Recipe, build, seed_all
 from .runs import Run, State
 
@@ -108,17 +107,17 @@ def fit(
     """
     if fsdp and not dist.is_initialized():
         raise ValueError("fsdp: needs processes to share the model among, start it by torchrun")
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world = rank_and_world()
     chunks = Chunks(len(training), recipe, rank, world)
     trainer = Trainer(recipe, model, len(classes), chunks, device, fsdp, compiled)
-    run = Run(out, {"recipe": asdict(recipe), "images": len(training), "classes": classes}, resume, rank == 0)
+    run = Run(out, {"recipe": asdict(recipe), "images": len(training), "classes": classes}, resume)
     best, broken = Accuracy(-1.0, 0.0, 0.0, 0, 0), set[int]()
     if run.state:
         trainer.load(run.state)
         best, broken = Accuracy(**run.state["best"]), set(run.state["broken"])
     chunks.start = run.start
     losses: list[Tensor] = []
-    with progress_bar(show and rank == 0) as bar, uncollected(), memory_kept(device):
+    with progress_bar(show) as bar, uncollected(), memory_kept(device):
         task = bar.add_task("", total=chunks.steps, completed=run.start)
 
         def reported(batch: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -137,15 +136,15 @@ def fit(
             ends = place + 1 == chunks.steps_per_epoch
             saves = ends or (step + 1) % recipe.checkpoint_steps == 0
             if saves or len(losses) == LOG_STEPS:
-                for done, loss in enumerate(_mean_over_processes(losses), step + 1 - len(losses)):
+                for done, loss in enumerate(mean_over_processes(losses), step + 1 - len(losses)):
                     run.log_step(step=done, epoch=done // chunks.steps_per_epoch, lr=trainer.lr(done), loss=loss)
                     if not abs(loss) < float("inf"):
                         raise FloatingPointError(f"the loss of step {done} is {loss}; checkpoints in {out} are of earlier steps")
                 losses.clear()
                 bar.update(task, completed=step + 1, description=f"epoch {epoch + 1}/{recipe.epochs}, loss {loss:.4f}")
             if ends:
-                broken |= _union_over_processes(broken)
-                accuracy = evaluate(trainer.judged, validation, recipe.micro_batch, device, recipe.amp, workers)
+                broken |= set().union(*of_all(broken))
+                accuracy = evaluate(trainer.judged, validation, recipe.micro_batch, device, recipe.amp, workers, bar)
                 run.log_epoch(step=step, epoch=epoch, **asdict(accuracy) | {"broken": len(broken) + accuracy.broken})
                 if accuracy.top1 > best.top1:
                     best = accuracy
@@ -279,26 +278,13 @@ def _shard(network: nn.Module, device: torch.device) -> None:
     fully_shard(network, mesh=mesh)
 
 
-def _mean_over_processes(losses: list[Tensor]) -> list[float]:
+def mean_over_processes(losses: list[Tensor]) -> list[float]:
+    """Numbers that every process has, averaged; it waits for the device."""
     mean = torch.stack(losses)
     if dist.is_initialized():
         dist.all_reduce(mean)
         mean /= dist.get_world_size()
     return cast(list[float], mean.tolist())
-
-
-def _union_over_processes(indices: set[int]) -> set[int]:
-    gathered: list[Any] = [indices]
-    if dist.is_initialized():
-        gathered *= dist.get_world_size()
-        dist.all_gather_object(gathered, indices)
-    return set().union(*gathered)
-
-
-def progress_bar(show: bool = True) -> Progress:
-    """On the standard error."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=Console(stderr=True), disable=not show)
 
 
 @contextmanager
@@ -334,29 +320,3 @@ def memory_kept(device: torch.device) -> Iterator[None]:
     finally:
         set_option(_TRIM_THRESHOLD, 64 * 2**20)  # as after `import spanet_kernels`
         set_option(_MMAP_MAX, 65536)
-
-
-@contextmanager
-def processes(device: str | None = None) -> Iterator[torch.device]:
-    """The device of this process, connected with the others where torchrun has started it.
-
-    Args:
-        device: cpu or cuda; by default cuda where there is one.
-
-    Raises:
-        ValueError: there is no such device.
-    """
-    if device not in (None, "cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
-        raise ValueError(f"device: must be cpu, or cuda where torch finds one, got {device}")
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if "LOCAL_RANK" not in os.environ:
-        yield place
-        return
-    if place.type == "cuda":
-        place = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(place)
-    dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
-    try:
-        yield place
-    finally:
-        dist.destroy_process_group()

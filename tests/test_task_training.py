@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -128,12 +131,12 @@ def test_segmentation_trains_resumes_and_is_evaluated(scenes, tmp_path, monkeypa
     with pytest.raises(KeyboardInterrupt):
         tasks.train_task(recipe, scenes, tmp_path / "parts", cpu, 0)
     assert tasks.train_task(recipe, scenes, tmp_path / "parts", cpu, 1) == pytest.approx(whole[6:], rel=1e-5)
-    with pytest.raises(ValueError, match="holds a run of another recipe"):
+    with pytest.raises(ValueError, match=r"resume: lr was 0.001 when .* was started, got 0.01"):
         tasks.train_task(replace(recipe, lr=1e-2), scenes, tmp_path / "parts", cpu, 0)
     fewer = shutil.copytree(scenes, tmp_path / "fewer")
     for kind, ending in (("images", "jpg"), ("annotations", "png")):
         (fewer / kind / "training" / f"3.{ending}").unlink()
-    with pytest.raises(ValueError, match="other data than these 3 images"):
+    with pytest.raises(ValueError, match=r"resume: images was 4 when .* was started, got 3"):
         tasks.train_task(recipe, fewer, tmp_path / "parts", cpu, 0)
 
     model = tasks.build_task(recipe)
@@ -181,6 +184,36 @@ def test_detection_trains_and_is_evaluated(objects, tmp_path, task, monkeypatch)
     assert list(perfected) == ["AP bbox"] + ["AP segm"] * (task == "mask_rcnn")
     # the third image has no object: what is found there costs precision
     assert all(0.6 < value <= 1 for value in perfected.values())
+
+
+@pytest.mark.parametrize("task", ["semantic_fpn", "retinanet", "mask_rcnn"])
+def test_processes_share_batches_and_evaluation(scenes, objects, tmp_path, task):
+    text = f"task: {task}\nnum_classes: 2\nbatch_size: 2\nlr: 1e-3\nweight_decay: 0\nsize: 48\nsteps: 3\nmodel_args: {json.dumps(TINY)}"
+    (tmp_path / "recipe.yaml").write_text(text)
+    data = scenes if task == "semantic_fpn" else objects
+    said, courses = [], []
+    for processes in (1, 2):
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] if processes == 2 else []
+        command = [sys.executable, *launcher, "-m", "spanet", "train-task", str(tmp_path / "recipe.yaml"), "--data", str(data)]
+        out = tmp_path / str(processes)
+        command += ["--out", str(out), "--device", "cpu", "--workers", "0"]
+        said.append(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        assert {path.name for path in out.iterdir()} == {"last.pt", "model.safetensors", "steps.csv"}
+        with (out / "steps.csv").open() as file:
+            courses.append([float(row["loss"]) for row in csv.DictReader(file)])
+    assert [len(course) for course in courses] == [3, 3]
+    lines = {"semantic_fpn": ["mIoU"], "retinanet": ["AP bbox"], "mask_rcnn": ["AP bbox", "AP segm"]}[task]
+    assert [[line.partition(":")[0] for line in text.splitlines()] for text in said] == [lines] * 2
+    if task == "retinanet":  # its loss is a mean over images, of which none knows of another
+        assert courses[1] == pytest.approx(courses[0], rel=1e-4)
+
+
+def test_a_batch_that_processes_cannot_share(scenes, tmp_path, monkeypatch):
+    monkeypatch.setattr(tasks, "rank_and_world", lambda: (0, 3))
+    recipe = tasks.TaskRecipe("semantic_fpn", 2, 2, 1e-3, 1e-4, size=32, steps=1, model_args=TINY)
+    with pytest.raises(ValueError, match="batch_size must be a multiple of 3, the processes, got 2"):
+        tasks.train_task(recipe, scenes, tmp_path / "out", torch.device("cpu"), 0)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -232,9 +265,9 @@ def test_a_checkpoint_that_is_none(scenes, tmp_path):
     recipe = tasks.TaskRecipe("semantic_fpn", 2, 2, 1e-3, 1e-4, size=32, steps=1, model_args=TINY)
     torch.save({"identity": {}}, tmp_path / "foreign.pt")
     foreign = (tmp_path / "foreign.pt").read_bytes()
-    for damage in (b"", foreign[:100], foreign):
+    for damage, message in ((b"", "last.pt is damaged"), (foreign[:100], "last.pt is damaged"), (foreign, "task was None when")):
         (tmp_path / "last.pt").write_bytes(damage)
-        with pytest.raises(ValueError, match=r"out: .*last.pt is damaged, or of no such run"):
+        with pytest.raises(ValueError, match=f"resume: .*{message}"):
             tasks.train_task(recipe, scenes, tmp_path, torch.device("cpu"), 0)
 
 
