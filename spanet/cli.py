@@ -64,6 +64,7 @@ def convert(
 
 
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; by default cuda where there is one.")]
+Override = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="In place of the recipe's; any number.")]
 Workers = Annotated[int, typer.Option(min=0, help="Processes that read images.")]
 
 
@@ -72,7 +73,7 @@ def train(
     data: Annotated[Path, typer.Option(help="Folder of train/CLASS/*.jpg and val/CLASS/*.jpg.")],
     out: Annotated[Path, typer.Option(help="Folder of the run: logs, last checkpoint, best weights.")],
     config: Annotated[str, typer.Option(help="A recipe of the package, or a YAML file, see spanet.recipe.")] = "spanet_small",
-    override: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="In place of the recipe's; any number.")] = None,
+    override: Override = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in OUT.")] = False,
     fsdp: Annotated[bool, typer.Option("--fsdp", help="Under torchrun: shard the model instead of copying it.")] = False,
     compiled: Annotated[bool, typer.Option("--compile", help="Use torch.compile.")] = False,
@@ -216,20 +217,17 @@ def train_task(
     config: Annotated[str, typer.Argument(help="ade20k_semantic_fpn, coco_retinanet, coco_mask_rcnn, or a YAML file, see spanet.tasks.")],
     data: Annotated[Path, typer.Option(help="Folder of ADE20K or COCO, as they are published.")],
     out: Annotated[Path, typer.Option(help="Folder of the run, which goes on from its last checkpoint.")],
-    weights: Annotated[str | None, typer.Option(help="Checkpoint of the backbone, in place of the recipe's.")] = None,
+    override: Override = None,
     device: Device = None,
     workers: Workers = 4,
 ) -> None:
     """Train segmentation or detection by a recipe, and evaluate the result; several processes as for `spanet train`."""
-    from dataclasses import replace
-
     from . import tasks
     from .processes import processes
     from .pyramid import load_task
 
     _check_folder(out)
-    recipe = tasks.load_task_recipe(config)
-    recipe = replace(recipe, weights=weights or recipe.weights)
+    recipe = tasks.load_task_recipe(config, override or ())
     with processes(device) as place:
         tasks.train_task(recipe, data, out, place, workers)
         model = tasks.build_task(recipe)

@@ -6,9 +6,9 @@ import difflib
 import math
 import random
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar, get_origin, get_type_hints
+from typing import Any, TypeVar, cast, get_origin, get_type_hints
 
 import numpy as np
 import timm
@@ -96,20 +96,26 @@ def check_ranges(recipe: Any, ranges: Mapping[str, tuple[float, float]]) -> None
             raise ValueError(f"recipe: {name} must be {wanted}, got {value}")
 
 
-def recipe_names() -> list[str]:
+def recipe_names(folder: Path = RECIPES) -> list[str]:
     """The recipes that come with the package."""
-    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+    return sorted(path.stem for path in folder.glob("*.yaml"))
 
 
 def load_recipe(config: str | Path, overrides: Iterable[str] = ()) -> Recipe:
-    """The recipe of a YAML file or of a name in `recipe_names()`, with `key=value` overrides.
+    """The recipe of a YAML file or of a name in `recipe_names()`, with `key=value` overrides; errors as of `read_recipe`."""
+    return read_recipe(Recipe, RECIPES, config, overrides)
+
+
+def read_recipe(kind: type[R], folder: Path, config: str | Path, overrides: Iterable[str]) -> R:
+    """A recipe, a dataclass, from a YAML file or a name in `recipe_names(folder)`, with `key=value` overrides.
 
     Raises:
-        FileNotFoundError: config is neither; ValueError: unknown key, wrong type or a value out of range.
+        FileNotFoundError: config is neither; ValueError: no YAML, unknown or missing keys, wrong types or values out of range.
     """
-    path = RECIPES / f"{config}.yaml" if config in recipe_names() else Path(config)
+    names = recipe_names(folder)
+    path = folder / f"{config}.yaml" if config in names else Path(config)
     if not path.is_file():
-        raise FileNotFoundError(f"config: {config} is neither a file nor one of {', '.join(recipe_names())}")
+        raise FileNotFoundError(f"config: {config} is neither a file nor one of {', '.join(names)}")
     with as_value_error(f"config: {config} is not YAML"):
         values = yaml.safe_load(path.read_text()) or {}
     if not isinstance(values, dict):
@@ -120,13 +126,12 @@ def load_recipe(config: str | Path, overrides: Iterable[str] = ()) -> Recipe:
             raise ValueError(f"set: must be key=value, got {override}")
         with as_value_error(f"set: {override} is not YAML behind the equals sign"):
             values[key] = yaml.safe_load(value)
-    return recipe_of(Recipe, values)
-
-
-def recipe_of(kind: type[R], values: Mapping[Any, Any]) -> R:
-    """A recipe, a dataclass, from what YAML read. Raises ValueError for an unknown key or a value of another type."""
     hints = get_type_hints(kind)
-    return kind(**{str(key): _typed(hints, str(key), value) for key, value in values.items()})
+    typed = {str(key): _typed(hints, str(key), value) for key, value in values.items()}
+    required = [f.name for f in fields(cast(Any, kind)) if f.default is MISSING and f.default_factory is MISSING]
+    if missing := [name for name in required if name not in typed]:
+        raise ValueError(f"recipe: {', '.join(missing)} must be given")
+    return kind(**typed)
 
 
 def _typed(hints: Mapping[str, Any], key: str, value: Any) -> Any:

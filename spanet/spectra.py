@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from spanet_kernels import SPAM, reference, spectral_pool
 
 from .errors import as_value_error
-from .images import as_picture, read_images, save_picture
+from .images import as_picture, image_files, read_images, save_picture
+from .processes import progress_bar
 
 # the child of a block whose output is the mixer's: MetaFormers; the residual branch of transformers; ConvNeXt; ResNet
 MIXERS = ("token_mixer", "drop_path1", "conv_dw", "conv2")
@@ -251,10 +252,12 @@ def save_figures(models: dict[str, nn.Module], source: Path, out: Path, size: in
     """
     first = next(iter(models.values()))
     mixers, blocks = {}, {}
-    for name, model in models.items():
-        parts = blocks_and_mixers(model)
-        amplitudes = mean_log_amplitudes(model, [module for part in parts for module in part], read_images(model, source, size))
-        blocks[name], mixers[name] = amplitudes[: len(parts[0])], amplitudes[len(parts[0]) :]
+    with progress_bar() as bar:
+        for name, model in models.items():
+            parts = blocks_and_mixers(model)
+            seen = bar.track(read_images(model, source, size), total=len(image_files(source)), description=name)
+            amplitudes = mean_log_amplitudes(model, [module for part in parts for module in part], seen)
+            blocks[name], mixers[name] = amplitudes[: len(parts[0])], amplitudes[len(parts[0]) :]
     images = list(islice(read_images(first, source, size), 8))
     figures = {
         "fourier": fourier_figure(mixers),

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import io
 import math
-from collections.abc import Callable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -20,7 +20,6 @@ from typing import Any, cast
 import numpy as np
 import torch
 import torch.distributed as dist
-import yaml
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -39,7 +38,7 @@ from .detection import detect, mask_rcnn, retinanet
 from .errors import as_value_error
 from .images import read_image
 from .processes import of_all, progress_bar, rank_and_world
-from .recipe import RECIPES, check_ranges, recipe_of, seed_all
+from .recipe import RECIPES, check_ranges, read_recipe, seed_all
 from .runs import Run
 from .segmentation import IGNORE, SemanticFPN, segment, segmentation_loss, semantic_fpn
 from .train import mean_over_processes, memory_kept, uncollected
@@ -96,16 +95,9 @@ class TaskRecipe:
         return self.lr * warmup * 0.1**passed * (1 - step / steps) ** self.power
 
 
-def load_task_recipe(config: str) -> TaskRecipe:
-    """The recipe of a YAML file, or of its name in the package. Raises ValueError: no file, no YAML, keys or values that do not fit."""
-    named = RECIPES / "tasks" / f"{config}.yaml"
-    path = named if named.is_file() else Path(config)
-    known = ", ".join(sorted(file.stem for file in named.parent.glob("*.yaml")))
-    with as_value_error(f"config: {config} is no recipe of a task ({known})"):
-        values = yaml.safe_load(path.read_text())
-        if not isinstance(values, dict):
-            raise ValueError(f"it must hold `key: value` lines, got a {type(values).__name__}")
-        return recipe_of(TaskRecipe, values)
+def load_task_recipe(config: str, overrides: Iterable[str] = ()) -> TaskRecipe:
+    """The recipe of a YAML file or of its name in the package, with `key=value` overrides; errors as of `spanet.recipe.read_recipe`."""
+    return read_recipe(TaskRecipe, RECIPES / "tasks", config, overrides)
 
 
 def build_task(recipe: TaskRecipe) -> nn.Module:

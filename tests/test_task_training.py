@@ -274,13 +274,14 @@ def test_a_checkpoint_that_is_none(scenes, tmp_path):
 def test_numbers_without_a_point(tmp_path):
     (tmp_path / "recipe.yaml").write_text(f"{FIT}\nlr: 1e-4")
     assert tasks.load_task_recipe(str(tmp_path / "recipe.yaml")).lr == 1e-4
+    assert tasks.load_task_recipe("coco_retinanet", ["lr=2e-4", "weights=spanet_small.pth"]).weights == "spanet_small.pth"
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("task: semantic_fpn\nspeed: 3", "unknown key speed, the nearest known one is seed"),
-        ("task: semantic_fpn", "missing 5 required positional arguments"),
+        ("task: semantic_fpn", "recipe: num_classes, batch_size, lr, weight_decay, size must be given"),
         ("- 3", "must hold `key: value` lines, got a list"),
         (f"{FIT}\nlr: high", "lr must be of type float, got 'high'"),
         (f"{FIT}\nbatch_size: -1", "batch_size must be at least 1, got -1"),
