@@ -7,6 +7,7 @@ variants are registered with timm: `import spanet`, then `timm.create_model("spa
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -144,7 +145,7 @@ class SPANet(nn.Module, PyTorchModelHubMixin, library_name="spanet", license="ap
         mixer = {"kernel_size": kernel_size, "lams": lams, "boundary": None if boundary == "paper" else boundary, "learnable": learnable}
         self.num_classes = 0 if dense else num_classes
         self.num_features = self.head_hidden_size = dims[-1]
-        self.grad_checkpointing = False
+        self.grad_checkpointing = self._is_pruned = False
         self.feature_info: list[dict[str, Any]] = [
             {"num_chs": dim, "reduction": 4 << i, "module": f"network.{2 * i}"} for i, dim in enumerate(dims)
         ]
@@ -214,11 +215,11 @@ class SPANet(nn.Module, PyTorchModelHubMixin, library_name="spanet", license="ap
         shorter = end < len(self.network)
         for index in range(0, len(self.network), 2):
             if prune_norm or index // 2 not in take:
-                self._modules.pop(f"norm{index}", None)
+                self._is_pruned |= self._modules.pop(f"norm{index}", None) is not None
         self.network = self.network[:end]
         self.num_features = self.head_hidden_size = self.feature_info[max(take)]["num_chs"]
         if prune_norm or shorter:
-            self.norm = nn.Identity()
+            self.norm, self._is_pruned = nn.Identity(), True
         if prune_head or shorter:
             self.reset_classifier(0, "")
         return take
@@ -237,6 +238,11 @@ class SPANet(nn.Module, PyTorchModelHubMixin, library_name="spanet", license="ap
         self.global_pool, self.head = create_classifier(self.num_features, num_classes, pool_type=pool, **dd)
         _init_weights(self.head.train(self.training))
         self._tell(num_classes=num_classes, global_pool=pool)
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        if self._is_pruned:
+            raise ValueError("SPANet: save_pretrained writes what arguments make, not a pruned network; write its state_dict")
+        super()._save_pretrained(save_directory)
 
     def _tell(self, **arguments: Any) -> None:
         """What `save_pretrained` writes of the arguments that make this model."""

@@ -365,6 +365,20 @@ def test_a_changed_model_comes_back_from_the_hub_s_format(tmp_path, change):
     assert torch.equal(type(model).from_pretrained(tmp_path).eval()(x), model.eval()(x))
 
 
+def test_a_pruned_model_is_not_written_as_a_whole_one(tmp_path):
+    for dense, indices in ((False, 2), (True, 1)):
+        model = tiny(dense=dense)
+        model.prune_intermediate_layers([indices])
+        with pytest.raises(ValueError, match="save_pretrained writes what arguments make, not a pruned network"):
+            model.save_pretrained(tmp_path)
+        assert not list(tmp_path.iterdir())
+    headless = tiny()
+    headless.prune_intermediate_layers([-1])
+    headless.save_pretrained(tmp_path)
+    x = torch.randn(1, 3, 64, 64)
+    assert torch.equal(spanet.SPANet.from_pretrained(tmp_path).eval().forward_features(x), headless.eval().forward_features(x))
+
+
 def test_what_is_no_file_is_not_replaced(tmp_path):
     model = tiny()
     os.mkfifo(tmp_path / "pipe.safetensors")
