@@ -90,8 +90,9 @@ template <class T> struct ModeTable {
       }
     for (const Mode& one : mode) scales.push_back(static_cast<T>(one.scale));
     modes = {rows.axis, columns.axis, mode.data(), scales.data(), static_cast<int64_t>(mode.size()), shell_count(radius_squared), nullptr};
-    if (radius_squared != 1 || !modes.on_axes() || h * w > flat_pixels) return;
-    flat = Lines<T>((h * w + lanes - 1) / lanes * lanes * (modes.inside - 1));
+    if (radius_squared != 0 && !(radius_squared == 1 && modes.on_axes())) return;
+    if (h * w > flat_pixels) return;
+    flat = Lines<T>(radius_squared == 0 ? 1 : (h * w + lanes - 1) / lanes * lanes * (modes.inside - 1));
     for (int64_t k = 1; k < modes.inside; ++k)
       for (int64_t i = 0; i < h * w; ++i)
         flat.data()[(i / lanes * (modes.inside - 1) + k - 1) * lanes + i % lanes] = static_cast<T>(

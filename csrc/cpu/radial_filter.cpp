@@ -41,12 +41,14 @@ constexpr int64_t grain = 32768;
 int64_t chunk_size(Cut cut, int64_t channels, int64_t lanes) { return (cut == Cut::lanes ? 4 : channels < 64 ? 1 : 2) * lanes; }
 
 // Whether planes in NCHW are brought side by side: to transpose them costs less than short rows do, and less than longer ones from so many
-// functions along a row on. What stays in registers (disc.h) is faster still; fp16 does not (runs.h). The same for any number of images,
+// functions along a row on. What stays in registers (disc.h, flat.h) is faster still; fp16 does not (runs.h). The same for any number of images,
 // which are to give the same bits.
 bool are_gathered(const Tensor& x, int64_t radius_squared) {
   const int64_t h = x.size(2), w = x.size(3), disc = radius_squared == 1 ? 3 : radius_squared == 4 ? 5 : 0;
   const ScalarType dtype = x.scalar_type();
-  if (disc && std::min(h, w) >= disc && (dtype == ScalarType::Float || dtype == ScalarType::BFloat16)) return false;
+  const bool flat = radius_squared == 0 && h * w <= flat_pixels && cpu_capability() >= Capability::avx512;
+  const bool stays = flat || (disc && std::min(h, w) >= disc);
+  if (stays && (dtype == ScalarType::Float || dtype == ScalarType::BFloat16)) return false;
   const bool pays = w <= (dtype == ScalarType::Half ? 16 : 10) || (w <= 64 && 3 * axis_functions(w, radius_squared) > w + 6);
   return pays && x.stride(3) == 1 && x.size(1) >= 32;
 }

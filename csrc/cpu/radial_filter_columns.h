@@ -213,7 +213,10 @@ void filter_columns(const Modes<T>& m, Planes<const IO> x, Planes<IO> y, const P
   if constexpr (has_discs<T, IO>) {
     using X = Read<T, IO>;
     if constexpr (has_flat<T>)
-      if (is_flat(m, x) && !stream) return filter_flat<T, X>(m, as_read<T>(x), y, p, channels, begin, end);
+      if (is_flat(m, x) && !stream) {
+        const auto filter = m.inside == 1 ? filter_flat<1, T, X, IO> : filter_flat<flat_modes, T, X, IO>;
+        return filter(m, as_read<T>(x), y, p, channels, begin, end);
+      }
     const auto write = [](const T* from, X* to, int64_t n, bool stream) { write_run(from, static_cast<IO*>(to), n, stream); };
     const auto disc = [&](auto r2, auto nv) {
       const Planes<X> as_y{y.data, y.b, y.c, y.h, y.w};
@@ -300,8 +303,10 @@ void backward_columns(const Modes<T>& m, Planes<const IO> grad, Planes<const IO>
                       int64_t begin, int64_t end) {
   if constexpr (has_discs<T, IO>) {
     if constexpr (has_flat<T>)
-      if (is_flat(m, grad) && is_flat(m, x))
-        return backward_flat<T, Read<T, IO>>(m, as_read<T>(grad), as_read<T>(x), sums, images, channels, begin, end);
+      if (is_flat(m, grad) && is_flat(m, x)) {
+        const auto backward = m.inside == 1 ? backward_flat<1, T, Read<T, IO>> : backward_flat<flat_modes, T, Read<T, IO>>;
+        return backward(m, as_read<T>(grad), as_read<T>(x), sums, images, channels, begin, end);
+      }
     const auto disc = [&](auto r2, auto nv) {
       backward_disc<r2(), nv(), T, Read<T, IO>>(m, as_read<T>(grad), as_read<T>(x), sums, images, channels, begin, end);
     };

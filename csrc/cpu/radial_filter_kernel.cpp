@@ -12,7 +12,7 @@
 // Cuts: columns (NCHW): l is a column, the reduced axis the rows; along columns, up to one vector of modes is summed
 //         by dot products, more by a small GEMM. Columns that are not adjacent are first copied, a plane at a time.
 //         Radii 1 and 2 over planes of a few vectors stay in registers, two planes in a vector if their rows fit in half of it
-//         (disc.h); up to 24 x 24 pixels radius 1 takes a plane as one run of them (flat.h). Rows of y are brought together in the cache
+//         (disc.h); up to 24 x 24 pixels radii 0 and 1 take a plane as one run of them (flat.h). Rows of y are brought together in the cache
 //         where they are not whole vectors, and written by whole ones.
 //       lanes (channels_last), gathered (NCHW, transposed on the way in and out): l is a channel; reduce along columns, then along rows,
 //         expand in reverse. Threads share the rows of an image that leaves the cache or has too few channels for them. The modes of

@@ -35,13 +35,13 @@ template <class T> struct Modes {
   const Mode* mode;  // those inside the disc, or all, by rows
   const T* scales;   // theirs
   int64_t inside, shells;
-  // of the disc of radius 1 on planes of up to flat_pixels, else nullptr: (vectors of pixels, modes but the constant, lanes)
+  // of the discs of radius 0 and 1 on planes of up to flat_pixels, else nullptr: (vectors of pixels, modes but the constant, lanes)
   const T* flat;
   // Whether every mode is constant along an axis, as those of radius 1 are, and those of both are there.
   bool on_axes() const { return rows.ns > 0 && columns.ns > 0 && inside == rows.count() + columns.count() - 1; }
 };
 
-// Up to this many pixels the disc of radius 1 is cheaper by tables of a whole plane, with vectors of 16 (measured).
+// Up to this many pixels the discs of radius 0 and 1 are cheaper by tables of a whole plane, with vectors of 16 (measured).
 constexpr int64_t flat_pixels = 576;
 
 // Up to this many modes are cheaper as dot products along the columns than as a matrix product.
