@@ -8,7 +8,7 @@ namespace spanet {
 namespace SIMD_NAME {
 namespace {
 
-// Of radius 1, K modes of a disc: the constant, and cosine and sine of either axis; radius 0 has the constant.
+// The modes of radius 1: the constant, and cosine and sine of either axis. In what follows there are K of them, 1 of radius 0.
 constexpr int flat_modes = 5;
 
 // Whether the coefficients of two planes and their product fit in a vector: of fewer lanes they would not be full.
