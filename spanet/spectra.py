@@ -251,11 +251,11 @@ def save_figures(models: dict[str, nn.Module], source: Path, out: Path, size: in
         ValueError: no readable image; a model without blocks or SPAM layers.
     """
     first = next(iter(models.values()))
-    mixers, blocks = {}, {}
-    with progress_bar() as bar:
+    mixers, blocks, count = {}, {}, len(image_files(source))
+    with progress_bar(count > 1) as bar:
         for name, model in models.items():
             parts = blocks_and_mixers(model)
-            seen = bar.track(read_images(model, source, size), total=len(image_files(source)), description=name)
+            seen = bar.track(read_images(model, source, size), total=count, description=name)
             amplitudes = mean_log_amplitudes(model, [module for part in parts for module in part], seen)
             blocks[name], mixers[name] = amplitudes[: len(parts[0])], amplitudes[len(parts[0]) :]
     images = list(islice(read_images(first, source, size), 8))
