@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import safetensors
-import safetensors.torch
 import torch
 from timm.models import load_state_dict
 from torch import Tensor, nn
@@ -20,7 +19,7 @@ from spanet_kernels import SPAM
 
 from .errors import as_value_error
 from .model import SPANet, checkpoint_filter_fn
-from .runs import replacing
+from .runs import replacing, write_weights
 
 
 def read_state(path: str | Path) -> dict[str, Tensor]:
@@ -125,10 +124,9 @@ def save_checkpoint(model: nn.Module, path: str | Path, metadata: dict[str, str]
         ValueError: the published layout has no such form; OSError: the file could not be written.
     """
     model = backbone_of(model)
+    if Path(path).suffix == ".safetensors":
+        return write_weights(Path(path), model.state_dict(), metadata)
+    with as_value_error(f"{path}: the published layout has no such form, *.safetensors has"):
+        state = published_state(model)
     with replacing(Path(path)) as file:
-        if Path(path).suffix == ".safetensors":
-            file.write(safetensors.torch.save({key: value.contiguous() for key, value in model.state_dict().items()}, metadata))
-        else:
-            with as_value_error(f"{path}: the published layout has no such form, *.safetensors has"):
-                state = published_state(model)
-            torch.save(state, file)
+        torch.save(state, file)

@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 
 @contextmanager
@@ -42,6 +44,11 @@ def processes(device: str | None = None) -> Iterator[torch.device]:
 def rank_and_world() -> tuple[int, int]:
     """The number of this process, from 0 on, and how many are connected."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def copied(model: nn.Module, device: torch.device) -> DistributedDataParallel:
+    """The model whose gradients are means over the processes, which are connected and have a copy each."""
+    return DistributedDataParallel(model, [device] if device.type == "cuda" else None)
 
 
 def of_all(value: Any) -> list[Any]:

@@ -16,7 +16,7 @@ import csv
 import io
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, cast
@@ -62,6 +62,12 @@ def write_json(path: Path, value: Any) -> None:
     """Write JSON in one step. Raises OSError if it cannot be written; path is as it was then."""
     with replacing(path) as file:
         file.write((json.dumps(value, indent=1) + "\n").encode())
+
+
+def write_weights(path: Path, weights: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write *.safetensors in one step. Raises OSError if it cannot be written; path is as it was then."""
+    with replacing(path) as file:
+        file.write(safetensors.torch.save({name: tensor.contiguous() for name, tensor in weights.items()}, metadata))
 
 
 class Run:
@@ -153,8 +159,7 @@ class Run:
 
     def save_weights(self, name: str, weights: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
         if self.writes:
-            with replacing(self.folder / name) as file:
-                file.write(safetensors.torch.save({key: tensor.contiguous() for key, tensor in weights.items()}, metadata))
+            write_weights(self.folder / name, weights, metadata)
 
 
 def _difference(then: State, now: State) -> str | None:

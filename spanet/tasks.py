@@ -25,7 +25,6 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from pycocotools.mask import encode
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
 from torchvision.datasets import CocoDetection, wrap_dataset_for_transforms_v2
@@ -37,7 +36,7 @@ from .checkpoint import load_checkpoint
 from .detection import detect, mask_rcnn, retinanet
 from .errors import as_value_error
 from .images import read_image
-from .processes import of_all, progress_bar, rank_and_world
+from .processes import copied, of_all, progress_bar, rank_and_world
 from .recipe import RECIPES, check_ranges, read_recipe, seed_all
 from .runs import Run
 from .segmentation import IGNORE, SemanticFPN, segment, segmentation_loss, semantic_fpn
@@ -248,7 +247,9 @@ def train_task(recipe: TaskRecipe, root: Path, out: Path, device: torch.device, 
     if not per_epoch:
         raise ValueError(f"recipe: batch_size must be at most the {images} training images, got {recipe.batch_size}")
     steps = recipe.steps or recipe.epochs * per_epoch
-    trained = _copied(model, device)
+    if dist.is_initialized() and device.type == "cuda":
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    trained = copied(model, device) if dist.is_initialized() else model
     optimizer = torch.optim.AdamW(model.parameters(), recipe.lr, weight_decay=recipe.weight_decay, fused=True)
     run = Run(out, {"recipe": asdict(recipe), "images": images}, (out / "last.pt").exists(), evaluates=False)
     if run.state:
@@ -281,15 +282,6 @@ def train_task(recipe: TaskRecipe, root: Path, out: Path, device: torch.device, 
     if dist.is_initialized():
         dist.barrier()  # until it is written
     return course
-
-
-def _copied(model: nn.Module, device: torch.device) -> nn.Module:
-    """The model whose gradients are means over the processes."""
-    if not dist.is_initialized():
-        return model
-    if device.type == "cuda":
-        nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    return DistributedDataParallel(model, [device] if device.type == "cuda" else None)
 
 
 def evaluate_task(recipe: TaskRecipe, model: nn.Module, root: Path) -> dict[str, float]:

@@ -40,7 +40,7 @@ from torch.utils.data import DataLoader
 from .data import Chunks, Images, evaluation_transform, find_images, training_transform
 from .errors import as_value_error
 from .evaluate import Accuracy, evaluate
-from .processes import of_all, progress_bar, rank_and_world
+from .processes import copied, of_all, progress_bar, rank_and_world
 from .recipe import Recipe, build, seed_all
 from .runs import Run, State
 
@@ -185,7 +185,7 @@ class Trainer:
             for network in {model, self.judged}:
                 _shard(network, device)
         elif dist.is_initialized():
-            self.copies = DistributedDataParallel(model, [device] if device.type == "cuda" else None)
+            self.copies = copied(model, device)
         self.optimizer = create_optimizer_v2(model, opt=recipe.optimizer, lr=recipe.lr, weight_decay=recipe.weight_decay)
         with as_value_error(f"recipe: scheduler must be one of timm that goes by steps, got {recipe.scheduler}"):
             self.schedule, _ = create_scheduler_v2(

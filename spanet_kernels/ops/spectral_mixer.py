@@ -147,15 +147,13 @@ def _fuses(x: Tensor, branch: Branch, weight: Tensor, out_weight: Tensor) -> boo
     return x.device.type == "cpu" and (pair_serves(x, weight, out_weight) if torch.compiler.is_compiling() else branch.is_there)
 
 
-def _gradients(
-    grad: Tensor, needed: Any, kept: tuple[Tensor, ...], x: Tensor, *args: Any, gradient: Any = _gradient._op
-) -> tuple[Tensor | None, ...]:
+def _gradients(grad: Tensor, needed: Any, kept: tuple[Tensor, ...], x: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
     in_weight, _, row_weight, row_bias, column_weight, column_bias, weight, bias, base, gain, out_weight, _, radius_squared, keep = args
     if not keep:
         raise RuntimeError("spectral_mixer: the operator must be called with keep=True where gradients are wanted")
     learns = needed[9] or needed[10]
     given = (in_weight, row_weight, row_bias, column_weight, column_bias, weight, bias, base, gain, out_weight)
-    *grads, base_grad, gain_grad, out_weight_grad, out_bias_grad = gradient(grad, x, *kept, *given, radius_squared, learns)
+    *grads, base_grad, gain_grad, out_weight_grad, out_bias_grad = _gradient._op(grad, x, *kept, *given, radius_squared, learns)
     return *grads, *((base_grad, gain_grad) if learns else (None, None)), out_weight_grad, out_bias_grad, None, None
 
 
@@ -201,9 +199,7 @@ def _fused_body(branch: Branch, x: Tensor, *args: Any) -> tuple[Tensor, tuple[Te
 
 
 def _body_gradients(grad: Tensor, needed: Any, kept: tuple[Tensor, ...], x: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
-    # where all of it is one operator on a CPU, the trip through the dispatcher to this package's own Python is spared
-    gradient = composed.spectral_mixer_backward if _fuses_body(x, *args) else _gradient._op
-    found: Any = _gradients(grad, needed, kept, x, *_as_matrices(args), True, gradient=gradient)
+    found: Any = _gradients(grad, needed, kept, x, *_as_matrices(args), True)
     return *found[:3], found[3].view_as(args[2]), found[4], found[5].view_as(args[4]), *found[6:-2]
 
 
